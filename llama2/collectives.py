@@ -1,0 +1,245 @@
+"""Owns how bytes move between the ranks of one tensor-parallel group: sums, gathers, and rank 0's control messages.
+
+Knows no model and no engine. All ranks must make the same calls in the same order; a rank that does not is reported by
+`LockstepError` with its number and the place, where the transport can tell.
+"""
+
+from __future__ import annotations
+
+import mmap
+import os
+import pickle
+import platform
+import socket
+import tempfile
+import time
+from datetime import timedelta
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+import torch.distributed as dist
+
+SLOT_BYTES = 1 << 20
+LINE_BYTES = 64
+LINE = LINE_BYTES // 8
+STALL_SECONDS = 300.0
+
+
+class LockstepError(RuntimeError):
+    """A rank is not where the others are: it made another call, or none."""
+
+
+class Collectives(Protocol):
+    """What the model and the engine need of a group of ranks."""
+
+    rank: int
+    world_size: int
+
+    def all_reduce(self, x: torch.Tensor) -> torch.Tensor:
+        """The sum of every rank's `x`, the same bits on every rank. May overwrite `x`."""
+
+    def gather(self, x: torch.Tensor, sizes: tuple[int, ...]) -> torch.Tensor | None:
+        """On rank 0 the ranks' `x` side by side in the last dimension (rank r's has `sizes[r]`); elsewhere None."""
+
+    def broadcast_object(self, message: Any = None) -> Any:
+        """Rank 0's `message` on every rank. A rank other than 0 waits for it, for hours if need be."""
+
+
+class SingleRank:
+    """The group of one: nothing moves."""
+
+    rank = 0
+    world_size = 1
+
+    def all_reduce(self, x: torch.Tensor) -> torch.Tensor:
+        return x
+
+    def gather(self, x: torch.Tensor, sizes: tuple[int, ...]) -> torch.Tensor | None:
+        return x
+
+    def broadcast_object(self, message: Any = None) -> Any:
+        return message
+
+
+class ProcessGroupCollectives:
+    """NCCL on GPUs, gloo between hosts' CPUs. Control messages take `control` where the group shares a host."""
+
+    def __init__(self, control: SharedMemoryCollectives | None) -> None:
+        self.rank = dist.get_rank()
+        self.world_size = dist.get_world_size()
+        self._control = control
+        # A server may be idle for days between two messages, and idleness is no fault.
+        self._control_group = None if control else dist.new_group(backend="gloo", timeout=timedelta(days=365))
+
+    def all_reduce(self, x: torch.Tensor) -> torch.Tensor:
+        dist.all_reduce(x)
+        return x
+
+    def gather(self, x: torch.Tensor, sizes: tuple[int, ...]) -> torch.Tensor | None:
+        # The transport wants equal shapes: pad to the widest, cut again on arrival.
+        padded = x.new_zeros(*x.shape[:-1], max(sizes))
+        padded[..., : x.shape[-1]] = x
+        parts = [torch.empty_like(padded) for _ in sizes] if self.rank == 0 else None
+        dist.gather(padded, parts)
+        if parts is None:
+            return None
+        return torch.cat([part[..., :size] for part, size in zip(parts, sizes, strict=True)], dim=-1)
+
+    def broadcast_object(self, message: Any = None) -> Any:
+        if self._control is not None:
+            return self._control.broadcast_object(message)
+        box = [message]
+        dist.broadcast_object_list(box, src=0, group=self._control_group)
+        return box[0]
+
+
+class SharedMemoryCollectives:
+    """The ranks of one host through one shared mapping: each copies into its slot, flags it, and waits for the others.
+
+    Layout: per rank a cache line of int64 (its flag, and the bytes in its slot of either buffer), then two buffers of
+    one slot per rank. The flag is the number of operations that a rank has contributed to. Operation n uses buffer
+    n % 2, so a rank may fill its slot for n as soon as every flag is at least n - 1: whoever contributed to n - 1 has
+    finished reading n - 2. Flags are published by plain stores, which x86 keeps in order; other processors take the
+    process group instead.
+    """
+
+    def __init__(self, mapping: mmap.mmap, rank: int, world_size: int, *, stall_seconds: float = STALL_SECONDS) -> None:
+        self.rank = rank
+        self.world_size = world_size
+        self._stall_seconds = stall_seconds
+        self._operation = 0
+        header_bytes = world_size * LINE_BYTES
+        self._header = memoryview(mapping)[:header_bytes].cast("q")
+        self._slots = torch.frombuffer(mapping, dtype=torch.uint8, offset=header_bytes).view(2, world_size, SLOT_BYTES)
+
+    @staticmethod
+    def mapping_bytes(world_size: int) -> int:
+        return world_size * (LINE_BYTES + 2 * SLOT_BYTES)
+
+    @classmethod
+    def connect(cls) -> SharedMemoryCollectives:
+        """Map one file on every rank of the default process group; the file has no name by the time this returns.
+
+        Raises:
+            OSError: /dev/shm has no room for `mapping_bytes`.
+        """
+        rank, world_size = dist.get_rank(), dist.get_world_size()
+        size = cls.mapping_bytes(world_size)
+        path: list[Any] = [None]
+        if rank == 0:
+            shm = Path("/dev/shm")
+            descriptor, path[0] = tempfile.mkstemp(prefix="llama2-", dir=shm if shm.is_dir() else None)
+            try:
+                os.posix_fallocate(descriptor, 0, size)
+            except OSError as error:
+                path[0] = OSError(error.errno, f"no room for {size >> 20} MiB of shared memory: {error.strerror}")
+        dist.broadcast_object_list(path, src=0)
+        if isinstance(path[0], OSError):
+            raise path[0]
+        if rank != 0:
+            descriptor = os.open(path[0], os.O_RDWR)
+        mapping = mmap.mmap(descriptor, size)
+        os.close(descriptor)
+        dist.barrier()
+        if rank == 0:
+            os.unlink(path[0])
+        return cls(mapping, rank, world_size)
+
+    def all_reduce(self, x: torch.Tensor) -> torch.Tensor:
+        flat = x.view(-1)
+        step = SLOT_BYTES // flat.element_size()
+        for start in range(0, flat.numel(), step):
+            part = flat[start : start + step]
+            buffer = self._contribute(part)
+            self._await_all(buffer, part.nbytes)
+            # One sum over the rank axis: in rank order and, for bf16, in fp32 within, so every rank gets the same bits.
+            torch.sum(self._slots[buffer].view(x.dtype)[:, : part.numel()], dim=0, out=part)
+        return x
+
+    def gather(self, x: torch.Tensor, sizes: tuple[int, ...]) -> torch.Tensor | None:
+        rows = x.reshape(-1, x.shape[-1])
+        step = max(1, SLOT_BYTES // (max(sizes) * x.element_size()))
+        if max(sizes) * x.element_size() > SLOT_BYTES:
+            raise ValueError(f"a row of {max(sizes)} {x.dtype} does not fit into a slot of {SLOT_BYTES} bytes")
+        whole = x.new_empty(rows.shape[0], sum(sizes)) if self.rank == 0 else None
+        for start in range(0, rows.shape[0], step):
+            part = rows[start : start + step].contiguous()
+            buffer = self._contribute(part.view(-1))
+            if whole is None:
+                continue
+            self._await_all(buffer, None)
+            count, column = part.shape[0], 0
+            for other, size in enumerate(sizes):
+                values = self._slots[buffer, other].view(x.dtype)[: count * size].view(count, size)
+                whole[start : start + count, column : column + size] = values
+                column += size
+        return None if whole is None else whole.view(*x.shape[:-1], sum(sizes))
+
+    def broadcast_object(self, message: Any = None) -> Any:
+        if self.rank == 0:
+            payload = pickle.dumps(message)
+            framed = len(payload).to_bytes(8, "little") + payload
+            for start in range(0, len(framed), SLOT_BYTES):
+                self._contribute(torch.frombuffer(bytearray(framed[start : start + SLOT_BYTES]), dtype=torch.uint8))
+            return message
+        received = bytearray()
+        while len(received) < 8 or len(received) < 8 + int.from_bytes(received[:8], "little"):
+            buffer = self._contribute(None)
+            self._await(0, self._operation, idle=True)
+            size = self._header[1 + buffer]
+            received += self._slots[buffer, 0, :size].numpy().tobytes()
+        return pickle.loads(memoryview(received)[8:])
+
+    def _contribute(self, part: torch.Tensor | None) -> int:
+        """Put `part` into this rank's slot of the next operation; returns the buffer that the operation uses."""
+        for other in range(self.world_size):
+            self._await(other, self._operation, idle=False)
+        self._operation += 1
+        buffer = self._operation % 2
+        if part is not None:
+            self._slots[buffer, self.rank].view(part.dtype)[: part.numel()].copy_(part)
+        self._header[self.rank * LINE + 1 + buffer] = 0 if part is None else part.nbytes
+        self._header[self.rank * LINE] = self._operation
+        return buffer
+
+    def _await_all(self, buffer: int, nbytes: int | None) -> None:
+        """Wait for every rank's contribution; with `nbytes`, each must have brought as many."""
+        for other in range(self.world_size):
+            self._await(other, self._operation, idle=False)
+            size = self._header[other * LINE + 1 + buffer]
+            if nbytes is not None and size != nbytes:
+                raise LockstepError(
+                    f"rank {other} brought {size} bytes to operation {self._operation}, "
+                    f"where rank {self.rank} brought {nbytes}: it is out of step"
+                )
+
+    def _await(self, other: int, operation: int, *, idle: bool) -> None:
+        """Spin until rank `other` has contributed to `operation`; an idle wait sleeps, and has no end."""
+        flag = other * LINE
+        spins, deadline = 0, None
+        while self._header[flag] < operation:
+            os.sched_yield()
+            spins += 1
+            if idle and spins > 2000:
+                time.sleep(0.001)
+            elif not idle and spins % 10000 == 0:
+                deadline = deadline or time.monotonic() + self._stall_seconds
+                if time.monotonic() > deadline:
+                    raise LockstepError(
+                        f"rank {other} stands at operation {self._header[flag]} and did not reach operation "
+                        f"{operation}, where rank {self.rank} waits, in {self._stall_seconds:.0f} s"
+                    )
+
+
+def connect(device: torch.device) -> Collectives:
+    """The fastest transport that the default process group allows for tensors on `device`. Called on every rank."""
+    if dist.get_world_size() == 1:
+        return SingleRank()
+    hosts: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(hosts, (socket.gethostname(), platform.machine()))
+    one_host = len(set(hosts)) == 1 and platform.machine() in ("x86_64", "AMD64")
+    shared = SharedMemoryCollectives.connect() if one_host else None
+    if shared is not None and device.type == "cpu":
+        return shared
+    return ProcessGroupCollectives(shared)

@@ -1,0 +1,185 @@
+"""Owns the two settings objects: the architecture of a model and the sizes of an engine.
+
+Knows no torch: a settings file can be read and refused without importing it.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+MODEL_ARGS_FILE = "model_args.json"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ModelArgs:
+    """The architecture of a Llama model, every optional key of Meta's `params.json` resolved.
+
+    `multiple_of` and `ffn_dim_multiplier` are kept only so that `to_params` can write Meta's file again.
+    """
+
+    dim: int
+    n_layers: int
+    n_heads: int
+    n_kv_heads: int
+    head_dim: int
+    hidden_dim: int
+    vocab_size: int
+    norm_eps: float = 1e-5
+    rope_theta: float = 10000.0
+    multiple_of: int = 256
+    ffn_dim_multiplier: float | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("dim", "n_layers", "n_heads", "n_kv_heads", "head_dim", "hidden_dim", "vocab_size", "multiple_of"):
+            value = getattr(self, name)
+            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+                raise ValueError(f"{name} must be a positive integer, got {value!r}")
+        for name in ("norm_eps", "rope_theta"):
+            value = getattr(self, name)
+            if not isinstance(value, (int, float)) or isinstance(value, bool) or not 0 < value < math.inf:
+                raise ValueError(f"{name} must be a positive number, got {value!r}")
+        if self.n_heads % self.n_kv_heads:
+            raise ValueError(f"n_kv_heads must divide n_heads={self.n_heads}, got {self.n_kv_heads}")
+        if self.head_dim % 2:
+            raise ValueError(f"head_dim must be even (rotary embedding turns pairs), got {self.head_dim}")
+
+    @property
+    def group_size(self) -> int:
+        """Query heads that share one KV head."""
+        return self.n_heads // self.n_kv_heads
+
+    @classmethod
+    def from_params(cls, params: Mapping[str, Any], *, vocab_size: int | None = None) -> ModelArgs:
+        """Read Meta's `params.json`.
+
+        `vocab_size` is the tokenizer's; Llama 2's files say -1 and mean it. The feed-forward width follows Meta's
+        reference (llama/model.py): two thirds of 4 * dim, times `ffn_dim_multiplier`, rounded up to `multiple_of`.
+
+        Raises:
+            ValueError: a key is unknown, missing, of a wrong type, or disagrees with the tokenizer.
+        """
+        known = {field.name for field in dataclasses.fields(cls)}
+        # Run-time sizes that Meta's own scripts write beside the architecture.
+        harmless = {"max_seq_len", "max_batch_size", "use_scaled_rope"}
+        unknown = sorted(set(params) - known - harmless)
+        if unknown:
+            raise ValueError(f"params.json: unknown key {unknown[0]!r}; known keys are {', '.join(sorted(known))}")
+        if params.get("use_scaled_rope"):
+            raise ValueError("params.json: use_scaled_rope (Llama 3.1's frequency scaling) is not supported")
+        missing = sorted({"dim", "n_layers", "n_heads"} - set(params))
+        if missing:
+            raise ValueError(f"params.json: {missing[0]!r} is missing")
+        values = {key: params[key] for key in known if params.get(key) is not None}
+        for name in ("dim", "n_heads", "multiple_of"):
+            if name in values and (not isinstance(values[name], int) or values[name] < 1):
+                raise ValueError(f"params.json: {name} must be a positive integer, got {values[name]!r}")
+        if values.get("vocab_size", -1) == -1:
+            if vocab_size is None:
+                raise ValueError("params.json: vocab_size is -1 or missing, and no tokenizer was given to take it from")
+            values["vocab_size"] = vocab_size
+        elif vocab_size is not None and values["vocab_size"] < vocab_size:
+            raise ValueError(f"params.json: vocab_size is {values['vocab_size']}, but the tokenizer has {vocab_size}")
+        values.setdefault("n_kv_heads", values["n_heads"])
+        if "head_dim" not in values:
+            if values["dim"] % values["n_heads"]:
+                raise ValueError(f"params.json: n_heads={values['n_heads']} does not divide dim={values['dim']}")
+            values["head_dim"] = values["dim"] // values["n_heads"]
+        values.setdefault(
+            "hidden_dim", _ffn_width(values["dim"], values.get("multiple_of", 256), values.get("ffn_dim_multiplier"))
+        )
+        return cls(**values)
+
+    def to_params(self) -> dict[str, Any]:
+        """The `params.json` that `from_params` reads back to an equal object."""
+        params = {key: value for key, value in dataclasses.asdict(self).items() if value is not None}
+        # Meta's own code derives these two and knows no such keys: name them only where its formula would be wrong.
+        if self.head_dim * self.n_heads == self.dim:
+            del params["head_dim"]
+        if self.hidden_dim == _ffn_width(self.dim, self.multiple_of, self.ffn_dim_multiplier):
+            del params["hidden_dim"]
+        return params
+
+    @classmethod
+    def load(cls, path: Path | str) -> ModelArgs:
+        """Read `model_args.json` of a converted checkpoint (`path` is the file or the folder that holds it)."""
+        path = Path(path)
+        path = path / MODEL_ARGS_FILE if path.is_dir() else path
+        try:
+            values = json.loads(path.read_text(encoding="utf-8"))
+            return cls(**values)
+        except FileNotFoundError:
+            raise ValueError(f"{path} does not exist: is this a folder that convert_checkpoints.py wrote?") from None
+        except (TypeError, UnicodeDecodeError, json.JSONDecodeError) as error:
+            raise ValueError(f"{path} is not a {MODEL_ARGS_FILE} of this project: {error}") from None
+
+    def save(self, folder: Path | str) -> None:
+        text = json.dumps(dataclasses.asdict(self), indent=2) + "\n"
+        (Path(folder) / MODEL_ARGS_FILE).write_text(text, encoding="utf-8")
+
+    def parameter_shapes(self) -> dict[str, tuple[int, ...]]:
+        """Every parameter's name (Meta's, verbatim) and its shape at rest.
+
+        At rest, in a converted checkpoint and as a DTensor, attention weights keep the axes that count heads:
+        wq (n_kv_heads, group_size, head_dim, dim), wk and wv (n_kv_heads, head_dim, dim),
+        wo (dim, n_kv_heads, group_size, head_dim). So a shard can only ever end at a head's border. Each is a plain
+        view of Meta's two-dimensional weight. All others have Meta's shapes.
+        """
+        kv, group, head, dim, hidden = self.n_kv_heads, self.group_size, self.head_dim, self.dim, self.hidden_dim
+        layer = {
+            "attention.wq.weight": (kv, group, head, dim),
+            "attention.wk.weight": (kv, head, dim),
+            "attention.wv.weight": (kv, head, dim),
+            "attention.wo.weight": (dim, kv, group, head),
+            "feed_forward.w1.weight": (hidden, dim),
+            "feed_forward.w2.weight": (dim, hidden),
+            "feed_forward.w3.weight": (hidden, dim),
+            "attention_norm.weight": (dim,),
+            "ffn_norm.weight": (dim,),
+        }
+        shapes: dict[str, tuple[int, ...]] = {"tok_embeddings.weight": (self.vocab_size, dim)}
+        for index in range(self.n_layers):
+            shapes |= {f"layers.{index}.{name}": shape for name, shape in layer.items()}
+        return shapes | {"norm.weight": (dim,), "output.weight": (self.vocab_size, dim)}
+
+
+def _ffn_width(dim: int, multiple_of: int, ffn_dim_multiplier: float | None) -> int:
+    width = int(2 * (4 * dim) / 3)
+    if ffn_dim_multiplier is not None:
+        width = int(ffn_dim_multiplier * width)
+    return multiple_of * math.ceil(width / multiple_of)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EngineConfig:
+    """Sizes of the engine. `max_step_tokens` bounds the tokens of one forward pass (prefill chunks and decodes)."""
+
+    max_seq_len: int = 2048
+    max_batch_size: int = 8
+    block_size: int = 16
+    max_step_tokens: int = 512
+    # None: room for max_batch_size sequences of max_seq_len. Else this fraction of the memory that loading left free.
+    kv_memory_fraction: float | None = None
+    # The generator that gives a seed to each request that brings none; None draws one from the system.
+    seed: int | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("max_seq_len", "max_batch_size", "block_size", "max_step_tokens"):
+            value = getattr(self, name)
+            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+                raise ValueError(f"{name} must be a positive integer, got {value!r}")
+        if self.max_step_tokens < self.max_batch_size:
+            raise ValueError(
+                f"max_step_tokens must be at least max_batch_size={self.max_batch_size}, got {self.max_step_tokens}"
+            )
+        if self.kv_memory_fraction is not None and not 0 < self.kv_memory_fraction <= 1:
+            raise ValueError(f"kv_memory_fraction must be in (0, 1], got {self.kv_memory_fraction!r}")
+
+    @property
+    def blocks_per_sequence(self) -> int:
+        return math.ceil(self.max_seq_len / self.block_size)

@@ -1,0 +1,165 @@
+"""Owns what a request is, from its sampling parameters to its last token.
+
+Knows no torch, no tensors and no text: ids in, ids out.
+"""
+
+from __future__ import annotations
+
+import enum
+import math
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+FinishReason = Literal["stop", "length", "abort"]
+
+MAX_LOGPROBS = 20
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SamplingParams:
+    """How tokens are chosen and when they end.
+
+    The order is: penalties, temperature, top_k, top_p, min_p, draw. `temperature=0` is greedy, whatever the others
+    say. `logprobs=n` asks for the chosen token's and the n likeliest tokens' log-probabilities under the model's own
+    distribution, before any of these. `max_new_tokens=None` means as many as fit into the engine's max_seq_len.
+
+    Raises:
+        ValueError: a field is out of range; the message names field, value and what is allowed.
+    """
+
+    max_new_tokens: int | None = 128
+    temperature: float = 0.6
+    top_p: float = 0.9
+    top_k: int = 0
+    min_p: float = 0.0
+    repetition_penalty: float = 1.0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    seed: int | None = None
+    stop: tuple[str, ...] = ()
+    stop_token_ids: tuple[int, ...] = ()
+    ignore_eos: bool = False
+    logprobs: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.max_new_tokens is not None:
+            _check_int("max_new_tokens", self.max_new_tokens, low=1)
+        _check_number("temperature", self.temperature, low=0.0, high=100.0)
+        _check_number("top_p", self.top_p, low=0.0, high=1.0, open_low=True)
+        _check_int("top_k", self.top_k, low=0)
+        _check_number("min_p", self.min_p, low=0.0, high=1.0)
+        _check_number("repetition_penalty", self.repetition_penalty, low=0.0, high=100.0, open_low=True)
+        _check_number("presence_penalty", self.presence_penalty, low=-2.0, high=2.0)
+        _check_number("frequency_penalty", self.frequency_penalty, low=-2.0, high=2.0)
+        if self.seed is not None:
+            _check_int("seed", self.seed, low=-(2**63), high=2**63 - 1)
+        if not isinstance(self.stop, tuple) or not all(isinstance(text, str) and text for text in self.stop):
+            raise ValueError(f"stop must be a tuple of non-empty strings, got {self.stop!r}")
+        if not isinstance(self.stop_token_ids, tuple):
+            raise ValueError(f"stop_token_ids must be a tuple of token ids, got {self.stop_token_ids!r}")
+        for token_id in self.stop_token_ids:
+            _check_int("stop_token_ids", token_id, low=0)
+        if not isinstance(self.ignore_eos, bool):
+            raise ValueError(f"ignore_eos must be true or false, got {self.ignore_eos!r}")
+        if self.logprobs is not None:
+            _check_int("logprobs", self.logprobs, low=0, high=MAX_LOGPROBS)
+
+
+def _check_int(name: str, value: Any, *, low: int, high: int | None = None) -> None:
+    allowed = f"an integer of at least {low}" if high is None else f"an integer from {low} to {high}"
+    if not isinstance(value, int) or isinstance(value, bool) or value < low or (high is not None and value > high):
+        raise ValueError(f"{name} must be {allowed}, got {value!r}")
+
+
+def _check_number(name: str, value: Any, *, low: float, high: float, open_low: bool = False) -> None:
+    is_number = isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+    if not is_number or value > high or value < low or (open_low and value == low):
+        bracket = "(" if open_low else "["
+        raise ValueError(f"{name} must be a number in {bracket}{low:g}, {high:g}], got {value!r}")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Request:
+    """What the front hands to the engine: prompt ids (BOS included where the format has one) and how to go on.
+
+    `continues_prompt` keeps the white space between prompt and reply, as the tokenizer would write both in one piece:
+    True for a completion, which continues its prompt, False for a chat reply, which is a text of its own.
+    `score=True` asks for the logits of every prompt position and generates nothing.
+    """
+
+    request_id: str
+    prompt_ids: tuple[int, ...]
+    params: SamplingParams = field(default_factory=SamplingParams)
+    continues_prompt: bool = True
+    score: bool = False
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TokenLogprobs:
+    """Log-probabilities (natural logarithm) at one generated position; `top` is likeliest first."""
+
+    token_id: int
+    logprob: float
+    top: tuple[tuple[int, float], ...] = ()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Output:
+    """What one request gained since its last Output. `finish_reason` is set on the last one, once."""
+
+    request_id: str
+    text: str = ""
+    token_ids: tuple[int, ...] = ()
+    logprobs: tuple[TokenLogprobs, ...] = ()
+    finish_reason: FinishReason | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Completion:
+    """One finished request, whole. `token_ids` holds every generated id, an ending EOS or stop id too."""
+
+    text: str
+    token_ids: list[int]
+    finish_reason: FinishReason
+    prompt_tokens: int
+    logprobs: list[TokenLogprobs] | None = None
+
+
+class Status(enum.Enum):
+    WAITING = "waiting"
+    RUNNING = "running"
+    FINISHED = "finished"
+
+
+@dataclass(slots=True, kw_only=True, eq=False)
+class Sequence:
+    """One request inside the engine.
+
+    Invariant: the KV cache holds positions [0, num_computed) of `token_ids`, in the blocks of `block_table`.
+    A preempted sequence keeps its tokens, gives its blocks back and starts again at num_computed = 0.
+    """
+
+    request: Request
+    arrival: int
+    token_ids: list[int]
+    num_computed: int = 0
+    block_table: list[int] = field(default_factory=list)
+    status: Status = Status.WAITING
+    finish_reason: FinishReason | None = None
+
+    @classmethod
+    def of(cls, request: Request, arrival: int) -> Sequence:
+        return cls(request=request, arrival=arrival, token_ids=list(request.prompt_ids))
+
+    @property
+    def num_prompt(self) -> int:
+        return len(self.request.prompt_ids)
+
+    @property
+    def num_generated(self) -> int:
+        return len(self.token_ids) - self.num_prompt
+
+    @property
+    def num_uncomputed(self) -> int:
+        """Tokens whose keys and values are not in the cache yet: 1 while decoding, more while prefilling."""
+        return len(self.token_ids) - self.num_computed

@@ -1,0 +1,149 @@
+"""Owns tensor parallelism: the process group, the mesh, which degrees a model can take, and THE plan.
+
+At rest every parameter is a DTensor on a mesh of two axes, `kv` × `rep`. Up to n_kv_heads ranks, each rank holds KV
+heads of its own (kv = degree, rep = 1). Beyond, each KV head is replicated on `rep` ranks, which share its query heads.
+In flight parameters are plain local tensors: `localize` swaps them, once, after loading.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Iterator
+
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.tensor import DTensor, Placement, Replicate, Shard
+from torch.distributed.tensor import empty as dtensor_empty
+
+from llama2.collectives import Collectives
+from llama2.config import ModelArgs
+from llama2.model import RowLinear, Transformer, VocabEmbedding, VocabProjection
+
+# What each parameter's at-rest axes (ModelArgs.parameter_shapes) do over the mesh axes (kv, rep).
+PLAN: dict[str, tuple[Placement, Placement]] = {
+    "tok_embeddings": (Shard(0), Shard(0)),
+    "wq": (Shard(0), Shard(1)),
+    "wk": (Shard(0), Replicate()),
+    "wv": (Shard(0), Replicate()),
+    "wo": (Shard(1), Shard(2)),
+    "w1": (Shard(0), Shard(0)),
+    "w2": (Shard(1), Shard(1)),
+    "w3": (Shard(0), Shard(0)),
+    "attention_norm": (Replicate(), Replicate()),
+    "ffn_norm": (Replicate(), Replicate()),
+    "norm": (Replicate(), Replicate()),
+    "output": (Shard(0), Shard(0)),
+}
+
+
+def choose_device(device: str | torch.device | None = None) -> torch.device:
+    """The device of this rank: as asked, else its own GPU where every rank of the host has one, else the CPU."""
+    local_rank, local_world_size = int(os.environ.get("LOCAL_RANK", 0)), int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    if device is None:
+        device = "cuda" if torch.cuda.device_count() >= local_world_size else "cpu"
+    device = torch.device(device)
+    if device.type == "cuda" and device.index is None:
+        if torch.cuda.device_count() <= local_rank:
+            raise ValueError(f"rank {local_rank} of this host has no GPU: there are {torch.cuda.device_count()}")
+        device = torch.device("cuda", local_rank)
+    return device
+
+
+def init_process_group(device: torch.device) -> None:
+    """Join the group that torchrun set up, or make a group of one; a group that is up already is kept."""
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    if dist.is_initialized():
+        return
+    backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
+    if "RANK" in os.environ:
+        dist.init_process_group(backend)
+    else:
+        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
+
+
+def degrees(args: ModelArgs) -> list[int]:
+    """Every TP degree that leaves each rank at least one head and a share of everything else, ascending."""
+    return [degree for degree in range(1, args.n_heads + 1) if _fits(args, degree)]
+
+
+def _fits(args: ModelArgs, degree: int) -> bool:
+    if degree > args.n_kv_heads and degree % args.n_kv_heads:
+        return False
+    kv = min(degree, args.n_kv_heads)
+    rep = degree // kv
+    return (
+        _none_empty(args.n_kv_heads, kv)
+        and _none_empty(args.group_size, rep)
+        and all(0 not in sizes for sizes in (_split(args.hidden_dim, kv, rep), _split(args.vocab_size, kv, rep)))
+    )
+
+
+def _none_empty(size: int, parts: int) -> bool:
+    return math.ceil(size / parts) * (parts - 1) < size
+
+
+def _split(size: int, kv: int, rep: int) -> list[int]:
+    """The sizes, in rank order, into which DTensor's (Shard, Shard) over a (kv, rep) mesh cuts an axis."""
+
+    def chunk(total: int, parts: int) -> Iterator[int]:
+        width = math.ceil(total / parts)
+        return (max(0, min(width, total - index * width)) for index in range(parts))
+
+    return [part for outer in chunk(size, kv) for part in chunk(outer, rep)]
+
+
+def build_mesh(args: ModelArgs, device_type: str) -> DeviceMesh:
+    """The (kv, rep) mesh over the whole process group.
+
+    Raises:
+        ValueError: the model cannot be split over that many ranks; the message lists the degrees that it can take.
+    """
+    degree = dist.get_world_size()
+    if degree not in degrees(args):
+        raise ValueError(
+            f"a model with {args.n_heads} heads and {args.n_kv_heads} KV heads cannot run at tensor-parallel degree "
+            f"{degree}; it can at {', '.join(map(str, degrees(args)))}"
+        )
+    kv = min(degree, args.n_kv_heads)
+    return init_device_mesh(device_type, (kv, degree // kv), mesh_dim_names=("kv", "rep"))
+
+
+def parallelize(model: Transformer, mesh: DeviceMesh, *, dtype: torch.dtype) -> None:
+    """Replace every (meta) parameter by an uninitialized DTensor in its at-rest shape, placed as PLAN says."""
+    for name, shape in model.args.parameter_shapes().items():
+        path, _, leaf = name.rpartition(".")
+        placements = PLAN[path.rpartition(".")[2]]
+        value = dtensor_empty(*shape, dtype=dtype, device_mesh=mesh, placements=placements)
+        setattr(model.get_submodule(path), leaf, nn.Parameter(value, requires_grad=False))
+
+
+def localize(model: Transformer, mesh: DeviceMesh, collectives: Collectives) -> None:
+    """Swap every DTensor for its plain local shard in the shape that the model computes with, and connect the ranks."""
+    for name, parameter in list(model.named_parameters()):
+        assert isinstance(parameter, DTensor)
+        path, _, leaf = name.rpartition(".")
+        local = parameter.to_local()
+        if path.endswith("wo"):
+            local = local.flatten(1)
+        elif local.dim() > 2:
+            local = local.flatten(0, -2)
+        setattr(model.get_submodule(path), leaf, nn.Parameter(local.contiguous(), requires_grad=False))
+    kv, rep = mesh.shape
+    vocab_sizes = _split(model.args.vocab_size, kv, rep)
+    for module in model.modules():
+        if isinstance(module, (RowLinear, VocabEmbedding, VocabProjection)):
+            module.collectives = collectives
+        if isinstance(module, VocabEmbedding):
+            module.first = sum(vocab_sizes[: collectives.rank])
+        elif isinstance(module, VocabProjection):
+            module.sizes = tuple(vocab_sizes)
+
+
+def local_kv_heads(args: ModelArgs, mesh: DeviceMesh) -> int:
+    """KV heads that this rank holds."""
+    kv = mesh.shape[0]
+    return _split(args.n_kv_heads, kv, 1)[mesh.get_local_rank("kv")]

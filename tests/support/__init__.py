@@ -1,0 +1,1 @@
+"""What several tests share: random weights, process groups, and a small SentencePiece model."""

@@ -1,0 +1,43 @@
+"""Random weights of any architecture, in Meta's two-dimensional shapes."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+
+from llama2.config import ModelArgs
+
+
+def tiny_args(**changes: object) -> ModelArgs:
+    """A model small enough to run a thousand times: 2 layers, 8 query heads on 4 KV heads of 8, vocabulary 96."""
+    params: dict[str, object] = {
+        "dim": 64,
+        "n_layers": 2,
+        "n_heads": 8,
+        "n_kv_heads": 4,
+        "vocab_size": 96,
+        "multiple_of": 16,
+    }
+    return ModelArgs.from_params({**params, **changes})
+
+
+def meta_shape(name: str, args: ModelArgs) -> tuple[int, ...]:
+    """The shape that Meta's files give to parameter `name`: heads and head_dim flattened into one axis."""
+    shape = args.parameter_shapes()[name]
+    if name.endswith("attention.wo.weight"):
+        return (shape[0], math.prod(shape[1:]))
+    if name.endswith(("attention.wq.weight", "attention.wk.weight", "attention.wv.weight")):
+        return (math.prod(shape[:-1]), shape[-1])
+    return shape
+
+
+def random_weights(args: ModelArgs, *, seed: int = 0, dtype: torch.dtype = torch.float32) -> dict[str, torch.Tensor]:
+    """A full set of weights, scaled so that activations stay near 1 through the layers."""
+    generator = torch.Generator().manual_seed(seed)
+    weights = {}
+    for name in args.parameter_shapes():
+        shape = meta_shape(name, args)
+        values = torch.randn(shape, generator=generator)
+        weights[name] = (1 + 0.1 * values if len(shape) == 1 else values / math.sqrt(shape[-1])).to(dtype)
+    return weights
