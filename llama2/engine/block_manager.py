@@ -1,0 +1,88 @@
+"""Owns which block of the paged KV cache belongs to which sequence.
+
+A block is a number: the manager knows no tensors, no scheduling order and no model. Blocks leave the free list in
+`_take` and come back in `_give_back`, nowhere else, so whoever lets sequences share blocks counts references there.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+
+from llama2.engine.sequence import Sequence
+
+_MAX_NAMED_LEAKS = 5
+
+
+class BlockManager:
+    """Hands out `num_blocks` blocks of `block_size` token positions each.
+
+    Raises:
+        ValueError: a size is not positive.
+    """
+
+    def __init__(self, num_blocks: int, block_size: int) -> None:
+        for name, value in (("num_blocks", num_blocks), ("block_size", block_size)):
+            if value < 1:
+                raise ValueError(f"{name} must be a positive integer, got {value!r}")
+        self.num_blocks = num_blocks
+        self.block_size = block_size
+        # A stack: the block that was freed last is the one most likely still in a cache of the processor.
+        self._free = list(reversed(range(num_blocks)))
+
+    @property
+    def num_free(self) -> int:
+        return len(self._free)
+
+    def can_grow(self, sequence: Sequence, num_tokens: int) -> bool:
+        """Would `grow` with the same arguments succeed now?"""
+        return self._num_missing(sequence, num_tokens) <= len(self._free)
+
+    def grow(self, sequence: Sequence, num_tokens: int) -> bool:
+        """Extend the sequence's block table until it holds `num_tokens` positions; a table never shrinks here.
+
+        Returns False, and changes nothing, when too few blocks are free.
+        """
+        if not self.can_grow(sequence, num_tokens):
+            return False
+        for _ in range(self._num_missing(sequence, num_tokens)):
+            sequence.block_table.append(self._take())
+        return True
+
+    def free(self, sequence: Sequence) -> None:
+        """Take back every block of the sequence and empty its table."""
+        while sequence.block_table:
+            self._give_back(sequence.block_table.pop())
+
+    def check_integrity(self, live: Iterable[Sequence]) -> None:
+        """Prove that every block is exactly once in the free list or in the table of one sequence of `live`.
+
+        Raises:
+            RuntimeError: it is not; the message names the blocks and who holds them.
+        """
+        holders: dict[int, list[str]] = {block: [] for block in range(self.num_blocks)}
+        for block in self._free:
+            holders.setdefault(block, []).append("the free list")
+        for sequence in live:
+            for block in sequence.block_table:
+                holders.setdefault(block, []).append(f"request {sequence.request.request_id!r}")
+        faults = []
+        for block, names in holders.items():
+            if not 0 <= block < self.num_blocks:
+                faults.append(f"block {block} of {', '.join(names)} does not exist")
+            elif not names:
+                faults.append(f"block {block} is lost: neither free nor in a live sequence")
+            elif len(names) > 1:
+                faults.append(f"block {block} is held more than once: {', '.join(names)}")
+        if faults:
+            more = f"; and {len(faults) - _MAX_NAMED_LEAKS} more" if len(faults) > _MAX_NAMED_LEAKS else ""
+            raise RuntimeError(f"KV cache of {self.num_blocks} blocks: {'; '.join(faults[:_MAX_NAMED_LEAKS])}{more}")
+
+    def _num_missing(self, sequence: Sequence, num_tokens: int) -> int:
+        return max(0, math.ceil(num_tokens / self.block_size) - len(sequence.block_table))
+
+    def _take(self) -> int:
+        return self._free.pop()
+
+    def _give_back(self, block: int) -> None:
+        self._free.append(block)

@@ -1,0 +1,358 @@
+"""Owns the loop: requests in, steps of the whole tensor-parallel group, text and tokens out.
+
+Rank 0 decides: it schedules, broadcasts the plan, samples. The other ranks follow. Knows no HTTP.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass
+from itertools import count
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from llama2.collectives import connect
+from llama2.config import EngineConfig, ModelArgs
+from llama2.engine.block_manager import BlockManager
+from llama2.engine.lockstep import Lockstep, agree
+from llama2.engine.runner import Runner
+from llama2.engine.sampler import Sampled, Sampler
+from llama2.engine.scheduler import Plan, Scheduler
+from llama2.engine.sequence import FinishReason, Output, Request, Sequence
+from llama2.kv_cache import KVCache, count_blocks
+from llama2.loader import checkpoint_dtype, load_model
+from llama2.parallel import build_mesh, choose_device, init_process_group, local_kv_heads
+from llama2.text_stream import TextStream
+from llama2.tokenizer import Tokenizer, load_tokenizer
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EngineStats:
+    """A look at rank 0's engine. `seconds_since_step` is None before the first step."""
+
+    running: int
+    waiting: int
+    free_blocks: int
+    total_blocks: int
+    steps: int
+    seconds_since_step: float | None
+
+
+class Engine:
+    """Continuous batching on one tensor-parallel group. Make one on every rank with `from_checkpoint`.
+
+    Rank 0 either drives it by hand (`add`, `step`) or starts a thread (`start`, then `add`, `abort` and `poll` from
+    anywhere). The other ranks call `follow`, or `start`.
+    """
+
+    def __init__(
+        self,
+        *,
+        args: ModelArgs,
+        config: EngineConfig,
+        tokenizer: Tokenizer,
+        group: Lockstep,
+        num_blocks: int,
+    ) -> None:
+        self.args = args
+        self.config = config
+        self.tokenizer = tokenizer
+        self.rank = group.rank
+        self._group = group
+        self._blocks = BlockManager(num_blocks, config.block_size)
+        self._scheduler = Scheduler(config, self._blocks)
+        self._sampler = Sampler(config.seed)
+        self._streams: dict[int, TextStream] = {}
+        self._scores: dict[str, list[torch.Tensor]] = {}
+        self._arrivals = count()
+        self._last_step_at: float | None = None
+        self._lock = threading.Condition()
+        self._inbox: deque[Request | str] = deque()  # a request to add, or the id of one to abort
+        self._outbox: list[Output] = []
+        self._known: set[str] = set()
+        self._closing = False
+        self._thread: threading.Thread | None = None
+
+    @classmethod
+    def from_checkpoint(
+        cls,
+        checkpoint_dir: Path | str,
+        *,
+        tokenizer_path: Path | str | None = None,
+        model_args_path: Path | str | None = None,
+        dtype: torch.dtype | None = None,
+        device: torch.device | str | None = None,
+        config: EngineConfig,
+    ) -> Engine:
+        """Load a converted checkpoint over all ranks of the process group, which is set up here if need be.
+
+        `dtype` is bf16 on a GPU and the checkpoint's own on a CPU unless said otherwise. Called on every rank.
+
+        Raises:
+            ValueError: the checkpoint, the tokenizer, the degree or a size is wrong.
+            LockstepError: the ranks were given different settings.
+        """
+        args = ModelArgs.load(model_args_path or checkpoint_dir)
+        tokenizer = load_tokenizer(tokenizer_path or checkpoint_dir)
+        if tokenizer.vocab_size > args.vocab_size:
+            raise ValueError(
+                f"the tokenizer has {tokenizer.vocab_size} ids, but the model only {args.vocab_size}: "
+                "they do not belong together"
+            )
+        stored_dtype = checkpoint_dtype(checkpoint_dir, args)
+        device = choose_device(device)
+        dtype = dtype or (torch.bfloat16 if device.type == "cuda" else stored_dtype)
+        init_process_group(device)
+        mesh = build_mesh(args, device.type)
+        collectives = connect(device)
+        model = load_model(
+            checkpoint_dir, args, mesh, collectives, dtype=dtype, device=device, max_seq_len=config.max_seq_len
+        )
+        n_kv_heads = local_kv_heads(args, mesh)
+        num_blocks = agree(
+            (args, config, dtype, tokenizer.vocab_size),
+            count_blocks(args, config, n_kv_heads=n_kv_heads, dtype=dtype, device=device),
+        )
+        cache = KVCache(
+            args,
+            num_blocks=num_blocks,
+            block_size=config.block_size,
+            n_kv_heads=n_kv_heads,
+            dtype=dtype,
+            device=device,
+        )
+        if collectives.rank == 0:
+            logger.info(
+                "TP=%d on %s, %s, KV cache of %d blocks of %d tokens",
+                collectives.world_size, device.type, dtype, num_blocks, config.block_size,
+            )  # fmt: skip
+        return cls(
+            args=args,
+            config=config,
+            tokenizer=tokenizer,
+            group=Lockstep(Runner(model, cache, device), collectives),
+            num_blocks=num_blocks,
+        )
+
+    # ---- rank 0, from any thread ----
+
+    def add(self, request: Request) -> None:
+        """Queue a request.
+
+        Raises:
+            ValueError: as `check`, or a live request has the same id.
+        """
+        self.check(request)
+        with self._lock:
+            if request.request_id in self._known:
+                raise ValueError(f"request_id must be unique among live requests, got {request.request_id!r} twice")
+            self._known.add(request.request_id)
+            self._inbox.append(request)
+            self._lock.notify_all()
+
+    def check(self, request: Request) -> None:
+        """Refuse a request that can never run; any rank, any thread.
+
+        Raises:
+            ValueError: it is empty or too long, or an id is outside the vocabulary.
+        """
+        length, longest = len(request.prompt_ids), self.config.max_seq_len
+        room = longest if request.score else longest - 1
+        if not 1 <= length <= room:
+            raise ValueError(
+                f"the prompt has {length} tokens, but must have from 1 to {room}: max_seq_len is {longest}"
+                + ("" if request.score else " and the reply needs at least one")
+            )
+        for name, ids in (("prompt_ids", request.prompt_ids), ("stop_token_ids", request.params.stop_token_ids)):
+            wrong = [token_id for token_id in ids if not 0 <= token_id < self.args.vocab_size]
+            if wrong:
+                raise ValueError(f"{name} must be from 0 to {self.args.vocab_size - 1}, got {wrong[0]}")
+
+    def abort(self, request_id: str) -> None:
+        """Drop a request before the next step; its last Output says "abort". An id that is not live is ignored."""
+        with self._lock:
+            self._inbox.append(request_id)
+            self._lock.notify_all()
+
+    def poll(self, timeout: float) -> list[Output]:
+        """What the engine thread has made since the last poll; waits up to `timeout` seconds for the first of it."""
+        with self._lock:
+            self._lock.wait_for(lambda: self._outbox, timeout)
+            outputs, self._outbox = self._outbox, []
+            return outputs
+
+    def stats(self) -> EngineStats:
+        return EngineStats(
+            running=self._scheduler.num_running,
+            waiting=self._scheduler.num_waiting + len(self._inbox),
+            free_blocks=self._blocks.num_free,
+            total_blocks=self._blocks.num_blocks,
+            steps=self._group.steps,
+            seconds_since_step=None if self._last_step_at is None else time.monotonic() - self._last_step_at,
+        )
+
+    # ---- the loop, on every rank ----
+
+    def start(self, on_failure: Callable[[BaseException], None]) -> None:
+        """Run the loop in a thread of its own; `on_failure` is called there with what ended it before `close`."""
+
+        def main() -> None:
+            try:
+                self._serve() if self.rank == 0 else self.follow()
+            except BaseException as error:
+                logger.exception("rank %d: the engine failed at step %d", self.rank, self._group.steps)
+                on_failure(error)
+
+        self._thread = threading.Thread(target=main, name="engine", daemon=True)
+        self._thread.start()
+
+    def close(self) -> None:
+        """Rank 0: end the loop and let the other ranks go. Another rank: wait until rank 0 did so."""
+        with self._lock:
+            self._closing = True
+            self._lock.notify_all()
+        if self._thread is not None:
+            self._thread.join()
+        elif self.rank == 0:
+            self.release()
+
+    def release(self, result: Any = None) -> Any:
+        """Rank 0: end `follow` on the other ranks, where it returns `result`."""
+        return self._group.release(result)
+
+    def follow(self) -> Any:
+        """A rank other than 0: take part in rank 0's steps until it releases the group; returns what it sent along."""
+        return self._group.follow()
+
+    def step(self) -> list[Output]:
+        """Rank 0: take in what arrived, run one forward pass of the group, and return what came of it."""
+        outputs = self._take_in()
+        plan = self._scheduler.schedule()
+        if plan is None:
+            return outputs
+        outputs += self._book(plan, self._group.lead(plan))
+        self._last_step_at = time.monotonic()
+        return outputs
+
+    @property
+    def has_work(self) -> bool:
+        """Rank 0: would `step` do anything?"""
+        return bool(self._inbox) or self._scheduler.has_work
+
+    def check_integrity(self) -> None:
+        """Prove that every block is free or in a live sequence; with no live sequence, that all came home.
+
+        Raises:
+            RuntimeError: a block leaked, or state of a finished request was kept.
+        """
+        self._scheduler.check_integrity()
+        if not self._scheduler.has_work and (self._streams or self._scores):
+            raise RuntimeError(f"state of {len(self._streams) + len(self._scores)} finished requests was kept")
+
+    def score(self, token_ids: list[int]) -> torch.Tensor:
+        """Rank 0, without a thread: fp32 logits (T, V) on the CPU after each of `token_ids`."""
+        assert self._thread is None
+        request = Request(request_id="score", prompt_ids=tuple(token_ids), score=True)
+        self.add(request)
+        while self.has_work:
+            self.step()
+        return torch.cat(self._scores.pop(request.request_id))
+
+    # ---- inside ----
+
+    def _take_in(self) -> list[Output]:
+        with self._lock:
+            arrived = list(self._inbox)
+            self._inbox.clear()
+        outputs = []
+        for item in arrived:
+            if isinstance(item, Request):
+                sequence = Sequence.of(item, next(self._arrivals))
+                self._scheduler.add(sequence)
+                self._streams[sequence.arrival] = TextStream(
+                    self.tokenizer, stop=item.params.stop, continues_prompt=item.continues_prompt
+                )
+            else:
+                aborted = self._scheduler.abort(item)
+                if aborted is not None:
+                    self._forget(aborted)
+                    outputs.append(Output(request_id=item, finish_reason="abort"))
+        return outputs
+
+    def _book(self, plan: Plan, logits_RV: torch.Tensor) -> list[Output]:
+        """Sample where a chunk asked for its last logits, book the step, and end what has ended."""
+        running = self._scheduler.running
+        sequences, rows, row = [], [], 0
+        for chunk in plan.chunks:
+            if chunk.logits == "last":
+                sequences.append(running[chunk.key])
+                rows.append(row)
+                row += 1
+            elif chunk.logits == "all":
+                length = len(chunk.token_ids)
+                request_id = running[chunk.key].request.request_id
+                self._scores.setdefault(request_id, []).append(logits_RV[row : row + length].cpu())
+                row += length
+        sampled = self._sampler.sample(logits_RV[rows], sequences) if rows else []
+        by_key = {sequence.arrival: one for sequence, one in zip(sequences, sampled, strict=True)}
+        scored = [running[chunk.key] for chunk in plan.chunks if chunk.logits == "all"]
+        gained = self._scheduler.update(plan, {key: one.token_id for key, one in by_key.items()})
+        outputs = [self._advance(sequence, by_key[sequence.arrival]) for sequence in gained]
+        for sequence in scored:
+            if not sequence.num_uncomputed:
+                self._finish(sequence, "length")
+                outputs.append(Output(request_id=sequence.request.request_id, finish_reason="length"))
+        return outputs
+
+    def _advance(self, sequence: Sequence, sampled: Sampled) -> Output:
+        """Turn a sequence's newest token into text, and decide whether it was the last."""
+        params, stream = sequence.request.params, self._streams[sequence.arrival]
+        token_id, text = sampled.token_id, ""
+        reason: FinishReason | None = None
+        ends = token_id in params.stop_token_ids or (token_id in self.tokenizer.eos_ids and not params.ignore_eos)
+        if not ends:
+            text = stream.push(token_id)
+        if ends or stream.stopped:
+            reason = "stop"
+        elif sequence.num_generated == params.max_new_tokens or len(sequence.token_ids) == self.config.max_seq_len:
+            reason = "length"
+        if reason is not None:
+            if not stream.stopped:
+                text += stream.finish()
+            self._finish(sequence, reason)
+        return Output(
+            request_id=sequence.request.request_id,
+            text=text,
+            token_ids=(token_id,),
+            logprobs=() if sampled.logprobs is None else (sampled.logprobs,),
+            finish_reason=reason,
+        )
+
+    def _finish(self, sequence: Sequence, reason: FinishReason) -> None:
+        self._scheduler.finish(sequence, reason)
+        self._forget(sequence)
+
+    def _forget(self, sequence: Sequence) -> None:
+        self._streams.pop(sequence.arrival, None)
+        with self._lock:
+            self._known.discard(sequence.request.request_id)
+
+    def _serve(self) -> None:
+        while True:
+            with self._lock:
+                self._lock.wait_for(lambda: self._closing or self.has_work)
+                if self._closing:
+                    break
+            outputs = self.step()
+            with self._lock:
+                self._outbox += outputs
+                self._lock.notify_all()
+        self.release()

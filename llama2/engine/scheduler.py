@@ -1,0 +1,226 @@
+"""Owns the order of work: which tokens of which sequences the next forward pass computes, and who waits.
+
+Knows no torch, no text and no reason to end: the engine runs a plan, samples, and says when a sequence is finished.
+
+The rule that everything rests on: **running sequences are older than waiting ones, and only the youngest running one
+can have an unfinished prefill.** Sequences are admitted in order of arrival, a prefill takes all of the step's tokens
+that are left unless it ends, and only the youngest is ever preempted. So one pass over the running ones in order of
+arrival serves the decodes first, and whom it preempts it has not placed yet.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections import OrderedDict
+from collections.abc import Mapping
+from dataclasses import dataclass
+from types import MappingProxyType
+from typing import Literal
+
+from llama2.config import EngineConfig
+from llama2.engine.block_manager import BlockManager
+from llama2.engine.sequence import FinishReason, Sequence, Status
+
+logger = logging.getLogger(__name__)
+
+Logits = Literal["none", "last", "all"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Chunk:
+    """Consecutive tokens of one sequence, at positions start, start + 1, … of its KV cache.
+
+    `key` is the sequence's arrival. `block_table` reaches exactly to the end of the chunk, in blocks. `logits` says at
+    which of its tokens they are wanted: at none, at the last, or at all.
+    """
+
+    key: int
+    start: int
+    token_ids: tuple[int, ...]
+    block_table: tuple[int, ...]
+    logits: Logits
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Plan:
+    """One forward pass. `step` counts the plans of a scheduler: 1, 2, 3, …"""
+
+    step: int
+    chunks: tuple[Chunk, ...]
+
+
+class Scheduler:
+    """Continuous batching with chunked prefill, first come first served.
+
+    A step is `schedule()`, then `update()` with what was sampled, then `finish()` for each sequence that ended.
+    `add` and `abort` belong between steps. No step costs more than what runs and is admitted in it: those who wait
+    cost nothing.
+    """
+
+    def __init__(self, config: EngineConfig, blocks: BlockManager) -> None:
+        self._config = config
+        self._blocks = blocks
+        # Both by arrival, oldest first.
+        self._running: dict[int, Sequence] = {}
+        self._waiting: OrderedDict[int, Sequence] = OrderedDict()
+        self._by_request_id: dict[str, Sequence] = {}
+        self._last_arrival = -1
+        self._num_steps = 0
+
+    @property
+    def running(self) -> Mapping[int, Sequence]:
+        """The running sequences by key, oldest first."""
+        return MappingProxyType(self._running)
+
+    @property
+    def num_running(self) -> int:
+        return len(self._running)
+
+    @property
+    def num_waiting(self) -> int:
+        return len(self._waiting)
+
+    @property
+    def has_work(self) -> bool:
+        return bool(self._running or self._waiting)
+
+    def add(self, sequence: Sequence) -> None:
+        """Queue a new sequence, which arrived later than all before it and fits into the empty KV cache at its longest.
+
+        Raises:
+            ValueError: a live sequence has the same request id.
+        """
+        request_id = sequence.request.request_id
+        if request_id in self._by_request_id:
+            raise ValueError(f"request_id must be unique among live requests, got {request_id!r} twice")
+        assert sequence.arrival > self._last_arrival, f"arrival {sequence.arrival} after {self._last_arrival}"
+        self._last_arrival = sequence.arrival
+        self._by_request_id[request_id] = sequence
+        self._waiting[sequence.arrival] = sequence
+
+    def abort(self, request_id: str) -> Sequence | None:
+        """Drop a sequence, running or waiting; its blocks are free at once. None if no live sequence has this id."""
+        sequence = self._by_request_id.get(request_id)
+        if sequence is not None:
+            self.finish(sequence, "abort")
+        return sequence
+
+    def finish(self, sequence: Sequence, reason: FinishReason) -> None:
+        """Take a live sequence out and free its blocks."""
+        del self._by_request_id[sequence.request.request_id]
+        queue = self._running if sequence.status is Status.RUNNING else self._waiting
+        del queue[sequence.arrival]
+        self._blocks.free(sequence)
+        sequence.status = Status.FINISHED
+        sequence.finish_reason = reason
+
+    def schedule(self) -> Plan | None:
+        """Plan the next step, or return None when there is no work.
+
+        The oldest sequence is in every plan, so all of them finish. After a preemption nobody is admitted in the same
+        step: the blocks that it freed belong to the older ones.
+
+        Raises:
+            RuntimeError: a sequence was added that does not fit into the whole KV cache.
+        """
+        if not self.has_work:
+            return None
+        chunks: list[Chunk] = []
+        budget = self._config.max_step_tokens
+        running = list(self._running.values())
+        for sequence in running:
+            length = min(sequence.num_uncomputed, budget)
+            if sequence.status is not Status.RUNNING or not self._make_room(sequence, length):
+                break  # preempted, as are all that are younger
+            chunks.append(_chunk(sequence, length))
+            budget -= length
+        if len(chunks) == len(running):
+            chunks += self._admit(budget)
+        if not chunks:
+            oldest = next(iter(self._waiting.values()))
+            raise RuntimeError(
+                f"request {oldest.request.request_id!r} of {len(oldest.token_ids)} tokens does not fit into the empty "
+                f"KV cache of {self._blocks.num_blocks} blocks of {self._blocks.block_size}"
+            )
+        self._num_steps += 1
+        return Plan(step=self._num_steps, chunks=tuple(chunks))
+
+    def update(self, plan: Plan, sampled: Mapping[int, int]) -> list[Sequence]:
+        """Book what a plan computed: `sampled` maps keys to the token ids that follow.
+
+        Returns the sequences that gained a token, in the plan's order. Those that were aborted since are skipped.
+        """
+        gained = []
+        for chunk in plan.chunks:
+            sequence = self._running.get(chunk.key)
+            if sequence is None:
+                continue
+            assert sequence.num_computed == chunk.start, f"step {plan.step} is out of order for key {chunk.key}"
+            sequence.num_computed += len(chunk.token_ids)
+            if chunk.key in sampled:
+                assert sequence.num_uncomputed == 0, f"step {plan.step}: a token for the unfinished prefill {chunk.key}"
+                sequence.token_ids.append(sampled[chunk.key])
+                gained.append(sequence)
+        return gained
+
+    def check_integrity(self) -> None:
+        """Prove that no block leaked; see `BlockManager.check_integrity`."""
+        self._blocks.check_integrity(self._by_request_id.values())
+
+    def _admit(self, budget: int) -> list[Chunk]:
+        """Start waiting sequences while the token budget, the batch size and the free blocks allow.
+
+        A sequence starts only when all of its tokens would fit now, though its blocks are taken chunk by chunk:
+        else a long prompt would be prefilled in vain, preempted and started again while older ones fill the cache.
+        """
+        chunks: list[Chunk] = []
+        while self._waiting and budget > 0 and len(self._running) < self._config.max_batch_size:
+            sequence = next(iter(self._waiting.values()))
+            if not self._blocks.can_grow(sequence, len(sequence.token_ids)):
+                break
+            del self._waiting[sequence.arrival]
+            self._running[sequence.arrival] = sequence
+            sequence.status = Status.RUNNING
+            length = min(sequence.num_uncomputed, budget)
+            self._blocks.grow(sequence, length)
+            chunks.append(_chunk(sequence, length))
+            budget -= length
+        return chunks
+
+    def _make_room(self, sequence: Sequence, length: int) -> bool:
+        """Give a running sequence the blocks for its next `length` tokens, at the cost of the youngest.
+
+        Returns False if it was the youngest itself, and now waits.
+        """
+        while not self._blocks.grow(sequence, sequence.num_computed + length):
+            _, youngest = self._running.popitem()
+            self._preempt(youngest)
+            if youngest is sequence:
+                return False
+        return True
+
+    def _preempt(self, sequence: Sequence) -> None:
+        """Send a sequence to the front of the queue: it is older than everybody there. Its tokens stay with it."""
+        logger.debug("request %r is preempted at %d tokens", sequence.request.request_id, len(sequence.token_ids))
+        self._blocks.free(sequence)
+        sequence.num_computed = 0
+        sequence.status = Status.WAITING
+        self._waiting[sequence.arrival] = sequence
+        self._waiting.move_to_end(sequence.arrival, last=False)
+
+
+def _chunk(sequence: Sequence, length: int) -> Chunk:
+    assert length > 0, f"request {sequence.request.request_id!r} has nothing to compute, but was not finished"
+    end = sequence.num_computed + length
+    logits: Logits = "none"
+    if sequence.request.score:
+        logits = "all"
+    elif end == len(sequence.token_ids):
+        logits = "last"
+    return Chunk(
+        key=sequence.arrival,
+        start=sequence.num_computed,
+        token_ids=tuple(sequence.token_ids[sequence.num_computed : end]),
+        block_table=tuple(sequence.block_table),
+        logits=logits,
+    )

@@ -1,0 +1,150 @@
+"""Owns the offline front: prompts in, completions out, on the engine that the server runs.
+
+    llm = LLM("converted_checkpoints")
+    llm.generate(["The capital of France is"], SamplingParams(temperature=0))
+
+One process, or every rank under torchrun, with the same lines.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from itertools import count
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from tqdm import tqdm
+
+from llama2.chat import encode_dialog
+from llama2.config import EngineConfig
+from llama2.engine.engine import Engine
+from llama2.engine.sequence import Completion, Output, Request, SamplingParams
+
+Dialog = list[Mapping[str, str]]
+
+
+class LLM:
+    """A model and its engine. Under torchrun every rank makes the same calls and gets the same results."""
+
+    def __init__(
+        self,
+        checkpoint_dir: Path | str,
+        *,
+        dtype: torch.dtype | None = None,
+        device: torch.device | str | None = None,
+        tokenizer_path: Path | str | None = None,
+        max_seq_len: int = 2048,
+        max_batch_size: int = 8,
+        max_step_tokens: int = 512,
+        block_size: int = 16,
+        kv_memory_fraction: float | None = None,
+        seed: int | None = None,
+    ) -> None:
+        """See `EngineConfig` for the sizes and `Engine.from_checkpoint` for the rest.
+
+        Raises:
+            ValueError: the checkpoint, the tokenizer, the TP degree or a size is wrong.
+        """
+        self._engine = Engine.from_checkpoint(
+            checkpoint_dir,
+            tokenizer_path=tokenizer_path,
+            dtype=dtype,
+            device=device,
+            config=EngineConfig(
+                max_seq_len=max_seq_len,
+                max_batch_size=max_batch_size,
+                max_step_tokens=max_step_tokens,
+                block_size=block_size,
+                kv_memory_fraction=kv_memory_fraction,
+                seed=seed,
+            ),
+        )
+        self.tokenizer = self._engine.tokenizer
+        self._calls = count()
+
+    def generate(
+        self,
+        prompts: list[str] | list[list[int]],
+        params: SamplingParams | list[SamplingParams] | None = None,
+    ) -> list[Completion]:
+        """Continue each prompt, given as text (BOS is added) or as ids (taken as they are), one reply each, in order.
+
+        Raises:
+            ValueError: a prompt is empty or too long, or there are not as many `params` as prompts.
+        """
+        if isinstance(prompts, str):
+            raise ValueError("prompts must be a list of prompts, got one string")
+        encoded = [self.tokenizer.encode_prompt(prompt) if isinstance(prompt, str) else prompt for prompt in prompts]
+        return self._run(encoded, params, continues_prompt=True)
+
+    def chat(
+        self, dialogs: list[Dialog], params: SamplingParams | list[SamplingParams] | None = None
+    ) -> list[Completion]:
+        """Answer each dialog, a list of {"role", "content"}, in the model's own chat format.
+
+        Raises:
+            ValueError: as `generate`, or roles are out of order, or a message holds a control tag.
+        """
+        return self._run([encode_dialog(self.tokenizer, dialog) for dialog in dialogs], params, continues_prompt=False)
+
+    def score(self, token_ids: list[int]) -> torch.Tensor:
+        """The logits (T, V), fp32 on the CPU, that the model gives after each of T ids."""
+        return cast(torch.Tensor, self._on_rank_0(lambda: self._engine.score(token_ids)))
+
+    def _run(
+        self,
+        prompts: list[list[int]],
+        params: SamplingParams | list[SamplingParams] | None,
+        *,
+        continues_prompt: bool,
+    ) -> list[Completion]:
+        if not isinstance(params, list):
+            params = [params or SamplingParams()] * len(prompts)
+        if len(params) != len(prompts):
+            raise ValueError(f"params must be one or as many as there are prompts ({len(prompts)}), got {len(params)}")
+        call = next(self._calls)
+        requests = [
+            Request(request_id=f"{call}-{index}", prompt_ids=tuple(ids), params=one, continues_prompt=continues_prompt)
+            for index, (ids, one) in enumerate(zip(prompts, params, strict=True))
+        ]
+        for request in requests:
+            self._engine.check(request)
+        return cast("list[Completion]", self._on_rank_0(lambda: self._drive(requests)))
+
+    def _on_rank_0(self, work: Any) -> Any:
+        """Do the work where the engine is driven; the other ranks follow its steps and get its result."""
+        if self._engine.rank != 0:
+            return self._engine.follow()
+        return self._engine.release(work())
+
+    def _drive(self, requests: list[Request]) -> list[Completion]:
+        gained: dict[str, list[Output]] = {request.request_id: [] for request in requests}
+        for request in requests:
+            self._engine.add(request)
+        try:
+            with tqdm(total=len(requests), desc="generate", unit="reply", delay=2) as bar:
+                while self._engine.has_work:
+                    for output in self._engine.step():
+                        if output.request_id in gained:  # else it was left over by an interrupted call
+                            gained[output.request_id].append(output)
+                            bar.update(output.finish_reason is not None)
+        except BaseException:
+            for request in requests:
+                self._engine.abort(request.request_id)
+            raise
+        return [_completion(request, gained[request.request_id]) for request in requests]
+
+
+def _completion(request: Request, outputs: list[Output]) -> Completion:
+    reason = outputs[-1].finish_reason
+    assert reason is not None
+    return Completion(
+        text="".join(output.text for output in outputs),
+        token_ids=[token_id for output in outputs for token_id in output.token_ids],
+        finish_reason=reason,
+        prompt_tokens=len(request.prompt_ids),
+        logprobs=None
+        if request.params.logprobs is None
+        else [logprobs for output in outputs for logprobs in output.logprobs],
+    )

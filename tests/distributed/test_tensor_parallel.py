@@ -1,0 +1,92 @@
+"""Every tensor-parallel degree computes the same logits and chooses the same tokens as one rank alone."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from llama2 import LLM, Completion, SamplingParams
+from llama2.collectives import ProcessGroupCollectives
+from llama2.engine import engine as engine_module
+from tests.support.checkpoints import write_checkpoint
+from tests.support.ranks import run_ranks
+from tests.support.tokenizers import tiny_sentencepiece
+from tests.support.weights import random_weights, tiny_args
+
+PROMPTS = [list(range(3, 3 + length)) for length in (1, 5, 33, 60)]
+PARAMS = SamplingParams(max_new_tokens=24, temperature=1.0, seed=11, logprobs=2)
+
+
+def use(folder: str, over_gloo: bool = False) -> tuple[torch.Tensor, list[Completion]]:
+    """What a script under torchrun does, the same lines on every rank."""
+    if over_gloo:
+        engine_module.connect = lambda device: ProcessGroupCollectives(None)
+    llm = LLM(folder, max_seq_len=128, max_batch_size=4, max_step_tokens=32)
+    return llm.score(PROMPTS[-1]), llm.generate(PROMPTS, PARAMS)
+
+
+def write(folder: Path, **changes: object) -> Path:
+    args = tiny_args(vocab_size=509, **changes)  # a prime: no degree divides it
+    tokenizer_file = tiny_sentencepiece(folder, vocab_size=509)
+    return write_checkpoint(folder / "checkpoint", args, random_weights(args), tokenizer_file)
+
+
+@pytest.mark.parametrize(
+    ("changes", "degrees"),
+    [
+        ({"n_kv_heads": 4}, [2, 4]),
+        (
+            {"dim": 72, "n_heads": 9, "n_kv_heads": 3},
+            [2, 3, 6],
+        ),  # 6/3 and 2/1 heads; then two ranks share 3 query heads
+        ({"n_heads": 8, "n_kv_heads": 8}, [3]),  # 3, 3 and 2 heads
+        ({"n_heads": 8, "n_kv_heads": 2}, [8]),  # each KV head on 4 ranks
+    ],
+)
+def test_every_degree_agrees_with_one_rank(tmp_path: Path, changes: dict[str, object], degrees: list[int]) -> None:
+    folder = write(tmp_path, **changes)
+    logits, replies = use(str(folder))
+    for degree in degrees:
+        for rank, (theirs, completions) in enumerate(run_ranks(degree, use, str(folder))):
+            torch.testing.assert_close(theirs, logits, atol=1e-5, rtol=0, msg=f"TP={degree}, rank {rank}")
+            assert [one.token_ids for one in completions] == [one.token_ids for one in replies]
+            assert [one.text for one in completions] == [one.text for one in replies]
+
+
+def test_gloo_and_shared_memory_agree(tmp_path: Path) -> None:
+    """The process-group transport, which NCCL takes too, gives what the shared memory of one host gives."""
+    folder = write(tmp_path)
+    logits, replies = use(str(folder))
+    for theirs, completions in run_ranks(2, use, str(folder), True):
+        torch.testing.assert_close(theirs, logits, atol=1e-5, rtol=0)
+        assert [one.token_ids for one in completions] == [one.token_ids for one in replies]
+
+
+def miss_a_step(folder: str) -> None:
+    llm = LLM(folder, max_seq_len=64)
+    if dist.get_rank() == 1:
+        llm._engine._group.steps = 7
+    llm.score([5, 6, 7])
+
+
+def test_a_rank_that_missed_a_step_ends_the_group_and_says_where(tmp_path: Path) -> None:
+    with pytest.raises(RuntimeError, match="rank 1 is out of step: it ran step 7 last, and rank 0 sends step 1"):
+        run_ranks(2, miss_a_step, str(write(tmp_path)))
+
+
+def start_differently(folder: str) -> None:
+    LLM(folder, max_seq_len=64 + dist.get_rank())
+
+
+def test_ranks_with_different_settings_do_not_start(tmp_path: Path) -> None:
+    with pytest.raises(RuntimeError, match=r"rank 1 was started with .*max_seq_len=65"):
+        run_ranks(2, start_differently, str(write(tmp_path)))
+
+
+def test_a_degree_that_the_model_cannot_take_is_refused_with_those_it_can(tmp_path: Path) -> None:
+    folder = write(tmp_path, n_kv_heads=4)
+    with pytest.raises(RuntimeError, match=r"ValueError: .*4 KV heads cannot run .*degree 3; it can at 1, 2, 4, 8"):
+        run_ranks(3, use, str(folder))

@@ -1,0 +1,96 @@
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from llama2.engine.block_manager import BlockManager
+from llama2.engine.sequence import Request, Sequence
+
+
+def make_sequence(arrival: int = 0) -> Sequence:
+    return Sequence.of(Request(request_id=f"r{arrival}", prompt_ids=(1, 2, 3)), arrival)
+
+
+@pytest.mark.parametrize(("num_tokens", "num_blocks"), [(0, 0), (1, 1), (4, 1), (5, 2), (8, 2), (9, 3)])
+def test_a_table_has_the_fewest_blocks_that_hold_the_positions(num_tokens: int, num_blocks: int) -> None:
+    blocks, sequence = BlockManager(10, 4), make_sequence()
+    assert blocks.grow(sequence, num_tokens)
+    assert len(sequence.block_table) == num_blocks
+    assert blocks.num_free == 10 - num_blocks
+
+
+def test_growing_keeps_the_blocks_that_are_written_and_never_shrinks() -> None:
+    blocks, sequence = BlockManager(10, 4), make_sequence()
+    blocks.grow(sequence, 6)
+    before = list(sequence.block_table)
+    assert blocks.grow(sequence, 17)
+    assert sequence.block_table[:2] == before
+    assert blocks.grow(sequence, 1)
+    assert len(sequence.block_table) == 5
+
+
+def test_a_growth_that_does_not_fit_changes_nothing() -> None:
+    blocks, first, second = BlockManager(4, 4), make_sequence(0), make_sequence(1)
+    assert blocks.grow(first, 8)
+    assert blocks.grow(second, 4)
+    table = list(second.block_table)
+    assert not blocks.can_grow(second, 13)
+    assert not blocks.grow(second, 13)
+    assert second.block_table == table
+    assert blocks.num_free == 1
+    assert blocks.can_grow(second, 8)
+    assert blocks.grow(second, 8)
+
+
+@settings(deadline=None, derandomize=True)
+@given(
+    st.lists(st.tuples(st.integers(0, 3), st.one_of(st.none(), st.integers(0, 40))), max_size=60), st.integers(1, 12)
+)
+def test_no_block_is_lost_or_held_twice_whatever_grows_and_is_freed(
+    operations: list[tuple[int, int | None]], num_blocks: int
+) -> None:
+    blocks, sequences = BlockManager(num_blocks, 4), [make_sequence(index) for index in range(4)]
+    for index, num_tokens in operations:
+        if num_tokens is None:
+            blocks.free(sequences[index])
+            assert sequences[index].block_table == []
+        else:
+            blocks.grow(sequences[index], num_tokens)
+        blocks.check_integrity(sequences)
+        assert blocks.num_free == num_blocks - sum(len(sequence.block_table) for sequence in sequences)
+    for sequence in sequences:
+        blocks.free(sequence)
+    assert blocks.num_free == num_blocks
+
+
+def test_integrity_names_a_lost_block() -> None:
+    blocks, sequence = BlockManager(3, 4), make_sequence()
+    blocks.grow(sequence, 4)
+    with pytest.raises(RuntimeError, match=rf"block {sequence.block_table[0]} is lost"):
+        blocks.check_integrity([])
+
+
+def test_integrity_names_both_holders_of_a_block() -> None:
+    blocks, first, second = BlockManager(3, 4), make_sequence(0), make_sequence(1)
+    blocks.grow(first, 4)
+    second.block_table.append(first.block_table[0])
+    with pytest.raises(RuntimeError, match="more than once: request 'r0', request 'r1'"):
+        blocks.check_integrity([first, second])
+
+
+def test_integrity_notices_a_block_that_is_freed_while_in_use_and_one_that_does_not_exist() -> None:
+    blocks, sequence = BlockManager(3, 4), make_sequence()
+    blocks.grow(sequence, 4)
+    table = list(sequence.block_table)
+    blocks.free(sequence)
+    sequence.block_table.extend(table)
+    with pytest.raises(RuntimeError, match="the free list, request 'r0'"):
+        blocks.check_integrity([sequence])
+    sequence.block_table[:] = [7]
+    with pytest.raises(RuntimeError, match="block 7 of request 'r0' does not exist"):
+        blocks.check_integrity([sequence])
+
+
+@pytest.mark.parametrize(("sizes", "name"), [((0, 4), "num_blocks"), ((4, 0), "block_size")])
+def test_sizes_are_positive(sizes: tuple[int, int], name: str) -> None:
+    with pytest.raises(ValueError, match=name):
+        BlockManager(*sizes)

@@ -1,0 +1,84 @@
+"""Vocabularies of every kind: small ones trained from the sentences written here, and SmolLM2's own."""
+
+from __future__ import annotations
+
+import io
+from functools import cache
+from pathlib import Path
+
+import sentencepiece
+from transformers import LlamaTokenizer
+from transformers.tokenization_utils_base import generate_merges
+
+from llama2.checkpoint.gguf import GgufModel
+from scripts.smollm2 import gguf_file
+
+SENTENCES = (
+    "The quick brown fox jumps over the lazy dog, and the dog does not mind at all.",
+    "What is the recipe of mayonnaise? Take an egg yolk, some mustard, a little vinegar and a lot of oil.",
+    "The capital of France is Paris, and the capital of Italy is Rome.",
+    "It was the best of times, it was the worst of times, it was the age of wisdom.",
+    "In 1969 there were 2 men on the moon; in 1972 there were 12 who had been there.",
+    "def main(argv):    for name in argv:        print(name)",
+    "Once upon a time there was a king who had three daughters, and the youngest was the wisest.",
+    "Shall I compare thee to a summer's day? Thou art more lovely and more temperate.",
+    "Grüße aus München, schöne Straße, viele Bücher und ein kühles Getränk.",
+    "今日は天気がいいですね。明日も天気がいいといいです。",
+    "[INST] <<SYS>> You are a helpful assistant. <</SYS>> Hello! [/INST] Hello, how can I help?",
+    "[INST] Who are you? [/INST] I am a helpful assistant. [INST] Thank you. [/INST] You are welcome.",
+)
+
+
+def tiny_sentencepiece(folder: Path, vocab_size: int = 512) -> Path:
+    """Train `folder/tokenizer.model` with Llama 2's settings.
+
+    BPE, byte pieces, identity normalization, ids 0 1 2 for <unk> <s> </s>, no padding. These sentences carry a
+    `vocab_size` from 400 to 700.
+    """
+    model = io.BytesIO()
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(SENTENCES * 4),
+        model_writer=model,
+        model_type="bpe",
+        vocab_size=vocab_size,
+        byte_fallback=True,
+        split_digits=True,
+        add_dummy_prefix=True,
+        remove_extra_whitespaces=False,
+        allow_whitespace_only_pieces=True,
+        normalization_rule_name="identity",
+        unk_id=0,
+        bos_id=1,
+        eos_id=2,
+        pad_id=-1,
+        num_threads=1,
+        minloglevel=2,
+    )
+    path = Path(folder) / "tokenizer.model"
+    path.write_bytes(model.getvalue())
+    return path
+
+
+def llama_tokenizer_json(folder: Path, sentencepiece_file: Path, *, legacy: bool) -> Path:
+    """Convert a `tokenizer.model` as transformers does: `folder/tokenizer.json` and its config.
+
+    `legacy` is the conversion that puts a word start before every stretch of text, not only before the first.
+    """
+    model = sentencepiece.SentencePieceProcessor(model_file=str(sentencepiece_file))
+    pieces = [model.id_to_piece(index) for index in range(model.vocab_size())]
+    scores = {piece: model.get_score(index) for index, piece in enumerate(pieces)}
+    vocabulary = {piece: index for index, piece in enumerate(pieces)}
+    tokenizer = LlamaTokenizer(vocab=vocabulary, merges=generate_merges(vocabulary, scores), legacy=legacy)
+    tokenizer.save_pretrained(folder)
+    return Path(folder) / "tokenizer.json"
+
+
+def smollm2_tokenizer(folder: Path) -> Path:
+    """Write SmolLM2's byte-level `folder/tokenizer.json` and its config, with a ChatML template."""
+    _smollm2().write_tokenizer(folder)
+    return Path(folder) / "tokenizer.json"
+
+
+@cache
+def _smollm2() -> GgufModel:
+    return GgufModel(gguf_file())
