@@ -72,13 +72,18 @@ class ModelArgs:
             raise ValueError(f"params.json: unknown key {unknown[0]!r}; known keys are {', '.join(sorted(known))}")
         if params.get("use_scaled_rope"):
             raise ValueError("params.json: use_scaled_rope (Llama 3.1's frequency scaling) is not supported")
-        missing = sorted({"dim", "n_layers", "n_heads"} - set(params))
+        values = {key: params[key] for key in known if params.get(key) is not None}
+        missing = sorted({"dim", "n_layers", "n_heads"} - set(values))
         if missing:
             raise ValueError(f"params.json: {missing[0]!r} is missing")
-        values = {key: params[key] for key in known if params.get(key) is not None}
-        for name in ("dim", "n_heads", "multiple_of"):
-            if name in values and (not isinstance(values[name], int) or values[name] < 1):
-                raise ValueError(f"params.json: {name} must be a positive integer, got {values[name]!r}")
+        # What is computed with below; the rest is checked with the finished object.
+        for name in ("dim", "n_heads", "multiple_of", "vocab_size"):
+            value = values.get(name, 1)
+            if not isinstance(value, int) or (value < 1 and (name, value) != ("vocab_size", -1)):
+                raise ValueError(f"params.json: {name} must be a positive integer, got {value!r}")
+        multiplier = values.get("ffn_dim_multiplier", 1.0)
+        if not isinstance(multiplier, (int, float)) or not 0 < multiplier < math.inf:
+            raise ValueError(f"params.json: ffn_dim_multiplier must be a positive number, got {multiplier!r}")
         if values.get("vocab_size", -1) == -1:
             if vocab_size is None:
                 raise ValueError("params.json: vocab_size is -1 or missing, and no tokenizer was given to take it from")

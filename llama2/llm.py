@@ -128,7 +128,8 @@ class LLM:
                     for output in self._engine.step():
                         if output.request_id in gained:  # else it was left over by an interrupted call
                             gained[output.request_id].append(output)
-                            bar.update(output.finish_reason is not None)
+                            if output.finish_reason:
+                                bar.update()
         except BaseException:
             for request in requests:
                 self._engine.abort(request.request_id)

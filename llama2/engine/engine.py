@@ -299,7 +299,9 @@ class Engine:
             elif chunk.logits == "all":
                 length = len(chunk.token_ids)
                 request_id = running[chunk.key].request.request_id
-                self._scores.setdefault(request_id, []).append(logits_RV[row : row + length].cpu())
+                if chunk.start == 0:
+                    self._scores[request_id] = []  # anew after a preemption, too
+                self._scores[request_id].append(logits_RV[row : row + length].cpu())
                 row += length
         sampled = self._sampler.sample(logits_RV[rows], sequences) if rows else []
         by_key = {sequence.arrival: one for sequence, one in zip(sequences, sampled, strict=True)}

@@ -15,17 +15,22 @@ from __future__ import annotations
 
 import hashlib
 import random
+from collections import Counter
 from collections.abc import Sequence as Items
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 from llama2.engine.sequence import MAX_LOGPROBS, SamplingParams, Sequence, TokenLogprobs
 
 # How many of the likeliest tokens are looked at before a row is sorted whole: a nucleus is nearly always small, and
 # sorting a large vocabulary costs more than all the rest together.
 _CANDIDATES = (64, 1024)
+
+# The width of the blocks in which weights are summed for the draw.
+_BLOCK = 256
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -63,7 +68,7 @@ class Sampler:
         drawn = [row for row, sequence in enumerate(sequences) if sequence.request.params.temperature > 0]
         if drawn:
             token_R[drawn] = self._draw(
-                logits_RV[drawn], peak_R[drawn], token_R[drawn], [sequences[row] for row in drawn]
+                _select(logits_RV, drawn), peak_R[drawn], token_R[drawn], [sequences[row] for row in drawn]
             )
         token_ids = token_R.tolist()
         logprobs = _logprobs(logits, token_ids, sequences)
@@ -76,16 +81,13 @@ class Sampler:
         temperature_N = torch.tensor([one.temperature for one in params], dtype=torch.float32, device=device)
         # The peak becomes 0 before the division, so no temperature overflows; the clamp keeps 0 / 0 away.
         temperature_N.clamp_(min=torch.finfo(torch.float32).tiny)
-        weights_NV = torch.exp((logits_NV - peak_N[:, None]) / temperature_N[:, None])
+        weights_NV = (logits_NV - peak_N[:, None]).div_(temperature_N[:, None]).exp_()
         weights_NV = _filter(weights_NV, params)
-        cumulative_NV = weights_NV.cumsum(dim=-1, dtype=torch.float64)
         uniform = [self._uniform(sequence) for sequence in sequences]
-        uniform_N = torch.tensor(uniform, dtype=torch.float64, device=device)
-        target_N = uniform_N * cumulative_NV[:, -1]
-        token_N1 = torch.searchsorted(cumulative_NV, target_N[:, None], right=True).clamp_(max=weights_NV.shape[-1] - 1)
-        # Only rounding at the very end of the range, or in a parallel sum, can land beside the weights.
-        possible_N = weights_NV.gather(-1, token_N1)[:, 0] > 0
-        return torch.where(possible_N, token_N1[:, 0], likeliest_N)
+        token_N = _invert(weights_NV, torch.tensor(uniform, dtype=torch.float64, device=device))
+        # Where the two sums of `_invert` round apart, a number in the gap may fall on a token that is ruled out.
+        is_possible_N = weights_NV.gather(-1, token_N[:, None])[:, 0] > 0
+        return torch.where(is_possible_N, token_N, likeliest_N)
 
     def _uniform(self, sequence: Sequence) -> float:
         """The number in (0, 1) that decides the sequence's next token: the same on every device and version."""
@@ -106,6 +108,11 @@ def _check_finite(logits_RV: Tensor, sequences: Items[Sequence]) -> None:
             )
 
 
+def _select(values_RV: Tensor, rows: list[int]) -> Tensor:
+    """The rows in question, without a copy if that is all of them, as it mostly is."""
+    return values_RV if len(rows) == len(values_RV) else values_RV[rows]
+
+
 def _penalize(logits_RV: Tensor, sequences: Items[Sequence]) -> Tensor:
     """Apply the penalties of those rows that have any; other rows pass through.
 
@@ -113,53 +120,50 @@ def _penalize(logits_RV: Tensor, sequences: Items[Sequence]) -> Tensor:
     where positive, multiplied where negative. Frequency and presence (OpenAI's API reference): subtracted per
     occurrence, and once, from tokens of the reply alone.
     """
-    rows = [row for row, sequence in enumerate(sequences) if _has_penalty(sequence.request.params)]
+    rows: list[int] = []
+    token_ids: list[int] = []
+    counts: list[int] = []
+    for row, sequence in enumerate(sequences):
+        params = sequence.request.params
+        if (params.repetition_penalty, params.presence_penalty, params.frequency_penalty) == (1, 0, 0):
+            continue
+        occurrences = Counter(sequence.token_ids[sequence.num_prompt :])
+        seen = [*occurrences.keys() | sequence.request.prompt_ids]
+        rows += [row] * len(seen)
+        token_ids += seen
+        counts += [occurrences[token_id] for token_id in seen]
     if not rows:
         return logits_RV
-    sequences = [sequences[row] for row in rows]
-    params = [sequence.request.params for sequence in sequences]
-    vocab_size, device = logits_RV.shape[-1], logits_RV.device
 
-    def column(values: list[float]) -> Tensor:
-        return torch.tensor(values, dtype=torch.float32, device=device)[:, None]
+    def tensor(values: list[int] | list[float], dtype: torch.dtype = torch.float32) -> Tensor:
+        return torch.tensor(values, dtype=dtype, device=logits_RV.device)
 
+    # T: each token that a row has seen, once.
+    row_T, token_T, count_T = tensor(rows, torch.int64), tensor(token_ids, torch.int64), tensor(counts)
+    every = [sequence.request.params for sequence in sequences]
     limits = torch.finfo(torch.float32)
-    repetition_N1 = column([one.repetition_penalty for one in params]).clamp_(min=limits.tiny)
-    seen_NV = _count([sequence.token_ids for sequence in sequences], vocab_size, device) > 0
-    count_NV = _count([sequence.token_ids[sequence.num_prompt :] for sequence in sequences], vocab_size, device)
-    logits_NV = logits_RV[rows]
-    repeated_NV = torch.where(logits_NV < 0, logits_NV * repetition_N1, logits_NV / repetition_N1)
-    penalized_NV = torch.where(seen_NV, repeated_NV, logits_NV)
-    penalized_NV -= column([one.frequency_penalty for one in params]) * count_NV
-    penalized_NV -= column([one.presence_penalty for one in params]) * (count_NV > 0)
+    repetition_T = tensor([params.repetition_penalty for params in every]).clamp_(min=limits.tiny)[row_T]
+    presence_T = tensor([params.presence_penalty for params in every])[row_T]
+    frequency_T = tensor([params.frequency_penalty for params in every])[row_T]
+    logit_T = logits_RV[row_T, token_T]
+    logit_T = torch.where(logit_T < 0, logit_T * repetition_T, logit_T / repetition_T)
+    logit_T -= frequency_T * count_T + presence_T * (count_T > 0)
     # A tiny repetition penalty may overflow: that is the request's wish for these tokens, no fault of the model.
-    return logits_RV.index_copy(0, torch.tensor(rows, device=device), penalized_NV.clamp_(max=limits.max))
-
-
-def _has_penalty(params: SamplingParams) -> bool:
-    return params.repetition_penalty != 1 or params.presence_penalty != 0 or params.frequency_penalty != 0
-
-
-def _count(token_ids: list[list[int]], vocab_size: int, device: torch.device) -> Tensor:
-    """How often each token occurs in each list: (lists, vocab_size), float."""
-    flat = [row * vocab_size + token_id for row, ids in enumerate(token_ids) for token_id in ids]
-    counts = torch.zeros(len(token_ids) * vocab_size, dtype=torch.float32, device=device)
-    index = torch.tensor(flat, dtype=torch.int64, device=device)
-    return counts.scatter_add_(0, index, torch.ones_like(index, dtype=torch.float32)).view(len(token_ids), vocab_size)
+    return logits_RV.index_put((row_T, token_T), logit_T.clamp_(max=limits.max))
 
 
 def _filter(weights_NV: Tensor, params: list[SamplingParams]) -> Tensor:
-    """Set to 0 what top_k, then top_p of the rest, then min_p leave out. The likeliest token, of weight 1, stays."""
+    """Set to 0, in place, what top_k, then top_p of the rest, then min_p leave out; the likeliest (weight 1) stay."""
     vocab_size, device = weights_NV.shape[-1], weights_NV.device
     if all(one.top_k == 0 and one.top_p == 1 and one.min_p == 0 for one in params):
         return weights_NV
     floor_N = torch.tensor([one.min_p for one in params], dtype=torch.float32, device=device)
     rows = [row for row, one in enumerate(params) if 0 < one.top_k < vocab_size or one.top_p < 1]
     if rows:
-        top_k_N = torch.tensor([params[row].top_k or vocab_size for row in rows], device=device).clamp_(max=vocab_size)
+        top_k_N = torch.tensor([min(params[row].top_k or vocab_size, vocab_size) for row in rows], device=device)
         top_p_N = torch.tensor([params[row].top_p for row in rows], dtype=torch.float64, device=device)
-        floor_N[rows] = torch.maximum(floor_N[rows], _nucleus_floor(weights_NV[rows], top_k_N, top_p_N))
-    return torch.where(weights_NV < floor_N[:, None], 0, weights_NV)
+        floor_N[rows] = torch.maximum(floor_N[rows], _nucleus_floor(_select(weights_NV, rows), top_k_N, top_p_N))
+    return weights_NV.masked_fill_(weights_NV < floor_N[:, None], 0)
 
 
 def _nucleus_floor(weights_NV: Tensor, top_k_N: Tensor, top_p_N: Tensor) -> Tensor:
@@ -171,22 +175,41 @@ def _nucleus_floor(weights_NV: Tensor, top_k_N: Tensor, top_p_N: Tensor) -> Tens
     floor_N = weights_NV.new_empty(weights_NV.shape[0])
     open_N = torch.arange(weights_NV.shape[0], device=weights_NV.device)
     for size in [*(size for size in _CANDIDATES if size < vocab_size), vocab_size]:
-        weights_MV, top_k_M, top_p_M = weights_NV[open_N], top_k_N[open_N], top_p_N[open_N]
-        candidates_MK = weights_MV.topk(size, dim=-1).values
-        k_floor_M = candidates_MK.gather(-1, top_k_M.clamp(max=size)[:, None] - 1)[:, 0]
-        k_floor_M = torch.where(top_k_M < vocab_size, k_floor_M, 0)
-        kept_MV = torch.where(weights_MV < k_floor_M[:, None], 0, weights_MV)
-        mass_M = top_p_M * kept_MV.sum(dim=-1, dtype=torch.float64)
-        cumulative_MK = candidates_MK.cumsum(dim=-1, dtype=torch.float64)
+        candidates_NK = weights_NV.topk(size, dim=-1).values
+        has_top_k_N = top_k_N < vocab_size
+        k_floor_N = candidates_NK.gather(-1, top_k_N.clamp(max=size)[:, None] - 1)[:, 0] * has_top_k_N
+        kept_NV = torch.where(weights_NV < k_floor_N[:, None], 0, weights_NV) if has_top_k_N.any() else weights_NV
+        mass_N = top_p_N * kept_NV.sum(dim=-1)
+        cumulative_NK = candidates_NK.cumsum(dim=-1, dtype=torch.float64)
         # A candidate stays as long as those before it do not yet reach the mass.
-        num_kept_M = (cumulative_MK - candidates_MK < mass_M[:, None]).sum(dim=-1)
-        p_floor_M = candidates_MK.gather(-1, num_kept_M[:, None] - 1)[:, 0]
-        floor_N[open_N] = torch.maximum(k_floor_M, p_floor_M)
-        top_k_is_known_M = (top_k_M <= size) | (top_k_M == vocab_size)
-        open_N = open_N[~(top_k_is_known_M & (cumulative_MK[:, -1] >= mass_M))]
-        if not len(open_N):
+        num_kept_N = (cumulative_NK - candidates_NK < mass_N[:, None]).sum(dim=-1)
+        p_floor_N = candidates_NK.gather(-1, num_kept_N[:, None] - 1)[:, 0]
+        floor_N[open_N] = torch.maximum(k_floor_N, p_floor_N)
+        is_open_N = (has_top_k_N & (top_k_N > size)) | (cumulative_NK[:, -1] < mass_N)
+        if not is_open_N.any():
             break
+        open_N, weights_NV = open_N[is_open_N], weights_NV[is_open_N]
+        top_k_N, top_p_N = top_k_N[is_open_N], top_p_N[is_open_N]
     return floor_N
+
+
+def _invert(weights_NV: Tensor, uniform_N: Tensor) -> Tensor:
+    """The token at which the cumulated weights, in the order of the vocabulary, first reach `uniform` of their sum.
+
+    In two levels, over sums of blocks and then inside one block: double precision, without a vocabulary's worth of it.
+    """
+    vocab_size = weights_NV.shape[-1]
+    padding = -vocab_size % _BLOCK
+    padded_NV = functional.pad(weights_NV, (0, padding)) if padding else weights_NV
+    blocks_NBW = padded_NV.unflatten(-1, (-1, _BLOCK))
+    sums_NB = blocks_NBW.sum(dim=-1).double()
+    cumulative_NB = sums_NB.cumsum(dim=-1)
+    target_N1 = uniform_N[:, None] * cumulative_NB[:, -1:]
+    block_N1 = torch.searchsorted(cumulative_NB, target_N1)
+    before_N1 = (cumulative_NB - sums_NB).gather(-1, block_N1)
+    block_NW = blocks_NBW.take_along_dim(block_N1[:, :, None], dim=1)[:, 0].double()
+    offset_N1 = torch.searchsorted(block_NW.cumsum(dim=-1), target_N1 - before_N1)
+    return (block_N1 * _BLOCK + offset_N1)[:, 0].clamp_(max=vocab_size - 1)
 
 
 def _logprobs(logits_RV: Tensor, token_ids: list[int], sequences: Items[Sequence]) -> dict[int, TokenLogprobs]:

@@ -1,0 +1,89 @@
+import dataclasses
+import math
+from typing import Any
+
+import pytest
+
+from llama2.engine.sequence import MAX_LOGPROBS, Request, SamplingParams, Sequence, Status
+
+LEGAL: list[dict[str, Any]] = [
+    {},
+    {"max_new_tokens": None},
+    {"max_new_tokens": 1},
+    {"temperature": 0},
+    {"temperature": 100.0},
+    {"top_p": 1},
+    {"top_p": 1e-9},
+    {"top_k": 0},
+    {"top_k": 10**9},
+    {"min_p": 0.0},
+    {"min_p": 1.0},
+    {"repetition_penalty": 0.01},
+    {"presence_penalty": -2.0},
+    {"frequency_penalty": 2},
+    {"seed": None},
+    {"seed": -(2**63)},
+    {"seed": 2**63 - 1},
+    {"stop": ("a", "\n")},
+    {"stop_token_ids": (0, 5)},
+    {"ignore_eos": True},
+    {"logprobs": None},
+    {"logprobs": 0},
+    {"logprobs": MAX_LOGPROBS},
+]
+
+ILLEGAL: list[tuple[str, list[Any], str]] = [
+    ("max_new_tokens", [0, -1, 1.0, "5", True], "an integer of at least 1"),
+    ("temperature", [-0.1, 100.5, math.nan, math.inf, "1", None, True], "a number in [0, 100]"),
+    ("top_p", [0, 0.0, -0.5, 1.01, math.nan, "x", None, True], "a number in (0, 1]"),
+    ("top_k", [-1, 1.5, None, "3", False], "an integer of at least 0"),
+    ("min_p", [-0.1, 1.1, math.nan, None], "a number in [0, 1]"),
+    ("repetition_penalty", [0, -1.0, 101, math.inf, None], "a number in (0, 100]"),
+    ("presence_penalty", [-2.1, 2.1, math.nan, None], "a number in [-2, 2]"),
+    ("frequency_penalty", [-2.1, 2.1, "0", None], "a number in [-2, 2]"),
+    ("seed", [2**63, -(2**63) - 1, 1.5, "1", True], f"an integer from {-(2**63)} to {2**63 - 1}"),
+    ("stop", ["ab", ["a"], ("a", ""), (1,), None], "a tuple of non-empty strings"),
+    ("stop_token_ids", [[1], None, 5], "a tuple of token ids"),
+    ("stop_token_ids", [(-1,), ("1",), (1.0,)], "an integer of at least 0"),
+    ("ignore_eos", [1, "true", None], "true or false"),
+    ("logprobs", [-1, MAX_LOGPROBS + 1, True, 1.0], f"an integer from 0 to {MAX_LOGPROBS}"),
+]
+
+
+@pytest.mark.parametrize("fields", LEGAL, ids=str)
+def test_what_is_in_range_is_kept_as_it_is(fields: dict[str, Any]) -> None:
+    params = SamplingParams(**fields)
+    assert all(getattr(params, name) == value for name, value in fields.items())
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "allowed"),
+    [(name, value, allowed) for name, values, allowed in ILLEGAL for value in values],
+)
+def test_what_is_out_of_range_is_refused_by_field_value_and_what_is_allowed(
+    name: str, value: Any, allowed: str
+) -> None:
+    with pytest.raises(ValueError) as caught:
+        SamplingParams(**{name: value})
+    message = str(caught.value)
+    assert message.startswith(f"{name} must be {allowed}")
+    culprit = value[0] if isinstance(value, tuple) and name == "stop_token_ids" else value
+    assert message.endswith(f"got {culprit!r}")
+
+
+def test_params_and_requests_are_immutable_and_compare_by_value() -> None:
+    params = SamplingParams(stop=("a",))
+    assert params == SamplingParams(stop=("a",))
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        params.temperature = 2.0  # type: ignore[misc]
+
+
+def test_a_sequence_counts_what_is_prompt_generated_and_not_yet_computed() -> None:
+    request = Request(request_id="r", prompt_ids=(4, 5, 6))
+    sequence = Sequence.of(request, 0)
+    assert (sequence.num_prompt, sequence.num_generated, sequence.num_uncomputed) == (3, 0, 3)
+    assert sequence.status is Status.WAITING
+    sequence.num_computed = 3
+    sequence.token_ids.append(7)
+    assert (sequence.num_prompt, sequence.num_generated, sequence.num_uncomputed) == (3, 1, 1)
+    assert request.prompt_ids == (4, 5, 6)
