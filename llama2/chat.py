@@ -97,8 +97,7 @@ def _masks(tags: list[str], messages: list[dict[str, str]], template: str) -> di
 
 
 def _replace(text: str, replacements: Mapping[str, str]) -> str:
-    longest_first = sorted(replacements, key=len, reverse=True)
-    pattern = "|".join(map(re.escape, longest_first)) or "(?!)"
+    pattern = "|".join(map(re.escape, replacements)) or "(?!)"
     return re.sub(pattern, lambda match: replacements[match[0]], text)
 
 
@@ -164,16 +163,17 @@ def _encode_run(tokenizer: Tokenizer, run: str, tag_of: Mapping[str, str], *, af
 
 def _unmask(tokenizer: Tokenizer, run: str, tag_of: Mapping[str, str]) -> tuple[str, set[int]]:
     """`run` with the tags of its messages in place, and the offset of every byte (of UTF-8) of those tags."""
-    text = ""
+    parts = re.split(f"([{''.join(tag_of)}])", run) if tag_of else [run]
+    for mask in tag_of.keys() & set(parts):
+        _check_spelling_differs(tokenizer, tag_of[mask])
     offsets: set[int] = set()
-    for part in re.split(f"([{''.join(tag_of)}])", run) if tag_of else [run]:
-        tag = tag_of.get(part)
-        if tag is not None:
-            _check_spelling_differs(tokenizer, tag)
-            start = len(text.encode())
-            offsets |= set(range(start, start + len(tag.encode())))
-        text += part if tag is None else tag
-    return text, offsets
+    end = 0
+    for index, part in enumerate(parts):
+        parts[index] = tag_of.get(part, part)
+        start, end = end, end + len(parts[index].encode(errors="surrogatepass"))
+        if part in tag_of:
+            offsets |= set(range(start, end))
+    return "".join(parts), offsets
 
 
 def _check_spelling_differs(tokenizer: Tokenizer, tag: str) -> None:

@@ -137,12 +137,14 @@ class Tokenizer(ABC):
         return ids
 
     def split_special(self, text: str) -> list[str | int]:
-        """`text` cut at every special token it spells, with their ids in place. For text that a model's own template
-        wrote: what a user wrote must not be asked this way."""
+        """`text` cut at the special tokens that it spells, their ids in place.
+
+        This is for text that a model's own template wrote. In what a user wrote they are text.
+        """
         runs: list[str | int] = []
         start = 0
         for match in self._special_pattern.finditer(text):
-            runs += [text[start : match.start()], self.special_tokens[match[0].strip()]]
+            runs += [text[start : match.start()], self.special_tokens[match[match.lastindex or 0]]]
             start = match.end()
         return [run for run in [*runs, text[start:]] if run != ""]
 
@@ -152,7 +154,8 @@ class Tokenizer(ABC):
         return re.compile("|".join(map(self._special_regex, longest_first)) or "(?!)")
 
     def _special_regex(self, piece: str) -> str:
-        return re.escape(piece)
+        """What is taken for the special token, its spelling in one group."""
+        return f"({re.escape(piece)})"
 
     @cached_property
     def _single_ids(self) -> dict[bytes, int]:
@@ -180,7 +183,8 @@ class SentencePieceTokenizer(Tokenizer):
         try:
             self._model.LoadFromSerializedProto(path.read_bytes())
             ids = range(self._model.vocab_size())
-            pieces = [self._bytes_of(i) for i in ids]
+            spellings = [self._model.id_to_piece(i) for i in ids]
+            pieces = [self._bytes_of(i, spelling) for i, spelling in enumerate(spellings)]
         except (OSError, RuntimeError, ValueError):
             raise ValueError(f"{path} is not a SentencePiece model: expected Llama 2's {SENTENCEPIECE_FILE}") from None
         model = self._model
@@ -188,24 +192,25 @@ class SentencePieceTokenizer(Tokenizer):
         super().__init__(
             path=path,
             pieces=pieces,
-            special_tokens={model.id_to_piece(i): i for i in ids if model.is_control(i) or model.is_unknown(i)},
-            names={name: model.id_to_piece(index) for name, index in names.items() if index >= 0},
+            special_tokens={spellings[i]: i for i in ids if model.is_control(i) or model.is_unknown(i)},
+            names={name: spellings[index] for name, index in names.items() if index >= 0},
             adds_bos=True,
-            word_starts=self._word_start_ids(),
+            word_starts=self._word_starts_of(spellings, pieces),
         )
 
-    def _word_start_ids(self) -> frozenset[int]:
-        starts = [i for i in range(self._model.vocab_size()) if self._model.id_to_piece(i).startswith(WORD_START)]
-        drops = starts and self._model.decode(starts[:1]) != self._bytes_of(starts[0]).decode()
-        return frozenset(starts if drops else ())
-
-    def _bytes_of(self, index: int) -> bytes:
+    def _bytes_of(self, index: int, spelling: str) -> bytes:
         if self._model.is_control(index):
             return b""
         if self._model.is_unknown(index):
             return self._model.decode([index]).encode()
-        piece = self._model.id_to_piece(index)
-        return bytes.fromhex(piece[3:5]) if self._model.is_byte(index) else piece.replace(WORD_START, " ").encode()
+        if self._model.is_byte(index):
+            return bytes.fromhex(spelling.removeprefix("<0x").removesuffix(">"))
+        return spelling.replace(WORD_START, " ").encode()
+
+    def _word_starts_of(self, spellings: list[str], pieces: list[bytes]) -> frozenset[int]:
+        starts = [index for index, spelling in enumerate(spellings) if spelling.startswith(WORD_START)]
+        drops = starts and self._model.decode(starts[:1]) != pieces[starts[0]].decode()
+        return frozenset(starts if drops else ())
 
     def _encode(self, text: str, after_special: bool) -> list[int]:
         return self._model.encode(text)
@@ -234,12 +239,13 @@ class BpeTokenizer(Tokenizer):
         for piece, index in vocabulary.items():
             if piece not in special:
                 pieces[index] = piece.encode() if piece in self._added else definition.piece_bytes(piece)
-        bos = self._tokenizer.encode("").tokens[:1]
+        # The post-processor of the file puts BOS before a text, where the model has one.
+        bos = [piece for piece in self._tokenizer.encode("a").tokens[:1] if piece in special]
         super().__init__(
             path=path,
             pieces=pieces,
             special_tokens=special,
-            names={"bos_token": bos[0]} if bos and bos[0] in special else {},
+            names={"bos_token": bos[0]} if bos else {},
             adds_bos=bool(bos),
             word_starts=frozenset(
                 i for i, piece in enumerate(pieces) if definition.drops_first_space and piece.startswith(b" ")
@@ -252,7 +258,7 @@ class BpeTokenizer(Tokenizer):
     def _special_regex(self, piece: str) -> str:
         # Some special tokens swallow the white space beside them.
         token = self._added[piece]
-        return (r"\s*" if token.lstrip else "") + re.escape(piece) + (r"\s*" if token.rstrip else "")
+        return (r"\s*" if token.lstrip else "") + f"({re.escape(piece)})" + (r"\s*" if token.rstrip else "")
 
     def text_decoder(self) -> codecs.IncrementalDecoder:
         return codecs.getincrementaldecoder("utf-8")("replace") if self._byte_level else _EachByteDecoder()

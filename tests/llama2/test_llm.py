@@ -87,26 +87,20 @@ def test_an_interrupted_call_leaves_nothing_behind(llm: LLM, monkeypatch: pytest
 
 
 def test_a_script_runs_unchanged_under_torchrun(folder: Path, tmp_path: Path) -> None:
-    """The same lines in one process and on two ranks: every rank prints the same reply and ends by itself."""
+    """The same lines in one process and on two ranks: every rank gets the same reply and ends by itself."""
     script = tmp_path / "script.py"
     script.write_text(
+        "import os\n"
+        "from pathlib import Path\n"
         "from llama2 import LLM, SamplingParams\n"
         f"llm = LLM({str(folder)!r}, max_seq_len=64)\n"
-        "print(llm.generate([[5, 6, 7]], SamplingParams(temperature=0, max_new_tokens=5))[0].token_ids)\n"
+        "(reply,) = llm.generate([[5, 6, 7]], SamplingParams(temperature=0, max_new_tokens=5))\n"
+        f"Path({str(tmp_path)!r}, os.environ.get('RANK', 'alone')).write_text(str(reply.token_ids))\n"
     )
-    root = Path(__file__).parents[2]
-
-    def lines(*launcher: str) -> list[str]:
-        done = subprocess.run(
-            [sys.executable, *launcher, str(script)],
-            capture_output=True,
-            text=True,
-            timeout=120,
-            env={"PATH": "/usr/bin:/bin", "PYTHONPATH": str(root), "OMP_NUM_THREADS": "1"},
-        )
+    environ = {"PATH": "/usr/bin:/bin", "PYTHONPATH": str(Path(__file__).parents[2]), "OMP_NUM_THREADS": "1"}
+    for launcher in ([], ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]):
+        command = [sys.executable, *launcher, str(script)]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=120, env=environ)
         assert done.returncode == 0, done.stderr
-        return done.stdout.split("\n")[:-1]
-
-    alone = lines()
-    assert len(alone) == 1
-    assert lines("-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2") == alone * 2
+    alone, *ranks = [(tmp_path / name).read_text() for name in ("alone", "0", "1")]
+    assert ranks == [alone, alone]

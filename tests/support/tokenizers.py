@@ -1,17 +1,11 @@
-"""Vocabularies of every kind: small ones trained from the sentences written here, and SmolLM2's own."""
+"""A small SentencePiece model, trained in a moment from the sentences written here."""
 
 from __future__ import annotations
 
 import io
-from functools import cache
 from pathlib import Path
 
 import sentencepiece
-from transformers import LlamaTokenizer
-from transformers.tokenization_utils_base import generate_merges
-
-from llama2.checkpoint.gguf import GgufModel
-from scripts.smollm2 import gguf_file
 
 SENTENCES = (
     "The quick brown fox jumps over the lazy dog, and the dog does not mind at all.",
@@ -33,7 +27,7 @@ def tiny_sentencepiece(folder: Path, vocab_size: int = 512) -> Path:
     """Train `folder/tokenizer.model` with Llama 2's settings.
 
     BPE, byte pieces, identity normalization, ids 0 1 2 for <unk> <s> </s>, no padding. These sentences carry a
-    `vocab_size` from 400 to 700.
+    `vocab_size` from 345 to 700.
     """
     model = io.BytesIO()
     sentencepiece.SentencePieceTrainer.train(
@@ -57,28 +51,3 @@ def tiny_sentencepiece(folder: Path, vocab_size: int = 512) -> Path:
     path = Path(folder) / "tokenizer.model"
     path.write_bytes(model.getvalue())
     return path
-
-
-def llama_tokenizer_json(folder: Path, sentencepiece_file: Path, *, legacy: bool) -> Path:
-    """Convert a `tokenizer.model` as transformers does: `folder/tokenizer.json` and its config.
-
-    `legacy` is the conversion that puts a word start before every stretch of text, not only before the first.
-    """
-    model = sentencepiece.SentencePieceProcessor(model_file=str(sentencepiece_file))
-    pieces = [model.id_to_piece(index) for index in range(model.vocab_size())]
-    scores = {piece: model.get_score(index) for index, piece in enumerate(pieces)}
-    vocabulary = {piece: index for index, piece in enumerate(pieces)}
-    tokenizer = LlamaTokenizer(vocab=vocabulary, merges=generate_merges(vocabulary, scores), legacy=legacy)
-    tokenizer.save_pretrained(folder)
-    return Path(folder) / "tokenizer.json"
-
-
-def smollm2_tokenizer(folder: Path) -> Path:
-    """Write SmolLM2's byte-level `folder/tokenizer.json` and its config, with a ChatML template."""
-    _smollm2().write_tokenizer(folder)
-    return Path(folder) / "tokenizer.json"
-
-
-@cache
-def _smollm2() -> GgufModel:
-    return GgufModel(gguf_file())

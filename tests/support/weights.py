@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import math
+from pathlib import Path
 
 import torch
 
@@ -41,3 +43,26 @@ def random_weights(args: ModelArgs, *, seed: int = 0, dtype: torch.dtype = torch
         values = torch.randn(shape, generator=generator)
         weights[name] = (1 + 0.1 * values if len(shape) == 1 else values / math.sqrt(shape[-1])).to(dtype)
     return weights
+
+
+def meta_shards(weights: dict[str, torch.Tensor], num_shards: int) -> list[dict[str, torch.Tensor]]:
+    """Cut Meta-shaped weights as Llama 2's Fairscale does: rows, columns of wo, w2 and the embedding, norms whole."""
+
+    def parts(name: str, weight: torch.Tensor) -> tuple[torch.Tensor, ...] | list[torch.Tensor]:
+        if name.endswith("norm.weight"):
+            return [weight] * num_shards
+        columns = name.endswith(("wo.weight", "w2.weight", "tok_embeddings.weight"))
+        return weight.chunk(num_shards, dim=1 if columns else 0)
+
+    cut = {name: parts(name, weight) for name, weight in weights.items()}
+    return [{name: cut[name][index].contiguous() for name in weights} for index in range(num_shards)]
+
+
+def meta_folder(folder: Path, args: ModelArgs, weights: dict[str, torch.Tensor], *, num_shards: int) -> Path:
+    """Write Meta's folder, without a tokenizer, by plain torch.save: what the project's own reader is tested on."""
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "params.json").write_text(json.dumps(args.to_params()))
+    for index, shard in enumerate(meta_shards(weights, num_shards)):
+        # Meta's files carry this buffer, which is no weight.
+        torch.save({**shard, "rope.freqs": torch.zeros(args.head_dim // 2)}, folder / f"consolidated.{index:02d}.pth")
+    return folder

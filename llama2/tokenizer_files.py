@@ -1,0 +1,151 @@
+"""Owns what the JSON files of a tokenizer say: `tokenizer.json`'s definition and `tokenizer_config.json`.
+
+Knows no SentencePiece and encodes nothing.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import tokenizers
+
+SENTENCEPIECE_FILE = "tokenizer.model"
+BPE_FILE = "tokenizer.json"
+CONFIG_FILE = "tokenizer_config.json"
+TEMPLATE_FILE = "chat_template.jinja"
+
+WORD_START = "▁"
+_BYTE_PIECE = re.compile(r"<0x([0-9A-F]{2})>")
+_WORD_DECODERS = {"Replace", "ByteFallback", "Fuse", "Strip"}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class BpeDefinition:
+    """A `tokenizer.json` with a BPE model: byte-level as GPT-2's, or with word starts and byte pieces as Llama 2's.
+
+    `drops_first_space` says whether its decoder takes the space away that stands at the start of a text.
+    """
+
+    path: Path
+    content: dict[str, Any]
+    byte_level: bool
+    drops_first_space: bool
+
+    @classmethod
+    def read(cls, path: Path) -> BpeDefinition:
+        """Read the file and see to it that plain text cannot become a special token.
+
+        Raises:
+            ValueError: it is no such file, or its model or decoder is of another kind.
+        """
+        content = read_json(path)
+        try:
+            special = {token["content"] for token in content["added_tokens"] if token["special"]}
+            decoder = content["decoder"]
+            kinds = {part["type"] for part in decoder.get("decoders", [decoder])}
+            # A merge that spells a special token would make one out of text.
+            merges = [merge for merge in content["model"]["merges"] if _merged(merge) not in special]
+        except (AttributeError, KeyError, TypeError):
+            raise ValueError(f"{path} is not a {BPE_FILE} of the tokenizers library with a BPE model") from None
+        byte_level = kinds == {"ByteLevel"}
+        if not byte_level and not {"Replace", "ByteFallback"} <= kinds <= _WORD_DECODERS:
+            raise ValueError(
+                f"{path}: decoder {' + '.join(sorted(kinds))} is not supported, only ByteLevel (GPT-2's) and"
+                " Replace + ByteFallback (Llama 2's)"
+            )
+        content["model"]["merges"] = merges
+        return cls(path=path, content=content, byte_level=byte_level, drops_first_space="Strip" in kinds)
+
+    @property
+    def marks_first_word_only(self) -> bool:
+        """Is a word start put before a text, but not before text that follows a special token?"""
+        return (self.content.get("pre_tokenizer") or {}).get("prepend_scheme") == "first"
+
+    def build(self, *, mark_first_word: bool = True) -> tokenizers.Tokenizer:
+        """A tokenizer that takes special tokens inside text for plain text, and neither cuts nor pads."""
+        content = self.content
+        if not mark_first_word:
+            content = content | {"pre_tokenizer": content["pre_tokenizer"] | {"prepend_scheme": "never"}}
+        try:
+            tokenizer = tokenizers.Tokenizer.from_str(json.dumps(content))
+        except Exception as error:  # the library raises no class of its own
+            raise ValueError(f"{self.path} is not a {BPE_FILE} that the tokenizers library reads: {error}") from None
+        tokenizer.encode_special_tokens = True
+        tokenizer.no_truncation()
+        tokenizer.no_padding()
+        return tokenizer
+
+    def piece_bytes(self, piece: str) -> bytes:
+        """The bytes that a piece of the vocabulary stands for."""
+        if self.byte_level:
+            # A piece with any other character stands for itself, in the tokenizers library too.
+            known = all(character in _BYTE_ALPHABET for character in piece)
+            return bytes(_BYTE_ALPHABET[character] for character in piece) if known else piece.encode()
+        byte = _BYTE_PIECE.fullmatch(piece)
+        return bytes.fromhex(byte[1]) if byte else piece.replace(WORD_START, " ").encode()
+
+
+def read_config(folder: Path) -> tuple[dict[str, Any], tuple[Path, ...]]:
+    """What `tokenizer_config.json` says, with tokens as strings and the chat template in place; and the files read.
+
+    Both are empty where there is no such file.
+
+    Raises:
+        ValueError: a file is no JSON, or its chat template no text.
+    """
+    config_path, template_path = folder / CONFIG_FILE, folder / TEMPLATE_FILE
+    config = read_json(config_path) if config_path.is_file() else {}
+    # A token is a string, or an object with a "content" beside flags.
+    config = {key: value.get("content") if isinstance(value, dict) else value for key, value in config.items()}
+    template = config.get("chat_template")
+    if isinstance(template, list):
+        named = [entry for entry in template if isinstance(entry, dict) and entry.get("name") == "default"]
+        template = named[0].get("template") if named else None
+    if template_path.is_file():
+        template = _read_text(template_path)
+    if template is not None and not isinstance(template, str):
+        raise ValueError(f"{config_path}: chat_template must be a string, got {type(template).__name__}")
+    config["chat_template"] = template
+    return config, tuple(path for path in (config_path, template_path) if path.is_file())
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """The JSON object in a file.
+
+    Raises:
+        ValueError: the file cannot be read or holds something else.
+    """
+    text = _read_text(path)
+    try:
+        value = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path} is not a JSON file: {error}") from None
+    if not isinstance(value, dict):
+        raise ValueError(f"{path} must hold a JSON object, got {type(value).__name__}")
+    return value
+
+
+def _read_text(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path} cannot be read as text: {error}") from None
+
+
+def _merged(merge: str | list[str]) -> str:
+    """What a merge makes: older files write it "a b", newer ones ["a", "b"]."""
+    return "".join(merge.split(" ") if isinstance(merge, str) else merge)
+
+
+def _byte_alphabet() -> dict[str, int]:
+    """The byte that each character of a byte-level vocabulary stands for (GPT-2's encoder.py, `bytes_to_unicode`)."""
+    printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+    others = sorted(set(range(256)) - set(printable))
+    return {chr(byte): byte for byte in printable} | {chr(256 + rank): byte for rank, byte in enumerate(others)}
+
+
+_BYTE_ALPHABET = _byte_alphabet()
