@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 
+from llama2.checkpoint.dcp import DcpFolder
 from llama2.collectives import connect
 from llama2.config import EngineConfig, ModelArgs
 from llama2.engine.block_manager import BlockManager
@@ -26,7 +27,7 @@ from llama2.engine.sampler import Sampled, Sampler
 from llama2.engine.scheduler import Plan, Scheduler
 from llama2.engine.sequence import FinishReason, Output, Request, Sequence
 from llama2.kv_cache import KVCache, count_blocks
-from llama2.loader import checkpoint_dtype, load_model
+from llama2.loader import load_model
 from llama2.parallel import build_mesh, choose_device, init_process_group, local_kv_heads
 from llama2.text_stream import TextStream
 from llama2.tokenizer import Tokenizer, load_tokenizer
@@ -107,15 +108,13 @@ class Engine:
                 f"the tokenizer has {tokenizer.vocab_size} ids, but the model only {args.vocab_size}: "
                 "they do not belong together"
             )
-        stored_dtype = checkpoint_dtype(checkpoint_dir, args)
+        checkpoint = DcpFolder(checkpoint_dir, args)
         device = choose_device(device)
-        dtype = dtype or (torch.bfloat16 if device.type == "cuda" else stored_dtype)
+        dtype = dtype or (torch.bfloat16 if device.type == "cuda" else checkpoint.dtype)
         init_process_group(device)
         mesh = build_mesh(args, device.type)
         collectives = connect(device)
-        model = load_model(
-            checkpoint_dir, args, mesh, collectives, dtype=dtype, device=device, max_seq_len=config.max_seq_len
-        )
+        model = load_model(checkpoint, mesh, collectives, dtype=dtype, device=device, max_seq_len=config.max_seq_len)
         n_kv_heads = local_kv_heads(args, mesh)
         num_blocks = agree(
             (args, config, dtype, tokenizer.vocab_size),

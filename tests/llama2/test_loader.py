@@ -7,9 +7,9 @@ from pathlib import Path
 import pytest
 import torch
 
+from llama2.checkpoint.dcp import DcpFolder
 from llama2.config import EngineConfig, ModelArgs
 from llama2.engine.engine import Engine
-from llama2.loader import checkpoint_dtype
 from tests.support.checkpoints import write_checkpoint
 from tests.support.tokenizers import tiny_sentencepiece
 from tests.support.weights import random_weights, tiny_args
@@ -34,7 +34,7 @@ def test_on_a_cpu_the_model_runs_in_the_checkpoints_dtype_unless_told_otherwise(
             Engine.from_checkpoint(folder, device="cpu", config=CONFIG, dtype=asked)._group._runner._model.parameters()
         ).dtype
 
-    assert dtype() == checkpoint_dtype(folder, ARGS) == torch.bfloat16
+    assert dtype() == DcpFolder(folder).dtype == torch.bfloat16
     assert dtype(torch.float32) == torch.float32
 
 
@@ -42,31 +42,31 @@ def test_a_missing_tensor_is_named(tmp_path: Path) -> None:
     write_checkpoint(tmp_path, ARGS, random_weights(ARGS))
     more = ModelArgs.from_params({**ARGS.to_params(), "n_layers": 3})
     with pytest.raises(ValueError, match=r"lacks tensor layers\.2\.attention\.wk\.weight \(9 in all\)"):
-        checkpoint_dtype(tmp_path, more)
+        DcpFolder(tmp_path, more)
 
 
 def test_an_extra_tensor_is_named(tmp_path: Path) -> None:
     write_checkpoint(tmp_path, ARGS, random_weights(ARGS))
     fewer = ModelArgs.from_params({**ARGS.to_params(), "n_layers": 1})
     with pytest.raises(ValueError, match=r"has an unknown tensor layers\.1\.attention\.wk\.weight"):
-        checkpoint_dtype(tmp_path, fewer)
+        DcpFolder(tmp_path, fewer)
 
 
 def test_another_shape_is_named(tmp_path: Path) -> None:
     write_checkpoint(tmp_path, ARGS, random_weights(ARGS))
     other = ModelArgs.from_params({**ARGS.to_params(), "vocab_size": 500})
     with pytest.raises(ValueError, match=r"tok_embeddings\.weight is \(512, 64\), but the model's is \(500, 64\)"):
-        checkpoint_dtype(tmp_path, other)
+        DcpFolder(tmp_path, other)
 
 
 def test_a_folder_that_is_no_checkpoint_is_refused_in_plain_words(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"is this a folder that convert_checkpoints.py wrote"):
         Engine.from_checkpoint(tmp_path, config=CONFIG)
     with pytest.raises(ValueError, match=r"has no \.metadata file"):
-        checkpoint_dtype(tmp_path, ARGS)
+        DcpFolder(tmp_path, ARGS)
     (tmp_path / ".metadata").write_bytes(b"junk")
     with pytest.raises(ValueError, match="cannot be read"):
-        checkpoint_dtype(tmp_path, ARGS)
+        DcpFolder(tmp_path, ARGS)
 
 
 def test_a_damaged_data_file_is_refused(folder: Path) -> None:

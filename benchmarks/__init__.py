@@ -1,0 +1,1 @@
+"""Measurements that print figures for people and, with --json, for programs."""

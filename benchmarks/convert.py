@@ -1,0 +1,183 @@
+"""Measures the converter against `cp -r` of the same bytes: rate, and the most anonymous memory of any process.
+
+    python -m benchmarks.convert [--gigabytes 4] [--processes 1] [--rounds 3] [--folder DIR] [--json]
+
+The checkpoint is synthetic: Llama's architecture at Meta's model parallel size 8, in bf16. Both ways start with the
+source in the page cache and nothing waiting for the disk, take turns, and end when all that they wrote is on the disk.
+The fastest of the rounds counts for each: other load on the machine disturbs it least. `start_seconds` is what the same
+command takes for a checkpoint of nothing: interpreters, imports, and torchrun's own.
+"""
+
+from __future__ import annotations
+
+import json as json_format
+import math
+import shutil
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+import fire
+import psutil
+import tokenizers
+import torch
+
+from llama2.checkpoint.fairscale import write_fairscale
+from llama2.config import ModelArgs
+
+ROOT = Path(__file__).resolve().parent.parent
+NUM_SHARDS = 8
+DTYPE = torch.bfloat16
+IDLE = "import torch, torch.distributed.checkpoint, time; print(flush=True); time.sleep(60)"
+
+
+def benchmark(
+    *, gigabytes: float = 4.0, processes: int = 1, rounds: int = 3, folder: str | None = None, json: bool = False
+) -> None:
+    """Make a checkpoint, copy and convert it in turns, and print the figures.
+
+    Args:
+        gigabytes: size of the checkpoint, in 1e9 bytes.
+        processes: 1 runs plain python, more run under torchrun.
+        rounds: how often each is measured.
+        folder: where to write, with room for twice the size; by default the system's temporary folder.
+        json: print one JSON object instead of a table.
+    """
+    with TemporaryDirectory(dir=folder, prefix="benchmark-convert-") as scratch:
+        source, result = Path(scratch, "source"), Path(scratch, "result")
+        args = make_checkpoint(source, nbytes=int(gigabytes * 1e9))
+        tiny = Path(scratch, "tiny")
+        make_checkpoint(tiny, nbytes=0)
+        copying, converting, starting, memory = [], [], [], []
+        for _ in range(rounds):
+            copying.append(_timed(["cp", "-r", source, result], result)[0])
+            starting.append(_timed(_command(tiny, result, processes), result)[0])
+            seconds, anonymous = _timed(_command(source, result, processes), result)
+            converting.append(seconds)
+            memory.append(anonymous)
+        size = sum(file.stat().st_size for file in source.iterdir())
+    seconds, start, copy = min(converting), min(starting), min(copying)
+    largest = max(math.prod(shape) for shape in args.parameter_shapes().values()) * DTYPE.itemsize
+    interpreter = _idle_memory()
+    figures = {
+        "checkpoint_bytes": size,
+        "processes": processes,
+        "seconds": round(seconds, 2),
+        "start_seconds": round(start, 2),
+        "mb_per_s": round(size / 1e6 / seconds),
+        "mb_per_s_after_start": round(size / 1e6 / (seconds - start)),
+        "cp_seconds": round(copy, 2),
+        "cp_mb_per_s": round(size / 1e6 / copy),
+        "ratio_to_cp": round(copy / seconds, 2),
+        "ratio_to_cp_after_start": round(copy / (seconds - start), 2),
+        "anonymous_bytes": max(memory),
+        "interpreter_bytes": interpreter,
+        "largest_tensor_bytes": largest,
+        "anonymous_above_interpreter_in_largest_tensors": round((max(memory) - interpreter) / largest, 2),
+    }
+    print(json_format.dumps(figures) if json else "\n".join(f"{value:>14}  {name}" for name, value in figures.items()))
+
+
+def make_checkpoint(folder: Path, *, nbytes: int) -> ModelArgs:
+    """Write a Llama of about `nbytes`, as wide as leaves it some layers, and a tokenizer."""
+    for dim in (8192, 4096, 2048, 1024, 512):
+        params = {"dim": dim, "n_layers": 1, "n_heads": dim // 64, "vocab_size": 32000}
+        shapes = ModelArgs.from_params(params).parameter_shapes()
+        sizes = {name: math.prod(shape) * DTYPE.itemsize for name, shape in shapes.items()}
+        layer = sum(size for name, size in sizes.items() if name.startswith("layers."))
+        layers = round((nbytes - sum(sizes.values()) + layer) / layer)
+        if layers >= 4:
+            break
+    args = ModelArgs.from_params({**params, "n_layers": max(layers, 1)})
+    # The same noise in every parameter: no step of a conversion depends on the values.
+    noise = torch.randn(max(sizes.values()) // DTYPE.itemsize, dtype=DTYPE)
+    shapes = args.parameter_shapes()
+    write_fairscale(
+        folder,
+        args,
+        lambda name: noise[: math.prod(shapes[name])].view(shapes[name]),
+        num_shards=NUM_SHARDS,
+        dtype=DTYPE,
+    )
+    alphabet = sorted(tokenizers.pre_tokenizers.ByteLevel.alphabet())
+    tokenizer = tokenizers.Tokenizer(
+        tokenizers.models.BPE(vocab={byte: i for i, byte in enumerate(alphabet)}, merges=[])
+    )
+    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = tokenizers.decoders.ByteLevel()
+    tokenizer.save(str(folder / "tokenizer.json"))
+    return args
+
+
+def _command(source: Path, result: Path, processes: int) -> list[str | Path]:
+    torchrun: list[str | Path] = ["-m", "torch.distributed.run", "--nnodes", "1", "--nproc_per_node", str(processes)]
+    options: list[str | Path] = ["--original_ckpt_dir", source, "--save_checkpoint_dir", result]
+    return [sys.executable, *(torchrun if processes > 1 else []), ROOT / "convert_checkpoints.py", *options]
+
+
+def _timed(command: Sequence[str | Path], result: Path) -> tuple[float, int]:
+    """Seconds until the command's output is on the disk, and the most anonymous memory of a process of it."""
+    subprocess.run(["sync"], check=True)
+    start = time.perf_counter()
+    process = psutil.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+    watch = _MemoryWatch(process)
+    errors = process.communicate()[1]
+    subprocess.run(["sync"], check=True)
+    seconds = time.perf_counter() - start
+    peak = watch.stop()
+    if process.returncode:
+        raise SystemExit(errors)
+    shutil.rmtree(result)
+    return seconds, peak
+
+
+class _MemoryWatch(threading.Thread):
+    """Samples the anonymous memory of a process and its descendants, and keeps the largest of any one."""
+
+    def __init__(self, process: psutil.Process, *, interval: float = 0.02) -> None:
+        super().__init__(daemon=True)
+        self._process = process
+        self._interval = interval
+        self._done = threading.Event()
+        self._peak = 0
+        self.start()
+
+    def run(self) -> None:
+        while not self._done.wait(self._interval):
+            try:
+                family = [self._process, *self._process.children(recursive=True)]
+            except psutil.NoSuchProcess:
+                return
+            self._peak = max([self._peak, *(_anonymous(process.pid) for process in family)])
+
+    def stop(self) -> int:
+        self._done.set()
+        self.join()
+        return self._peak
+
+
+def _anonymous(pid: int) -> int:
+    try:
+        status = Path(f"/proc/{pid}/status").read_text()
+    except (FileNotFoundError, ProcessLookupError):
+        return 0
+    kilobytes = [line.split()[1] for line in status.splitlines() if line.startswith("RssAnon:")]
+    return int(kilobytes[0]) * 1024 if kilobytes else 0
+
+
+def _idle_memory() -> int:
+    """Anonymous memory of an interpreter that imported torch and DCP, and does nothing."""
+    with subprocess.Popen([sys.executable, "-c", IDLE], stdout=subprocess.PIPE) as process:
+        assert process.stdout is not None
+        process.stdout.readline()
+        memory = _anonymous(process.pid)
+        process.kill()
+    return memory
+
+
+if __name__ == "__main__":
+    fire.Fire(benchmark)

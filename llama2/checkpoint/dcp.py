@@ -1,0 +1,258 @@
+"""Owns the converted folder's weights: how chunks stream into torch.distributed.checkpoint (DCP) files and back.
+
+Knows nothing of where the chunks come from. Loading into a sharded model is plain `dcp.load` and not this file's.
+"""
+
+from __future__ import annotations
+
+import io
+import os
+import threading
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+from torch.distributed.checkpoint.filesystem import DEFAULT_SUFFIX, _StorageInfo
+from torch.distributed.checkpoint.metadata import (
+    ChunkStorageMetadata,
+    Metadata,
+    MetadataIndex,
+    StorageMeta,
+    TensorProperties,
+    TensorStorageMetadata,
+)
+from torch.distributed.checkpoint.planner import SavePlan, SavePlanner, TensorWriteData, WriteItem, WriteItemType
+from torch.distributed.checkpoint.storage import WriteResult
+from torch.futures import Future
+
+from llama2.config import ModelArgs
+
+if TYPE_CHECKING:
+    from typing_extensions import Buffer
+
+METADATA_FILE = ".metadata"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Chunk:
+    """One rectangular piece of a parameter. `view` may be mapped from a file: it is read when it is written."""
+
+    name: str
+    offsets: tuple[int, ...]
+    view: torch.Tensor
+
+
+def save_chunks(
+    folder: Path,
+    chunks: Sequence[Chunk],
+    *,
+    shapes: Mapping[str, tuple[int, ...]],
+    dtype: torch.dtype,
+    progress: Callable[[int], object],
+) -> None:
+    """Write this process's `chunks` into `folder` as `dtype`; a collective if a process group is up.
+
+    The chunks of all processes together tile every parameter of `shapes`. `progress` is told the bytes of each chunk
+    written. No more than one chunk is held in memory, and none if it is mapped and has the right dtype.
+
+    Raises:
+        CheckpointException: on every rank, if some rank failed. It is no `Exception`.
+    """
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=".*assuming the intent is to save in a single process.*")
+        dcp.save(
+            {},
+            storage_writer=_ChunkWriter(folder),
+            planner=_ChunkPlanner(chunks, shapes=shapes, dtype=dtype, progress=progress),
+            no_dist=not dist.is_initialized(),
+        )
+
+
+class DcpFolder:
+    """A converted folder, opened, and its list of weights compared with the architecture.
+
+    Attributes:
+        args: the architecture: as given, else that of the folder's `model_args.json`.
+        dtype: of every weight.
+
+    Raises:
+        ValueError: the folder is no converted checkpoint, or a weight is missing, unknown, or of another shape.
+    """
+
+    def __init__(self, folder: Path | str, args: ModelArgs | None = None) -> None:
+        self.folder = Path(folder)
+        self.args = args or ModelArgs.load(self.folder)
+        self._reader = _CachedReader(self.folder)
+        if not (self.folder / METADATA_FILE).is_file():
+            raise ValueError(f"{self.folder} is no converted checkpoint: it has no {METADATA_FILE} file")
+        try:
+            tensors = self._reader.read_metadata().state_dict_metadata
+        except Exception as error:
+            raise ValueError(f"{self.folder / METADATA_FILE} cannot be read: {error}") from None
+        shapes = self.args.parameter_shapes()
+        missing, unknown = shapes.keys() - tensors.keys(), tensors.keys() - shapes.keys()
+        for what, names in (("lacks", missing), ("has an unknown", unknown)):
+            if names:
+                raise ValueError(f"checkpoint {self.folder} {what} tensor {min(names)} ({len(names)} in all)")
+        for name, shape in shapes.items():
+            found = tensors[name]
+            if not isinstance(found, TensorStorageMetadata) or tuple(found.size) != shape:
+                size = tuple(found.size) if isinstance(found, TensorStorageMetadata) else type(found).__name__
+                raise ValueError(f"checkpoint {self.folder}: {name} is {size}, but the model's is {shape}")
+            self.dtype = found.properties.dtype
+
+    def read(self, name: str) -> torch.Tensor:
+        """Read parameter `name` whole, at rest.
+
+        Raises:
+            ValueError: its file is missing or damaged.
+        """
+        weight = torch.empty(self.args.parameter_shapes()[name], dtype=self.dtype)
+        try:
+            with warnings.catch_warnings():
+                warnings.filterwarnings("ignore", message=".*assuming the intent is to load in a single process.*")
+                dcp.load({name: weight}, storage_reader=self._reader, no_dist=True)
+        except dcp.api.CheckpointException as failure:
+            error, _ = next(iter(failure.failures.values()))
+            if not isinstance(error, Exception):
+                raise error from None
+            raise ValueError(f"{self.folder}: {name} cannot be read: {error}") from None
+        return weight
+
+    def chunks(self, name: str) -> list[tuple[tuple[int, ...], torch.Tensor]]:
+        """Parameter `name` as its offsets and values, in one piece; as FairscaleFolder's, and errors as `read`."""
+        weight = self.read(name)
+        return [((0,) * weight.dim(), weight)]
+
+
+@contextmanager
+def _without_checksums() -> Iterator[None]:
+    """Computing a CRC32 takes longer than writing, and torch.load never looks at it."""
+    former = torch.serialization.get_crc32_options()
+    torch.serialization.set_crc32_options(False)
+    try:
+        yield
+    finally:
+        torch.serialization.set_crc32_options(former)
+
+
+class _SmallWrites(io.FileIO):
+    """A file that takes 256 KB at a time, as `cp` gives it.
+
+    Linux looks for room in the page cache for each write as a whole, and was seen to take 8 times as long for 1 MB.
+    """
+
+    def write(self, data: Buffer, /) -> int:
+        return super().write(memoryview(data)[: 1 << 18])
+
+
+@contextmanager
+def _writing_back(descriptor: int) -> Iterator[None]:
+    """Keep the disk busy while the file grows, so that little is left for the fsync at its end.
+
+    Raises:
+        OSError: the disk refused something. It is told once, so a later fsync would not hear of it.
+    """
+    done = threading.Event()
+
+    def flush() -> None:
+        while not done.wait(0.1):
+            os.fdatasync(descriptor)
+
+    with ThreadPoolExecutor(1) as pool:
+        flushing = pool.submit(flush)
+        try:
+            yield
+        finally:
+            done.set()
+            flushing.result()
+
+
+class _CachedReader(dcp.FileSystemReader):
+    """Reads the metadata once, though `dcp.load` is called for one tensor at a time."""
+
+    _metadata: Metadata | None = None
+
+    def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
+        if self._metadata is None:
+            self._metadata = super().read_metadata(*args, **kwargs)
+        return self._metadata
+
+
+class _ChunkPlanner(dcp.DefaultSavePlanner):
+    """Plans one item for each chunk, and touches its values only when the writer asks for them."""
+
+    def __init__(
+        self,
+        chunks: Sequence[Chunk],
+        *,
+        shapes: Mapping[str, tuple[int, ...]],
+        dtype: torch.dtype,
+        progress: Callable[[int], object],
+    ) -> None:
+        super().__init__(flatten_state_dict=False)
+        self._views = {MetadataIndex(chunk.name, chunk.offsets): chunk.view for chunk in chunks}
+        self._shapes = shapes
+        self._dtype = dtype
+        self._progress = progress
+
+    def create_local_plan(self) -> SavePlan:
+        items = []
+        for index, view in self._views.items():
+            assert index.offset is not None
+            data = TensorWriteData(
+                chunk=ChunkStorageMetadata(offsets=index.offset, sizes=view.size()),
+                properties=TensorProperties(dtype=self._dtype),
+                size=torch.Size(self._shapes[index.fqn]),
+            )
+            items.append(WriteItem(index=index, type=WriteItemType.SHARD, tensor_data=data))
+        self.plan = SavePlan(items)
+        return self.plan
+
+    def resolve_data(self, write_item: WriteItem) -> torch.Tensor:
+        view = self._views[write_item.index]
+        self._progress(view.nbytes)
+        return view.to(self._dtype)
+
+
+class _ChunkWriter(dcp.FileSystemWriter):
+    """Writes DCP's usual files, one for each rank, and lets go of each tensor once it is written.
+
+    The base class keeps every tensor of a file until the file is complete: after a change of dtype, a whole share.
+    """
+
+    def write_data(self, plan: SavePlan, planner: SavePlanner) -> Future[list[WriteResult]]:
+        file = f"{plan.storage_data.prefix}0{DEFAULT_SUFFIX}"
+        path = Path(self.path) / file
+        results = []
+        try:
+            with _without_checksums(), io.BufferedWriter(_SmallWrites(path, "wb")) as stream:
+                with _writing_back(stream.fileno()):
+                    for item in plan.items:
+                        start = stream.tell()
+                        torch.save(planner.resolve_data(item), stream)
+                        length = stream.tell() - start
+                        place = _StorageInfo(relative_path=file, offset=start, length=length)
+                        results.append(WriteResult(index=item.index, size_in_bytes=length, storage_data=place))
+                stream.flush()
+                os.fsync(stream.fileno())
+        except (OSError, RuntimeError) as error:
+            # torch.save hides what stopped it, a full disk or a signal, behind a RuntimeError of its own.
+            cause = error.__context__ if isinstance(error, RuntimeError) else error
+            if isinstance(cause, OSError):
+                raise OSError(cause.errno, cause.strerror, str(path)) from error
+            raise cause or error from None
+        done: Future[list[WriteResult]] = Future()
+        done.set_result(results)
+        return done
+
+    def storage_meta(self) -> StorageMeta:
+        # Without the folder's name: the folder is renamed once it is complete.
+        return StorageMeta()
