@@ -1,0 +1,1 @@
+"""Small programs around the project, run as `python -m scripts.NAME`."""

