@@ -1,0 +1,68 @@
+"""Owns the way from the bytes of a request's body to a JSON value, and the JSON form of a refusal.
+
+Knows no API: which fields a body may have is another room's.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from typing import Any
+
+
+class RequestError(ValueError):
+    """One request is refused, with an HTTP status and the field that is to blame. Nobody else notices."""
+
+    def __init__(self, message: str, *, param: str | None = None, status: int = 400) -> None:
+        super().__init__(message)
+        self.param = param
+        self.status = status
+
+    def as_json(self) -> str:
+        kind = "invalid_request_error" if self.status < 500 else "server_error"
+        error = {"message": str(self), "type": kind, "param": self.param, "code": self.status}
+        return json.dumps({"error": error}, ensure_ascii=False) + "\n"
+
+
+def read_body(item: Mapping[str, Any], *, is_json: bool) -> dict[str, Any] | str:
+    """The body of one request as TorchServe hands it over: a JSON object, or a plain text.
+
+    TorchServe parses what is sent as application/json (`is_json`) and passes on, as bytes, everything else and what it
+    could not parse. `curl -T` names no type, so bytes that start like JSON are read as JSON. Of a plain text one line
+    break at the end is dropped: it is the editor's, not the prompt's.
+
+    Raises:
+        RequestError: there is no body, or it is not UTF-8, not JSON, or JSON but no object.
+    """
+    body = item.get("body", item.get("data"))
+    if body is None:
+        raise RequestError("the request has no body: send JSON with 'Content-Type: application/json', or curl -T FILE")
+    if isinstance(body, (bytes, bytearray)):
+        body = _decode(bytes(body))
+    if isinstance(body, str):
+        text = body.removeprefix("\ufeff")
+        if not is_json and not text.lstrip().startswith(("{", "[")):
+            return text.removesuffix("\n").removesuffix("\r")
+        body = _parse(text)
+    if not isinstance(body, dict):
+        raise RequestError(f"the body must be a JSON object, got {type(body).__name__}")
+    return body
+
+
+def _decode(raw: bytes) -> str:
+    try:
+        return raw.decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise RequestError(f"the body is not UTF-8: byte {error.start} is 0x{raw[error.start]:02x}") from None
+
+
+def _parse(text: str) -> Any:
+    try:
+        return json.loads(text)
+    except json.JSONDecodeError as error:
+        raise RequestError(
+            f"the body is not valid JSON: {error.msg} at line {error.lineno}, column {error.colno} (a plain text that "
+            'starts with { or [ must be sent as {"prompt": ...})'
+        ) from None
+    except (ValueError, RecursionError):  # an integer of thousands of digits; thousands of nested brackets
+        raise RequestError("the body is not valid JSON: a number is too long or the nesting too deep") from None

@@ -1,0 +1,230 @@
+"""Owns the project's own API: `{"prompt": …}` and `{"dialog": […]}` bodies to engine requests, and results to replies.
+
+A body holds `prompt` (a string, or a list of them) or `dialog` (a list of {"role", "content"} messages, or a list of
+such lists); any field of SamplingParams; and `mode`, `stream`. The reply to one of them is
+
+    {"generation": "…", "finish_reason": "stop" | "length", "usage": {"prompt_tokens": 5, "completion_tokens": 50}}
+
+where a chat's generation is {"role": "assistant", "content": "…"}; the reply to a list is a list of these. With
+`"logprobs": n` comes "logprobs", one {"token", "token_id", "logprob", "top"} per generated token. A prompt that was
+cut (`truncation: left`) has "truncated_tokens" in its usage.
+
+With `"stream": true` the reply is NDJSON, one object per line: {"text": "…"} for each piece, and on the last line of a
+prompt also "finish_reason" and "usage". In the reply to a list each line says which one it belongs to: {"index": 0, …}.
+
+Knows no torch, no TorchServe and no engine.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from handler.body import RequestError
+from handler.call import Progress
+from handler.config import HandlerConfig, nearest
+from llama2.chat import encode_dialog
+from llama2.engine.sequence import Output, Request, SamplingParams, TokenLogprobs
+from llama2.tokenizer import Tokenizer
+
+MAX_PROMPTS = 64
+_SAMPLING_FIELDS = {field.name for field in dataclasses.fields(SamplingParams)}
+_FIELDS = _SAMPLING_FIELDS | {"prompt", "dialog", "mode", "stream"}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Prompt:
+    """The ids of one prompt, and how many were cut off its left end."""
+
+    ids: tuple[int, ...]
+    truncated: int = 0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class NativeFormat:
+    """One accepted body, and the way its replies are written."""
+
+    tokenizer: Tokenizer
+    prompts: tuple[Prompt, ...]
+    params: SamplingParams
+    chat: bool
+    is_list: bool
+    stream: bool
+
+    @property
+    def content_type(self) -> str:
+        return "application/x-ndjson" if self.stream else "application/json"
+
+    def requests(self, call_id: str) -> list[Request]:
+        return [
+            Request(
+                request_id=f"{call_id}/{index}",
+                prompt_ids=prompt.ids,
+                params=self.params,
+                continues_prompt=not self.chat,
+            )
+            for index, prompt in enumerate(self.prompts)
+        ]
+
+    def chunk(self, index: int, output: Output, progress: Progress) -> str:
+        if not output.text and not output.logprobs and not output.finish_reason:
+            return ""
+        line: dict[str, Any] = {"index": index} if self.is_list else {}
+        line["text"] = output.text
+        if self.params.logprobs is not None:
+            line["logprobs"] = [self._logprobs(entry) for entry in output.logprobs]
+        if output.finish_reason:
+            line["finish_reason"] = output.finish_reason
+            line["usage"] = self._usage(self.prompts[index], progress)
+        return json.dumps(line, ensure_ascii=False) + "\n"
+
+    def whole(self, progress: Sequence[Progress]) -> str:
+        if self.stream:
+            return ""
+        replies = [self._reply(prompt, done) for prompt, done in zip(self.prompts, progress, strict=True)]
+        return json.dumps(replies if self.is_list else replies[0], ensure_ascii=False) + "\n"
+
+    def _reply(self, prompt: Prompt, progress: Progress) -> dict[str, Any]:
+        text = progress.text
+        reply: dict[str, Any] = {
+            "generation": {"role": "assistant", "content": text} if self.chat else text,
+            "finish_reason": progress.finish_reason,
+            "usage": self._usage(prompt, progress),
+        }
+        if self.params.logprobs is not None:
+            reply["logprobs"] = [self._logprobs(entry) for entry in progress.logprobs]
+        return reply
+
+    def _usage(self, prompt: Prompt, progress: Progress) -> dict[str, int]:
+        usage = {"prompt_tokens": len(prompt.ids), "completion_tokens": progress.num_tokens}
+        return usage | ({"truncated_tokens": prompt.truncated} if prompt.truncated else {})
+
+    def _logprobs(self, entry: TokenLogprobs) -> dict[str, Any]:
+        top = [self._token(token_id, logprob) for token_id, logprob in entry.top]
+        return self._token(entry.token_id, entry.logprob) | {"top": top}
+
+    def _token(self, token_id: int, logprob: float) -> dict[str, Any]:
+        token = self.tokenizer.token_bytes(token_id).decode("utf-8", errors="replace")
+        return {"token": token, "token_id": token_id, "logprob": logprob}
+
+
+class NativeApi:
+    """Reads bodies for one model."""
+
+    def __init__(self, tokenizer: Tokenizer, config: HandlerConfig) -> None:
+        self._tokenizer = tokenizer
+        self._config = config
+
+    def read(self, body: dict[str, Any] | str) -> NativeFormat:
+        """A whole body is refused for one fault in it: nothing of it has run by then.
+
+        Raises:
+            RequestError: a field is unknown, missing, of a wrong type or out of range, or a prompt is too long.
+        """
+        fields = {"prompt": body} if isinstance(body, str) else body
+        for name in fields:
+            if name not in _FIELDS:
+                raise RequestError(f"unknown field {name!r}: {nearest(name, _FIELDS)}", param=name)
+        if ("prompt" in fields) == ("dialog" in fields):
+            raise RequestError("the body must have either 'prompt' or 'dialog'", param="prompt")
+        params = self._params(fields)
+        shape = "dialog" if "dialog" in fields else "prompt"
+        chat = self._is_chat(fields)
+        items, is_list = _items(shape, fields[shape])
+        prompts = []
+        for index, item in enumerate(items):
+            place = f"{shape}[{index}]" if is_list else shape
+            ids = self._encode(place, item, chat=chat)
+            prompts.append(self._fit(place, ids, params.max_new_tokens))
+        return NativeFormat(
+            tokenizer=self._tokenizer,
+            prompts=tuple(prompts),
+            params=params,
+            chat=chat,
+            is_list=is_list,
+            stream=_boolean("stream", fields.get("stream", False)),
+        )
+
+    def _params(self, fields: Mapping[str, Any]) -> SamplingParams:
+        changes = {name: value for name, value in fields.items() if name in _SAMPLING_FIELDS}
+        if isinstance(changes.get("stop"), str):
+            changes["stop"] = [changes["stop"]]
+        for name, allowed in (("stop", "a string or a list of strings"), ("stop_token_ids", "a list of token ids")):
+            if name in changes:
+                if not isinstance(changes[name], list):
+                    raise RequestError(f"{name} must be {allowed}, got {changes[name]!r}", param=name)
+                changes[name] = tuple(changes[name])
+        try:
+            return dataclasses.replace(self._config.sampling, **changes)
+        except ValueError as error:
+            param = str(error).split(maxsplit=1)[0]
+            raise RequestError(str(error), param=param if param in _SAMPLING_FIELDS else None) from None
+
+    def _is_chat(self, fields: Mapping[str, Any]) -> bool:
+        """A dialog is a chat. A bare prompt is what `mode` says: a text to go on with, or a user's one message."""
+        mode = fields.get("mode", "chat" if "dialog" in fields else self._config.mode)
+        if mode not in ("text_completion", "chat"):
+            raise RequestError(f"mode must be 'text_completion' or 'chat', got {mode!r}", param="mode")
+        if mode == "text_completion" and "dialog" in fields:
+            raise RequestError("mode is 'text_completion', but a dialog needs mode 'chat'", param="mode")
+        return mode == "chat"
+
+    def _encode(self, place: str, item: Any, *, chat: bool) -> list[int]:
+        try:
+            if not chat:
+                return self._tokenizer.encode_prompt(item)
+            dialog = [{"role": "user", "content": item}] if isinstance(item, str) else item
+            return encode_dialog(self._tokenizer, dialog, special_tags=self._config.special_tags)
+        except ValueError as error:
+            raise RequestError(f"{place}: {error}", param=place) from None
+
+    def _fit(self, place: str, ids: list[int], max_new_tokens: int | None) -> Prompt:
+        """Refuse or cut a prompt that is too long. A cut one keeps its BOS, and leaves room for the reply it asks for
+        as long as half of max_seq_len stays with the prompt."""
+        limit = self._config.max_input_tokens
+        if not ids:
+            raise RequestError(f"{place} must not be empty", param=place)
+        if len(ids) <= limit:
+            return Prompt(ids=tuple(ids))
+        if self._config.truncation == "error":
+            raise RequestError(f"{place} has {len(ids)} tokens, but at most {limit} are taken", param=place)
+        max_seq_len = self._config.engine.max_seq_len
+        room = max(max_seq_len - (max_new_tokens or 1), max_seq_len // 2)
+        keep = max(min(limit, room), 1)
+        bos = ids[:1] if ids[0] == self._tokenizer.bos_id and keep > 1 else []
+        return Prompt(ids=(*bos, *ids[len(ids) - keep + len(bos) :]), truncated=len(ids) - keep)
+
+
+def _items(shape: str, value: Any) -> tuple[list[Any], bool]:
+    """The prompts or dialogs of a body, and whether it is a list of them."""
+    one = "a string" if shape == "prompt" else "a list of messages"
+    if shape == "prompt" and isinstance(value, str):
+        return [value], False
+    if not isinstance(value, list):
+        raise RequestError(f"{shape} must be {one} or a list of these, got {_kind(value)}", param=shape)
+    if not value:
+        raise RequestError(f"{shape} must not be empty", param=shape)
+    if shape == "dialog" and isinstance(value[0], dict):
+        return [value], False
+    if len(value) > MAX_PROMPTS:
+        raise RequestError(f"{shape} may hold at most {MAX_PROMPTS} at once, got {len(value)}", param=shape)
+    wanted = str if shape == "prompt" else list
+    for index, item in enumerate(value):
+        if not isinstance(item, wanted):
+            raise RequestError(f"{shape}[{index}] must be {one}, got {_kind(item)}", param=f"{shape}[{index}]")
+    return value, True
+
+
+def _boolean(name: str, value: Any) -> bool:
+    if not isinstance(value, bool):
+        raise RequestError(f"{name} must be true or false, got {value!r}", param=name)
+    return value
+
+
+def _kind(value: Any) -> str:
+    """The type of a JSON value, in JSON's words."""
+    names = {type(None): "null", bool: "a boolean", str: "a string", list: "a list", dict: "an object"}
+    return names.get(type(value), "a number")

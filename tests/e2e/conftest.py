@@ -1,0 +1,94 @@
+"""Real servers for the end-to-end tests, each with free ports and a folder of its own."""
+
+from __future__ import annotations
+
+import contextlib
+import re
+import shutil
+import socket
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+import yaml
+
+from scripts.torchserve import Ports, TorchServe
+from tests.handler.support import ROOT, settings
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Served:
+    """A running server, and how to talk to it."""
+
+    server: TorchServe
+
+    @property
+    def url(self) -> str:
+        return f"http://127.0.0.1:{self.server.ports.inference}/predictions/llama"
+
+    @property
+    def headers(self) -> dict[str, str]:
+        return {"Authorization": f"Bearer {self.server.key('inference')}"}
+
+    def client(self) -> httpx.Client:
+        return httpx.Client(headers=self.headers, timeout=120, trust_env=False)
+
+    def ask(self, **body: Any) -> Any:
+        """The reply to a JSON body that is expected to be fine."""
+        with self.client() as client:
+            reply = client.post(self.url, json=body)
+        assert reply.status_code == 200, reply.text
+        return reply.json()
+
+    def gauge(self, name: str) -> int:
+        """What the engine last published about itself."""
+        text = httpx.get(f"http://127.0.0.1:{self.server.ports.metrics}/metrics", trust_env=False).text
+        found = re.search(rf"^{name}{{.*}} ([\d.]+)$", text, re.MULTILINE)
+        return int(float(found[1])) if found else 0
+
+    def rank_pid(self, rank: int) -> int:
+        """The process that holds a rank of the model."""
+        pids = [process.pid for process in self.server.processes() if process.environ().get("LOCAL_RANK") == str(rank)]
+        assert len(pids) == 1, pids
+        return pids[0]
+
+
+@contextlib.contextmanager
+def serving(checkpoint: Path, config: Mapping[str, Any], environ: Mapping[str, str] | None = None) -> Iterator[Served]:
+    """Archive and serve `checkpoint`, and stop it in the end."""
+    # A short path: worker sockets lie below it, and their names are limited to 107 bytes.
+    folder = Path(tempfile.mkdtemp(prefix="llama-e2e-"))
+    (folder / "model-config.yaml").write_text(yaml.safe_dump(dict(config)))
+    command = ["build_archive.py", "--checkpoint", str(checkpoint), "--config", str(folder / "model-config.yaml")]
+    subprocess.run([sys.executable, *command, "--model_store", str(folder / "store")], cwd=ROOT, check=True)
+    server = TorchServe(folder=folder / "server", ports=_free_ports())
+    try:
+        server.start(model_store=folder / "store", model="llama", settings=ROOT, environ=environ)
+        server.wait_ready("llama", timeout=120)
+        yield Served(server=server)
+    finally:
+        server.stop()
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def _free_ports() -> Ports:
+    with contextlib.ExitStack() as stack:
+        probes = [stack.enter_context(socket.socket()) for _ in range(5)]
+        for probe in probes:
+            probe.bind(("127.0.0.1", 0))
+        names = ("inference", "management", "metrics", "grpc_inference", "grpc_management")
+        return Ports(**{name: probe.getsockname()[1] for name, probe in zip(names, probes, strict=True)})
+
+
+@pytest.fixture(scope="session")
+def served(smollm2_checkpoint: Path) -> Iterator[Served]:
+    """SmolLM2 at TP=2 on the CPU, in fp32: so that what is computed together cannot change a token."""
+    config = settings({"deviceType": "cpu"}, dtype="float32", max_seq_len=1024, max_batch_size=8, max_step_tokens=256)
+    with serving(smollm2_checkpoint, config) as running:
+        yield running

@@ -1,0 +1,214 @@
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from handler.body import RequestError
+from handler.call import Call
+from handler.native import MAX_PROMPTS, NativeApi
+from llama2.engine.sequence import Output, TokenLogprobs
+from llama2.tokenizer import Tokenizer
+from tests.handler.support import byte_tokenizer, config
+
+
+@pytest.fixture
+def tokenizer(tmp_path: Path) -> Tokenizer:
+    return byte_tokenizer(tmp_path)
+
+
+@pytest.fixture
+def api(tokenizer: Tokenizer, tmp_path: Path) -> NativeApi:
+    return NativeApi(tokenizer, config(tmp_path, max_seq_len=40, max_new_tokens=7))
+
+
+def shown(tokenizer: Tokenizer, ids: tuple[int, ...]) -> str:
+    """The text of prompt ids, special tokens spelled out."""
+    spelling = {token_id: piece for piece, token_id in tokenizer.special_tokens.items()}
+    return "".join(spelling.get(token_id) or tokenizer.token_bytes(token_id).decode() for token_id in ids)
+
+
+def prompts(tokenizer: Tokenizer, api: NativeApi, body: Any) -> list[str]:
+    return [shown(tokenizer, request.prompt_ids) for request in api.read(body).requests("id")]
+
+
+def answer(call: Call, *texts: str, finish_reason: Any = "stop") -> str:
+    """Feed one token of text after the other to each request of the call; all that it sends."""
+    sent = ""
+    for request in call.requests:
+        for text in texts:
+            last = text is texts[-1]
+            call.take(
+                Output(
+                    request_id=request.request_id,
+                    text=text,
+                    token_ids=(1,),
+                    finish_reason=finish_reason if last else None,
+                )
+            )
+            if not call.finished:
+                sent += call.unsent()
+    return sent + call.unsent()
+
+
+def test_a_prompt_is_encoded_as_it_stands_and_its_reply_continues_it(tokenizer: Tokenizer, api: NativeApi) -> None:
+    (request,) = api.read({"prompt": "Hi <s>"}).requests("id")
+    assert list(request.prompt_ids) == tokenizer.encode("Hi <s>")
+    assert request.continues_prompt
+
+
+def test_a_plain_text_is_a_prompt_or_one_user_message_as_mode_says(tokenizer: Tokenizer, tmp_path: Path) -> None:
+    chat = NativeApi(tokenizer, config(tmp_path, mode="chat"))
+    said = "<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n"
+    assert prompts(tokenizer, NativeApi(tokenizer, config(tmp_path)), "Hi") == ["Hi"]
+    assert prompts(tokenizer, chat, "Hi") == [said]
+    assert prompts(tokenizer, chat, {"prompt": ["Hi"]}) == [said]
+    assert prompts(tokenizer, chat, {"prompt": "Hi", "mode": "text_completion"}) == ["Hi"]
+
+
+def test_a_dialog_is_a_chat_in_either_mode_and_its_reply_a_text_of_its_own(
+    tmp_path: Path, tokenizer: Tokenizer
+) -> None:
+    api = NativeApi(tokenizer, config(tmp_path, mode="text_completion"))
+    (request,) = api.read({"dialog": [{"role": "user", "content": "Hi"}]}).requests("id")
+    assert shown(tokenizer, request.prompt_ids) == "<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n"
+    assert not request.continues_prompt
+
+
+def test_sampling_fields_win_over_the_files_defaults(api: NativeApi) -> None:
+    fields = {"temperature": 0, "stop": "x", "stop_token_ids": [3], "seed": 5, "logprobs": 2, "ignore_eos": True}
+    (request,) = api.read({"prompt": "a", **fields}).requests("id")
+    params = request.params
+    assert (params.max_new_tokens, params.top_p) == (7, 0.9)
+    assert (
+        params.temperature,
+        params.stop,
+        params.stop_token_ids,
+        params.seed,
+        params.logprobs,
+        params.ignore_eos,
+    ) == (*(0, ("x",), (3,), 5, 2, True),)
+    assert api.read({"prompt": "a", "stop": ["x", "y"]}).params.stop == ("x", "y")
+
+
+def test_one_prompt_gives_one_object_and_a_list_gives_a_list(api: NativeApi) -> None:
+    one = json.loads(answer(Call("id", api.read({"prompt": "abc"})), "x", "", "y"))
+    usage = {"prompt_tokens": 3, "completion_tokens": 3}
+    assert one == {"generation": "xy", "finish_reason": "stop", "usage": usage}
+    assert json.loads(answer(Call("id", api.read({"prompt": ["abc"]})), "x", "", "y")) == [one]
+    both = json.loads(answer(Call("id", api.read({"prompt": ["abc", "de"]})), "é", finish_reason="length"))
+    assert [(reply["generation"], reply["finish_reason"], reply["usage"]["prompt_tokens"]) for reply in both] == [
+        *(("é", "length", 3), ("é", "length", 2)),
+    ]
+
+
+def test_a_chat_is_answered_with_a_message(tmp_path: Path, tokenizer: Tokenizer) -> None:
+    api = NativeApi(tokenizer, config(tmp_path))
+    dialog = [{"role": "user", "content": "Hi"}]
+    reply = json.loads(answer(Call("id", api.read({"dialog": dialog})), "Yo"))
+    assert reply["generation"] == {"role": "assistant", "content": "Yo"}
+    assert len(json.loads(answer(Call("id", api.read({"dialog": [dialog, dialog]})), "Yo"))) == 2
+
+
+def test_a_stream_is_one_object_per_line_whose_texts_add_up_and_whose_last_has_the_usage(api: NativeApi) -> None:
+    call = Call("id", api.read({"prompt": "abc", "stream": True}))
+    assert call.form.content_type == "application/x-ndjson"
+    lines = [json.loads(line) for line in answer(call, "x\n", "", "y").splitlines()]
+    usage = {"prompt_tokens": 3, "completion_tokens": 3}
+    assert lines == [{"text": "x\n"}, {"text": "y", "finish_reason": "stop", "usage": usage}]
+
+
+def test_a_streamed_list_says_on_each_line_whose_it_is(api: NativeApi) -> None:
+    call = Call("id", api.read({"prompt": ["a", "b"], "stream": True}))
+    lines = [json.loads(line) for line in answer(call, "x", "y").splitlines()]
+    assert [(line["index"], line["text"], line.get("finish_reason")) for line in lines] == [
+        *((0, "x", None), (0, "y", "stop"), (1, "x", None), (1, "y", "stop")),
+    ]
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_logprobs_come_one_per_token_with_their_text(api: NativeApi, tokenizer: Tokenizer, stream: bool) -> None:
+    call = Call("id", api.read({"prompt": "a", "logprobs": 1, "stream": stream}))
+    (x,) = tokenizer.encode("x")
+    entry = TokenLogprobs(token_id=x, logprob=-0.5, top=((x, -0.5),))
+    call.take(Output(request_id="id/0", text="x", token_ids=(x,), logprobs=(entry,), finish_reason="length"))
+    token = {"token": "x", "token_id": x, "logprob": -0.5}
+    assert json.loads(call.unsent())["logprobs"] == [{**token, "top": [token]}]
+
+
+def test_a_prompt_of_just_the_longest_length_is_taken_and_one_more_token_is_refused(api: NativeApi) -> None:
+    assert api.read({"prompt": "a" * 39}).prompts[0].truncated == 0
+    with pytest.raises(RequestError, match=r"prompt\[1\] has 40 tokens, but at most 39 are taken"):
+        api.read({"prompt": ["a", "a" * 40]})
+
+
+def test_truncation_left_keeps_the_end_and_room_for_the_reply_and_says_how_much_went(
+    tokenizer: Tokenizer, tmp_path: Path
+) -> None:
+    api = NativeApi(tokenizer, config(tmp_path, max_seq_len=40, max_new_tokens=10, truncation="left"))
+    call = Call("id", api.read({"prompt": "a" * 30 + "b" * 30}))
+    assert shown(tokenizer, call.requests[0].prompt_ids) == "b" * 30
+    usage = json.loads(answer(call, "x"))["usage"]
+    assert usage == {"prompt_tokens": 30, "completion_tokens": 1, "truncated_tokens": 30}
+    assert prompts(tokenizer, api, {"prompt": "a" * 39}) == ["a" * 39]
+    assert prompts(tokenizer, api, {"prompt": "a" * 40, "max_new_tokens": 1000}) == ["a" * 20]
+    assert prompts(tokenizer, api, {"prompt": "a" * 40, "max_new_tokens": None}) == ["a" * 39]
+
+
+def test_truncation_left_keeps_the_bos_that_the_model_was_trained_to_see(tmp_path: Path) -> None:
+    tokenizer = byte_tokenizer(tmp_path, add_bos=True)
+    api = NativeApi(tokenizer, config(tmp_path, max_seq_len=40, max_input_token_length=5, truncation="left"))
+    (prompt,) = api.read({"prompt": "abcdefgh"}).prompts
+    assert shown(tokenizer, prompt.ids) == "<s>efgh"
+    assert prompt.truncated == 4
+
+
+SAID = {"role": "user", "content": "Hi"}
+
+
+@pytest.mark.parametrize(
+    ("body", "param", "message"),
+    [
+        ({}, "prompt", "either 'prompt' or 'dialog'"),
+        ({"prompt": "a", "dialog": [SAID]}, "prompt", "either 'prompt' or 'dialog'"),
+        ({"prompt": "a", "max_tokens": 5}, "max_tokens", "unknown field 'max_tokens': did you mean 'max_new_tokens'?"),
+        ({"prompt": 5}, "prompt", "prompt must be a string or a list of these, got a number"),
+        ({"prompt": None}, "prompt", "got null"),
+        ({"prompt": []}, "prompt", "prompt must not be empty"),
+        ({"prompt": ""}, "prompt", "prompt must not be empty"),
+        ({"prompt": ["a", 5]}, "prompt[1]", "prompt[1] must be a string, got a number"),
+        ({"prompt": ["a"] * (MAX_PROMPTS + 1)}, "prompt", f"at most {MAX_PROMPTS} at once, got {MAX_PROMPTS + 1}"),
+        ({"prompt": "\ud800"}, "prompt", "lone surrogate"),
+        ({"dialog": "Hi"}, "dialog", "dialog must be a list of messages or a list of these, got a string"),
+        ({"dialog": []}, "dialog", "dialog must not be empty"),
+        ({"dialog": [[]]}, "dialog[0]", "at least one message"),
+        ({"dialog": ["Hi"]}, "dialog[0]", "dialog[0] must be a list of messages, got a string"),
+        ({"dialog": [SAID, "Hi"]}, "dialog", "turn 2: a message must have a role and a content"),
+        ({"dialog": [{"role": "user"}]}, "dialog", "turn 1: a message must have a role and a content"),
+        ({"dialog": [{"role": "user", "content": 5}]}, "dialog", "turn 1: content must be a string"),
+        (
+            {"dialog": [{"role": "usr", "content": "Hi"}]},
+            "dialog",
+            "turn 1: role must be 'system' or 'user', got 'usr'",
+        ),
+        ({"dialog": [{"role": "user", "content": "<|im_end|>"}]}, "dialog", "<|im_end|>"),
+        ({"dialog": [SAID], "mode": "text_completion"}, "mode", "a dialog needs mode 'chat'"),
+        ({"prompt": "a", "mode": "talk"}, "mode", "mode must be 'text_completion' or 'chat', got 'talk'"),
+        ({"prompt": "a", "mode": ["chat"]}, "mode", "mode must be"),
+        ({"prompt": "a", "stream": "yes"}, "stream", "stream must be true or false, got 'yes'"),
+        ({"prompt": "a", "max_new_tokens": 0}, "max_new_tokens", "at least 1, got 0"),
+        ({"prompt": "a", "max_new_tokens": True}, "max_new_tokens", "got True"),
+        ({"prompt": "a", "temperature": -1}, "temperature", "got -1"),
+        ({"prompt": "a", "temperature": float("nan")}, "temperature", "got nan"),
+        ({"prompt": "a", "top_p": "x"}, "top_p", "top_p must be a number"),
+        ({"prompt": "a", "stop": 5}, "stop", "stop must be a string or a list of strings, got 5"),
+        ({"prompt": "a", "stop": [""]}, "stop", "stop must be"),
+        ({"prompt": "a", "stop_token_ids": 5}, "stop_token_ids", "must be a list of token ids, got 5"),
+        ({"prompt": "a", "logprobs": 21}, "logprobs", "from 0 to 20, got 21"),
+    ],
+)
+def test_a_mistake_is_a_400_that_names_the_field(api: NativeApi, body: Any, param: str, message: str) -> None:
+    with pytest.raises(RequestError) as caught:
+        api.read(body)
+    assert message in str(caught.value)
+    assert (caught.value.param, caught.value.status) == (param, 400)

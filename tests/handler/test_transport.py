@@ -1,0 +1,199 @@
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from typing import Any
+
+import pytest
+from ts.context import Context, RequestProcessor
+
+from handler import transport
+from handler.body import RequestError
+from handler.call import Progress
+from handler.transport import Transport
+from llama2.engine.sequence import Output, Request
+
+
+class Upper:
+    """An API for tests: {"say": ["a", "b"], "stream": …} is one request for each; a reply is their texts, joined."""
+
+    content_type = "text/plain"
+
+    def __init__(self, body: Any) -> None:
+        if not isinstance(body, dict):
+            raise TypeError("a fault of the API itself")
+        if "say" not in body:
+            raise RequestError("say something", param="say")
+        self.prompts = body["say"]
+        self.stream = body.get("stream", False)
+
+    def requests(self, call_id: str) -> list[Request]:
+        return [Request(request_id=f"{call_id}/{i}", prompt_ids=(len(text),)) for i, text in enumerate(self.prompts)]
+
+    def chunk(self, index: int, output: Output, progress: Progress) -> str:
+        return f"{index}:{output.text}\n"
+
+    def whole(self, progress: Sequence[Progress]) -> str:
+        return "end\n" if self.stream else ",".join(done.text for done in progress)
+
+
+class FakeEngine:
+    """Records what it is told; a test says what it gives."""
+
+    def __init__(self) -> None:
+        self.live: dict[str, Request] = {}
+        self.aborted: list[str] = []
+        self.ready: list[Output] = []
+        self.waits: list[float] = []
+
+    def add(self, request: Request) -> None:
+        if request.prompt_ids == (13,):
+            raise ValueError("the engine takes no 13")
+        self.live[request.request_id] = request
+
+    def abort(self, request_id: str) -> None:
+        self.aborted.append(request_id)
+
+    def poll(self, timeout: float) -> list[Output]:
+        self.waits.append(timeout)
+        ready, self.ready = self.ready, []
+        return ready
+
+    def say(self, request_id: str, text: str, finish_reason: Any = None) -> None:
+        self.ready.append(Output(request_id=request_id, text=text, token_ids=(1,), finish_reason=finish_reason))
+
+
+class Worker:
+    """TorchServe's side: hands over all live requests at each poll, and drops those that have had their last reply."""
+
+    def __init__(self) -> None:
+        self.engine = FakeEngine()
+        self.transport = Transport(self.engine, Upper)
+        self.live: list[str] = []
+        self.context = Context("llama", "", None, 1, None, "0")
+
+    def poll(self, *arrivals: tuple[str, Any], headers: dict[str, Any] | None = None) -> dict[str, tuple[str, Any]]:
+        """Per live request: the text, and the criterion."""
+        self.live += [call_id for call_id, _ in arrivals]
+        bodies = dict(arrivals)
+        data = [{"body": bodies[call_id]} if call_id in bodies else {} for call_id in self.live]
+        self.context.request_ids = dict(enumerate(self.live))
+        self.context.request_processor = [RequestProcessor(dict(headers or {})) for _ in self.live]
+        texts = self.transport.poll(data, self.context)
+        assert len(texts) == len(self.live) == len(self.context.stopping_criteria)
+        criteria = [criterion(text) for criterion, text in zip(self.context.stopping_criteria, texts, strict=True)]
+        replies = dict(zip(self.live, zip(texts, criteria, strict=True), strict=True))
+        self.status = {call_id: self.context.get_response_status(index)[0] for index, call_id in enumerate(self.live)}
+        self.live = [call_id for call_id, (_, criterion) in replies.items() if criterion is False]
+        return replies
+
+
+@pytest.fixture
+def worker() -> Worker:
+    return Worker()
+
+
+def test_an_accepted_call_first_gets_an_empty_piece_and_its_reply_as_the_last_one(worker: Worker) -> None:
+    assert worker.poll(("a", {"say": ["x"]})) == {"a": ("", False)}
+    worker.engine.say("a/0", "X")
+    assert worker.poll() == {"a": ("", False)}
+    worker.engine.say("a/0", "Y", "stop")
+    assert worker.poll() == {"a": ("XY", True)}
+    assert worker.poll() == {}
+
+
+def test_a_call_that_is_done_at_once_is_one_whole_reply(worker: Worker) -> None:
+    worker.engine.say("a/0", "X", "stop")
+    assert worker.poll(("a", {"say": ["x"]})) == {"a": ("X", None)}
+
+
+def test_a_stream_sends_what_is_new_and_nothing_twice(worker: Worker) -> None:
+    worker.poll(("a", {"say": ["x", "y"], "stream": True}))
+    worker.engine.say("a/1", "Y")
+    worker.engine.say("a/0", "X")
+    assert worker.poll() == {"a": ("1:Y\n0:X\n", False)}
+    assert worker.poll() == {"a": ("", False)}
+    worker.engine.say("a/0", "", "stop")
+    assert worker.poll() == {"a": ("0:\n", False)}
+    worker.engine.say("a/1", "", "length")
+    assert worker.poll() == {"a": ("1:\nend\n", True)}
+
+
+def test_a_list_is_answered_when_its_last_prompt_is(worker: Worker) -> None:
+    worker.poll(("a", {"say": ["x", "y"]}))
+    worker.engine.say("a/1", "Y", "stop")
+    assert worker.poll() == {"a": ("", False)}
+    worker.engine.say("a/0", "X", "stop")
+    assert worker.poll() == {"a": ("X,Y", True)}
+
+
+def test_a_refused_body_gets_its_own_status_and_nobody_else_notices(worker: Worker) -> None:
+    worker.poll(("a", {"say": ["x"]}))
+    worker.engine.say("a/0", "X")
+    replies = worker.poll(("b", {"sya": ["x"]}), ("c", {"say": ["z"]}))
+    text, criterion = replies.pop("b")
+    assert (json.loads(text)["error"]["message"], criterion) == ("say something", None)
+    assert replies == {"a": ("", False), "c": ("", False)}
+    assert worker.status == {"a": 200, "b": 400, "c": 200}
+    assert worker.engine.live.keys() == {"a/0", "c/0"}
+
+
+def test_a_refusal_is_not_kept_waiting_for_the_engine(worker: Worker) -> None:
+    worker.poll(("a", {"say": ["x"]}))
+    worker.poll(("b", {}))
+    assert worker.engine.waits == [transport.POLL_SECONDS, 0]
+
+
+def test_what_the_engine_refuses_is_a_400_and_the_rest_of_the_list_is_taken_back(worker: Worker) -> None:
+    text, criterion = worker.poll(("a", {"say": ["x", "x" * 13]}))["a"]
+    assert ("the engine takes no 13" in text, criterion, worker.status["a"]) == (True, None, 400)
+    assert "a/0" in worker.engine.aborted
+
+
+def test_a_fault_of_the_server_itself_is_a_500_for_that_request_alone(worker: Worker) -> None:
+    worker.poll(("a", {"say": ["x"]}))
+    assert worker.poll(("b", "a text"))["b"][1] is None
+    assert worker.status["b"] == 500
+    assert worker.live == ["a"]
+
+
+def test_a_path_behind_the_models_own_is_a_404(worker: Worker) -> None:
+    text, criterion = worker.poll(("a", {"say": ["x"]}), headers={"url_path": "v2/talk"})["a"]
+    assert ("v2/talk" in text, criterion, worker.status["a"]) == (True, None, 404)
+
+
+def test_a_client_that_left_is_aborted_and_what_still_comes_for_it_is_ignored(worker: Worker) -> None:
+    worker.poll(("a", {"say": ["x", "y"]}), ("b", {"say": ["z"]}))
+    worker.live = ["b"]
+    worker.engine.say("a/0", "X")
+    assert worker.poll() == {"b": ("", False)}
+    assert worker.engine.aborted == ["a/0", "a/1"]
+    worker.engine.say("a/0", "", "abort")
+    assert worker.poll() == {"b": ("", False)}
+
+
+def test_when_the_last_client_has_left_silence_aborts_it_once(worker: Worker, monkeypatch: pytest.MonkeyPatch) -> None:
+    worker.poll(("a", {"say": ["x"]}))
+    worker.transport.abort_if_silent()
+    assert worker.engine.aborted == []
+    monkeypatch.setattr(transport, "SILENCE_SECONDS", 0.0)
+    worker.transport.abort_if_silent()
+    worker.transport.abort_if_silent()
+    assert worker.engine.aborted == ["a/0"]
+    worker.live = []
+    assert worker.poll(("b", {"say": ["x"]})) == {"b": ("", False)}
+
+
+def test_a_client_that_was_taken_for_gone_is_told_so(worker: Worker, monkeypatch: pytest.MonkeyPatch) -> None:
+    worker.poll(("a", {"say": ["x"]}))
+    monkeypatch.setattr(transport, "SILENCE_SECONDS", 0.0)
+    worker.transport.abort_if_silent()
+    worker.engine.say("a/0", "", "abort")
+    text, last = worker.poll()["a"]
+    assert (json.loads(text)["error"]["code"], last) == (503, True)
+
+
+def test_outputs_are_given_to_the_call_whose_id_they_carry_even_if_ids_hold_slashes(worker: Worker) -> None:
+    worker.poll(("a/0", {"say": ["x"]}), ("a", {"say": ["x"]}))
+    worker.engine.say("a/0/0", "X", "stop")
+    assert worker.poll() == {"a/0": ("X", True), "a": ("", False)}

@@ -1,0 +1,129 @@
+import json
+import zipfile
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from build_archive import build_archive
+from handler.config import HandlerConfig
+from tests.handler.support import ROOT, byte_tokenizer, settings
+from tests.support.weights import tiny_args
+
+
+@pytest.fixture
+def project(tmp_path: Path) -> Path:
+    """A folder with a yaml and what looks like a converted checkpoint beside it."""
+    checkpoint = tmp_path / "converted_checkpoints"
+    checkpoint.mkdir()
+    (checkpoint / ".metadata").touch()
+    tiny_args().save(checkpoint)
+    byte_tokenizer(checkpoint)
+    write_yaml(tmp_path)
+    return tmp_path
+
+
+def write_yaml(project: Path, **handler: Any) -> None:
+    (project / "model-config.yaml").write_text(yaml.safe_dump(settings(**handler)))
+
+
+def build(project: Path, **options: Any) -> Path:
+    """Build it from another working directory than the project's."""
+    store = project / "store"
+    build_archive(config=str(project / "model-config.yaml"), model_store=str(store), **options)
+    return store
+
+
+def test_the_archive_holds_the_packages_and_a_yaml_that_finds_the_weights_from_anywhere(project: Path) -> None:
+    archive = build(project) / "llama"
+    packages = [ROOT / "handler", ROOT / "llama2"]
+    sources = {path.relative_to(ROOT) for package in packages for path in package.rglob("*.py")}
+    assert sources <= {path.relative_to(archive) for path in archive.rglob("*.py")}
+    archived = yaml.safe_load((archive / "model-config.yaml").read_text())
+    assert HandlerConfig.from_settings(archived, base=Path("/")).converted_ckpt_dir == project / "converted_checkpoints"
+    manifest = json.loads((archive / "MAR-INF" / "MANIFEST.json").read_text())["model"]
+    assert (manifest["modelName"], manifest["modelVersion"], manifest["handler"], manifest["configFile"]) == (
+        *("llama", "1.0", "llama_handler.py", "model-config.yaml"),
+    )
+
+
+def test_weights_are_not_copied(project: Path) -> None:
+    (project / "converted_checkpoints" / "__0_0.distcp").write_bytes(bytes(10_000_000))
+    archive = build(project) / "llama"
+    assert sum(path.stat().st_size for path in archive.rglob("*") if path.is_file()) < 1_000_000
+
+
+def test_checkpoint_on_the_command_line_wins_over_the_yaml(project: Path) -> None:
+    (project / "converted_checkpoints").rename(project / "elsewhere")
+    archive = build(project, checkpoint=str(project / "elsewhere")) / "llama"
+    archived = yaml.safe_load((archive / "model-config.yaml").read_text())
+    assert archived["handler"]["converted_ckpt_dir"] == str(project / "elsewhere")
+
+
+def test_a_mar_file_has_the_name_and_version_asked_for(project: Path) -> None:
+    store = build(project, model_name="llama-7b", version="1.10", archive_format="default")
+    assert [path.name for path in store.iterdir()] == ["llama-7b.mar"]
+    with zipfile.ZipFile(store / "llama-7b.mar") as mar:
+        assert json.loads(mar.read("MAR-INF/MANIFEST.json"))["model"]["modelVersion"] == "1.10"
+        assert "llama2/engine/engine.py" in mar.namelist()
+
+
+def test_building_again_replaces_the_archive_whole(project: Path) -> None:
+    (build(project) / "llama" / "left_over.py").touch()
+    write_yaml(project, max_seq_len=99)
+    store = build(project)
+    assert not (store / "llama" / "left_over.py").exists()
+    assert yaml.safe_load((store / "llama" / "model-config.yaml").read_text())["handler"]["max_seq_len"] == 99
+    assert [path.name for path in store.iterdir()] == ["llama"]
+
+
+def test_a_failure_leaves_the_old_archive_as_it_was(project: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    archive = build(project) / "llama"
+    before = sorted(archive.rglob("*"))
+    monkeypatch.setenv("PYTHONHOME", "/nonexistent")  # the archiver cannot even start
+    with pytest.raises(ValueError, match="torch-model-archiver failed"):
+        build(project)
+    assert sorted(archive.rglob("*")) == before
+    assert [path.name for path in archive.parent.iterdir()] == ["llama"]
+
+
+def test_a_folder_that_is_no_archive_is_never_replaced(project: Path) -> None:
+    precious = project / "store" / "llama" / "thesis.tex"
+    precious.parent.mkdir(parents=True)
+    precious.touch()
+    with pytest.raises(ValueError, match="is no model archive"):
+        build(project)
+    assert precious.exists()
+
+
+@pytest.mark.parametrize(
+    ("spoil", "options", "message"),
+    [
+        (None, {"model_name": "../llama"}, "--model_name must be"),
+        (None, {"archive_format": "tgz"}, "--archive_format must be one of no-archive, default, got 'tgz'"),
+        (None, {"checkpoint": "nowhere"}, "--checkpoint nowhere does not exist"),
+        ("model-config.yaml", {}, "model-config.yaml cannot be read"),
+        ("converted_checkpoints/.metadata", {}, "is no converted checkpoint"),
+        ("converted_checkpoints/model_args.json", {}, "model_args.json does not exist"),
+        ("converted_checkpoints/tokenizer.json", {}, "has no tokenizer"),
+    ],
+)
+def test_a_mistake_is_found_before_anything_is_built(
+    project: Path, spoil: str | None, options: dict[str, str], message: str
+) -> None:
+    if spoil is not None:
+        (project / spoil).unlink()
+    with pytest.raises(ValueError) as caught:
+        build(project, **options)
+    assert message in str(caught.value)
+    assert not list((project / "store").glob("*"))
+
+
+@pytest.mark.parametrize(
+    ("text", "message"), [("a: [", "is no valid yaml"), ("just words", "holds no keys"), ("\x00", "is no valid yaml")]
+)
+def test_a_yaml_that_is_none_is_refused(project: Path, text: str, message: str) -> None:
+    (project / "model-config.yaml").write_text(text)
+    with pytest.raises(ValueError, match=message):
+        build(project)
