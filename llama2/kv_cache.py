@@ -41,6 +41,12 @@ class KVCache:
         self.keys[layer].flatten(0, 1).index_copy_(0, slots_T, k_TKD)
         self.values[layer].flatten(0, 1).index_copy_(0, slots_T, v_TKD)
 
+    def copy(self, pairs: tuple[tuple[int, int], ...]) -> None:
+        """Copy whole blocks, (from, to) each, one after the other."""
+        for source, target in pairs:
+            for cache in (*self.keys, *self.values):
+                cache[target].copy_(cache[source])
+
     def read(self, layer: int, blocks_N: torch.Tensor, length: int) -> tuple[torch.Tensor, torch.Tensor]:
         """The first `length` positions of the sequence whose block table is `blocks_N`, `(length, K, D)` each."""
         keys = self.keys[layer].index_select(0, blocks_N).flatten(0, 1)[:length]

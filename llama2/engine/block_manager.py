@@ -1,7 +1,10 @@
 """Owns which block of the paged KV cache belongs to which sequence.
 
 A block is a number: the manager knows no tensors, no scheduling order and no model. Blocks leave the free list in
-`_take` and come back in `_give_back`, nowhere else, so whoever lets sequences share blocks counts references there.
+`_take` and come back in `_give_back`, nowhere else; between them a block counts the sequences that hold it.
+
+Sequences that hold a block together may only read it. Who is about to write into one gets a copy first: `grow` puts
+another block in its place and notes the pair, and whoever runs the next step copies what `take_copies` returns.
 """
 
 from __future__ import annotations
@@ -29,6 +32,8 @@ class BlockManager:
         self.block_size = block_size
         # A stack: the block that was freed last is the one most likely still in a cache of the processor.
         self._free = list(reversed(range(num_blocks)))
+        self._num_holders = [0] * num_blocks
+        self._copies: list[tuple[int, int]] = []
 
     @property
     def num_free(self) -> int:
@@ -41,21 +46,38 @@ class BlockManager:
     def grow(self, sequence: Sequence, num_tokens: int) -> bool:
         """Extend the sequence's block table until it holds `num_tokens` positions; a table never shrinks here.
 
+        The positions from num_computed on will be written: a shared block that holds some is replaced by a copy.
         Returns False, and changes nothing, when too few blocks are free.
         """
         if not self.can_grow(sequence, num_tokens):
             return False
+        if self._writes_shared(sequence):
+            place = sequence.num_computed // self.block_size
+            shared = sequence.block_table[place]
+            sequence.block_table[place] = self._take()
+            self._copies.append((shared, sequence.block_table[place]))
+            self._give_back(shared)
         for _ in range(self._num_missing(sequence, num_tokens)):
             sequence.block_table.append(self._take())
         return True
 
+    def share(self, block_table: list[int]) -> None:
+        """One more sequence holds these blocks."""
+        for block in block_table:
+            self._num_holders[block] += 1
+
+    def take_copies(self) -> tuple[tuple[int, int], ...]:
+        """The (from, to) pairs of blocks to copy, in this order, before the next step writes; each is told once."""
+        copies, self._copies = tuple(self._copies), []
+        return copies
+
     def free(self, sequence: Sequence) -> None:
-        """Take back every block of the sequence and empty its table."""
+        """Take back every block of the sequence, as far as it is concerned, and empty its table."""
         while sequence.block_table:
             self._give_back(sequence.block_table.pop())
 
     def check_integrity(self, live: Iterable[Sequence]) -> None:
-        """Prove that every block is exactly once in the free list or in the table of one sequence of `live`.
+        """Prove that every block is once in the free list or in as many tables of `live` as it counts holders.
 
         Raises:
             RuntimeError: it is not; the message names the blocks and who holds them.
@@ -72,17 +94,28 @@ class BlockManager:
                 faults.append(f"block {block} of {', '.join(names)} does not exist")
             elif not names:
                 faults.append(f"block {block} is lost: neither free nor in a live sequence")
-            elif len(names) > 1:
-                faults.append(f"block {block} is held more than once: {', '.join(names)}")
+            elif names != ["the free list"] and ("the free list" in names or len(names) != self._num_holders[block]):
+                counted = self._num_holders[block]
+                faults.append(f"block {block} counts {counted} holders, but is held by {', '.join(names)}")
         if faults:
             more = f"; and {len(faults) - _MAX_NAMED_LEAKS} more" if len(faults) > _MAX_NAMED_LEAKS else ""
             raise RuntimeError(f"KV cache of {self.num_blocks} blocks: {'; '.join(faults[:_MAX_NAMED_LEAKS])}{more}")
 
     def _num_missing(self, sequence: Sequence, num_tokens: int) -> int:
-        return max(0, math.ceil(num_tokens / self.block_size) - len(sequence.block_table))
+        grown = max(0, math.ceil(num_tokens / self.block_size) - len(sequence.block_table))
+        return grown + self._writes_shared(sequence)
+
+    def _writes_shared(self, sequence: Sequence) -> bool:
+        """Will the sequence's next position fall into a block that others hold, too?"""
+        place = sequence.num_computed // self.block_size
+        return place < len(sequence.block_table) and self._num_holders[sequence.block_table[place]] > 1
 
     def _take(self) -> int:
-        return self._free.pop()
+        block = self._free.pop()
+        self._num_holders[block] = 1
+        return block
 
     def _give_back(self, block: int) -> None:
-        self._free.append(block)
+        self._num_holders[block] -= 1
+        if self._num_holders[block] == 0:
+            self._free.append(block)

@@ -11,7 +11,6 @@ import time
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
-from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -23,9 +22,9 @@ from llama2.config import EngineConfig, ModelArgs
 from llama2.engine.block_manager import BlockManager
 from llama2.engine.lockstep import Lockstep, agree
 from llama2.engine.runner import Runner
-from llama2.engine.sampler import Sampled, Sampler
+from llama2.engine.sampler import Sampled, Sampler, token_logprobs
 from llama2.engine.scheduler import Plan, Scheduler
-from llama2.engine.sequence import FinishReason, Output, Request, Sequence
+from llama2.engine.sequence import FinishReason, Output, Request, Sequence, TokenLogprobs
 from llama2.kv_cache import KVCache, count_blocks
 from llama2.loader import load_model
 from llama2.parallel import build_mesh, choose_device, init_process_group, local_kv_heads
@@ -73,7 +72,8 @@ class Engine:
         self._sampler = Sampler(config.seed)
         self._streams: dict[int, TextStream] = {}
         self._scores: dict[str, list[torch.Tensor]] = {}
-        self._arrivals = count()
+        self._prompt_logprobs: dict[int, list[TokenLogprobs | None]] = {}
+        self._arrivals = 0
         self._last_step_at: float | None = None
         self._lock = threading.Condition()
         self._inbox: deque[Request | str] = deque()  # a request to add, or the id of one to abort
@@ -164,13 +164,21 @@ class Engine:
             ValueError: it is empty or too long, or an id is outside the vocabulary.
         """
         length, longest = len(request.prompt_ids), self.config.max_seq_len
-        room = longest if request.score else longest - 1
+        room = longest - request.generate
         if not 1 <= length <= room:
             raise ValueError(
                 f"the prompt has {length} tokens, but must have from 1 to {room}: max_seq_len is {longest}"
-                + ("" if request.score else " and the reply needs at least one")
+                + (" and the reply needs at least one" if request.generate else "")
             )
-        for name, ids in (("prompt_ids", request.prompt_ids), ("stop_token_ids", request.params.stop_token_ids)):
+        if request.n > self.config.max_batch_size:
+            raise ValueError(f"n must be at most max_batch_size={self.config.max_batch_size}, got {request.n}")
+        params = request.params
+        named = {
+            "prompt_ids": request.prompt_ids,
+            "stop_token_ids": params.stop_token_ids,
+            "logit_bias": params.logit_bias,
+        }
+        for name, ids in named.items():
             wrong = [token_id for token_id in ids if not 0 <= token_id < self.args.vocab_size]
             if wrong:
                 raise ValueError(f"{name} must be from 0 to {self.args.vocab_size - 1}, got {wrong[0]}")
@@ -253,13 +261,14 @@ class Engine:
             RuntimeError: a block leaked, or state of a finished request was kept.
         """
         self._scheduler.check_integrity()
-        if not self._scheduler.has_work and (self._streams or self._scores):
-            raise RuntimeError(f"state of {len(self._streams) + len(self._scores)} finished requests was kept")
+        kept = len(self._streams) + len(self._scores) + len(self._prompt_logprobs)
+        if kept and not self._scheduler.has_work:
+            raise RuntimeError(f"state of {kept} finished requests was kept")
 
     def score(self, token_ids: list[int]) -> torch.Tensor:
         """Rank 0, without a thread: fp32 logits (T, V) on the CPU after each of `token_ids`."""
         assert self._thread is None
-        request = Request(request_id="score", prompt_ids=tuple(token_ids), score=True)
+        request = Request(request_id="score", prompt_ids=tuple(token_ids), score=True, generate=False)
         self.add(request)
         while self.has_work:
             self.step()
@@ -274,53 +283,85 @@ class Engine:
         outputs = []
         for item in arrived:
             if isinstance(item, Request):
-                sequence = Sequence.of(item, next(self._arrivals))
+                sequence = Sequence.of(item, self._arrivals)
+                self._arrivals += item.n
                 self._scheduler.add(sequence)
-                self._streams[sequence.arrival] = TextStream(
-                    self.tokenizer, stop=item.params.stop, continues_prompt=item.continues_prompt
-                )
+                self._open_stream(sequence)
             else:
-                aborted = self._scheduler.abort(item)
-                if aborted is not None:
-                    self._forget(aborted)
-                    outputs.append(Output(request_id=item, finish_reason="abort"))
+                for sequence in self._scheduler.abort(item):
+                    self._forget(sequence)
+                    outputs.append(Output(request_id=item, index=sequence.index, finish_reason="abort"))
         return outputs
 
+    def _open_stream(self, sequence: Sequence) -> None:
+        self._streams[sequence.arrival] = TextStream(
+            self.tokenizer, stop=sequence.request.params.stop, continues_prompt=sequence.request.continues_prompt
+        )
+
     def _book(self, plan: Plan, logits_RV: torch.Tensor) -> list[Output]:
-        """Sample where a chunk asked for its last logits, book the step, and end what has ended."""
-        running = self._scheduler.running
-        sequences, rows, row = [], [], 0
+        """Sample where a prompt or a reply has reached its end, book the step, and end what has ended."""
+        rows: list[int] = []
+        sequences: list[Sequence] = []
+        prompts_only: list[Sequence] = []
+        row = 0
         for chunk in plan.chunks:
-            if chunk.logits == "last":
-                sequences.append(running[chunk.key])
-                rows.append(row)
-                row += 1
-            elif chunk.logits == "all":
-                length = len(chunk.token_ids)
-                request_id = running[chunk.key].request.request_id
-                if chunk.start == 0:
-                    self._scores[request_id] = []  # anew after a preemption, too
-                self._scores[request_id].append(logits_RV[row : row + length].cpu())
-                row += length
+            sequence = self._scheduler.running[chunk.key]
+            if chunk.logits == "all":
+                self._keep_prompt_logits(sequence, chunk.start, logits_RV[row : row + len(chunk.token_ids)])
+            row += {"none": 0, "last": 1, "all": len(chunk.token_ids)}[chunk.logits]
+            if chunk.start + len(chunk.token_ids) < len(sequence.token_ids):
+                continue
+            if not sequence.request.generate:
+                prompts_only.append(sequence)
+                continue
+            replies = [sequence]
+            if sequence.num_forks:
+                replies += self._scheduler.fork(sequence)
+                for fork in replies[1:]:
+                    self._open_stream(fork)
+            rows += [row - 1] * len(replies)
+            sequences += replies
         sampled = self._sampler.sample(logits_RV[rows], sequences) if rows else []
         by_key = {sequence.arrival: one for sequence, one in zip(sequences, sampled, strict=True)}
-        scored = [running[chunk.key] for chunk in plan.chunks if chunk.logits == "all"]
         gained = self._scheduler.update(plan, {key: one.token_id for key, one in by_key.items()})
         outputs = [self._advance(sequence, by_key[sequence.arrival]) for sequence in gained]
-        for sequence in scored:
-            if not sequence.num_uncomputed:
-                self._finish(sequence, "length")
-                outputs.append(Output(request_id=sequence.request.request_id, finish_reason="length"))
+        for sequence in prompts_only:
+            scored = self._take_prompt_logprobs(sequence)
+            self._finish(sequence, "length")
+            request_id = sequence.request.request_id
+            outputs.append(Output(request_id=request_id, prompt_logprobs=scored, finish_reason="length"))
         return outputs
+
+    def _keep_prompt_logits(self, sequence: Sequence, start: int, logits_TV: torch.Tensor) -> None:
+        """Collect what a request wants to know of its prompt; anew when it was preempted and starts again."""
+        request = sequence.request
+        if request.score:
+            parts = self._scores.setdefault(request.request_id, [])
+            if start == 0:
+                parts.clear()
+            parts.append(logits_TV.cpu())
+        if request.prompt_logprobs is not None:
+            known = self._prompt_logprobs.setdefault(sequence.arrival, [])
+            if start == 0:
+                known[:] = [None]
+            following = request.prompt_ids[start + 1 : start + 1 + logits_TV.shape[0]]
+            known += token_logprobs(logits_TV[: len(following)], following, [request.prompt_logprobs] * len(following))
+
+    def _take_prompt_logprobs(self, sequence: Sequence) -> tuple[TokenLogprobs | None, ...]:
+        return tuple(self._prompt_logprobs.pop(sequence.arrival, ()))
 
     def _advance(self, sequence: Sequence, sampled: Sampled) -> Output:
         """Turn a sequence's newest token into text, and decide whether it was the last."""
         params, stream = sequence.request.params, self._streams[sequence.arrival]
         token_id, text = sampled.token_id, ""
         reason: FinishReason | None = None
-        ends = token_id in params.stop_token_ids or (token_id in self.tokenizer.eos_ids and not params.ignore_eos)
+        is_eos = token_id in self.tokenizer.eos_ids
+        # A grammar lets EOS through where nothing else can follow: there it cannot be ignored.
+        ends = token_id in params.stop_token_ids or (is_eos and not (params.ignore_eos and sequence.matcher is None))
         if not ends:
             text = stream.push(token_id)
+            if sequence.matcher is not None:
+                sequence.matcher.accept(token_id)
         if ends or stream.stopped:
             reason = "stop"
         elif sequence.num_generated == params.max_new_tokens or len(sequence.token_ids) == self.config.max_seq_len:
@@ -331,9 +372,11 @@ class Engine:
             self._finish(sequence, reason)
         return Output(
             request_id=sequence.request.request_id,
+            index=sequence.index,
             text=text,
             token_ids=(token_id,),
             logprobs=() if sampled.logprobs is None else (sampled.logprobs,),
+            prompt_logprobs=self._take_prompt_logprobs(sequence),
             finish_reason=reason,
         )
 
@@ -343,8 +386,10 @@ class Engine:
 
     def _forget(self, sequence: Sequence) -> None:
         self._streams.pop(sequence.arrival, None)
-        with self._lock:
-            self._known.discard(sequence.request.request_id)
+        self._prompt_logprobs.pop(sequence.arrival, None)
+        if not self._scheduler.is_live(sequence.request.request_id):
+            with self._lock:
+                self._known.discard(sequence.request.request_id)
 
     def _serve(self) -> None:
         while True:

@@ -24,6 +24,7 @@ class Runner:
     @torch.inference_mode()
     def run(self, plan: Plan) -> torch.Tensor | None:
         """Compute a plan. On rank 0: fp32 logits (R, V), the rows that the chunks ask for, in their order."""
+        self._cache.copy(plan.copies)
         tokens: list[int] = []
         positions: list[int] = []
         slots: list[int] = []

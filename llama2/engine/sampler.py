@@ -3,10 +3,10 @@
 Knows no model, no text and no schedule, and keeps no state of any sequence. A row's result depends on nothing but its
 own logits, tokens and parameters, however the batch is put together.
 
-The order of the steps: log-probabilities of the untouched logits; repetition penalty; frequency and presence penalty;
-temperature; top_k; top_p; min_p; draw. After the temperature a row is kept as weights, probabilities relative to the
-likeliest token's, and every filter is a floor under which weights become 0. So tokens of equal weight stay or go
-together, and nothing depends on the order in which a device sorts them.
+The order of the steps: log-probabilities of the untouched logits; logit bias; grammar; repetition penalty; frequency
+and presence penalty; temperature; top_k; top_p; min_p; draw. After the temperature a row is kept as weights,
+probabilities relative to the likeliest token's, and every filter is a floor under which weights become 0. So tokens of
+equal weight stay or go together, and nothing depends on the order in which a device sorts them.
 
 Axes: R rows, N those rows that a step is about, V vocabulary, K candidates.
 """
@@ -63,7 +63,7 @@ class Sampler:
             FloatingPointError: a row holds NaN or +inf, or allows no token at all; the message names its request.
         """
         _check_finite(logits, sequences)
-        logits_RV = _penalize(logits.float(), sequences)
+        logits_RV = _penalize(_restrict(logits.float(), sequences), sequences)
         peak_R, token_R = logits_RV.max(dim=-1)  # the first maximum: the lowest id where several are equal
         drawn = [row for row, sequence in enumerate(sequences) if sequence.request.params.temperature > 0]
         if drawn:
@@ -92,7 +92,10 @@ class Sampler:
     def _uniform(self, sequence: Sequence) -> float:
         """The number in (0, 1) that decides the sequence's next token: the same on every device and version."""
         seed = sequence.request.params.seed
-        stream = f"engine {self._seed} arrival {sequence.arrival}" if seed is None else f"request {seed}"
+        if seed is None:
+            stream = f"engine {self._seed} arrival {sequence.arrival}"
+        else:
+            stream = f"request {seed} reply {sequence.index}"
         digest = hashlib.blake2b(f"{stream} token {sequence.num_generated}".encode(), digest_size=8).digest()
         # 52 bits and a half: exact in a double, and never 0 or 1.
         return ((int.from_bytes(digest, "little") >> 12) + 0.5) / 2**52
@@ -111,6 +114,22 @@ def _check_finite(logits_RV: Tensor, sequences: Items[Sequence]) -> None:
 def _select(values_RV: Tensor, rows: list[int]) -> Tensor:
     """The rows in question, without a copy if that is all of them, as it mostly is."""
     return values_RV if len(rows) == len(values_RV) else values_RV[rows]
+
+
+def _restrict(logits_RV: Tensor, sequences: Items[Sequence]) -> Tensor:
+    """Add the logit biases, and leave no chance to the tokens that a grammar forbids; other rows pass through."""
+    rows = [row for row, one in enumerate(sequences) if one.matcher or one.request.params.logit_bias]
+    if not rows:
+        return logits_RV
+    logits_RV = logits_RV.clone()  # the caller's own, where it was fp32 already
+    for row in rows:
+        bias, matcher = sequences[row].request.params.logit_bias, sequences[row].matcher
+        if bias:
+            values = torch.tensor(list(bias.values()), dtype=torch.float32, device=logits_RV.device)
+            logits_RV[row, list(bias)] += values
+        if matcher:
+            matcher.restrict(logits_RV[row])
+    return logits_RV
 
 
 def _penalize(logits_RV: Tensor, sequences: Items[Sequence]) -> Tensor:
@@ -218,13 +237,21 @@ def _logprobs(logits_RV: Tensor, token_ids: list[int], sequences: Items[Sequence
     rows = [row for row, number in wanted.items() if number is not None]
     if not rows:
         return {}
-    logprobs_NV = logits_RV[rows].float().log_softmax(dim=-1)
-    chosen_N1 = torch.tensor([[token_ids[row]] for row in rows], device=logits_RV.device)
+    found = token_logprobs(logits_RV[rows], [token_ids[row] for row in rows], [wanted[row] or 0 for row in rows])
+    return dict(zip(rows, found, strict=True))
+
+
+def token_logprobs(logits_NV: Tensor, token_ids: Items[int], num_top: Items[int]) -> list[TokenLogprobs]:
+    """For each row the log-probability of its token and the `num_top` likeliest, under the model's own distribution."""
+    logprobs_NV = logits_NV.float().log_softmax(dim=-1)
+    chosen_N1 = torch.tensor([[token_id] for token_id in token_ids], device=logits_NV.device)
     chosen = logprobs_NV.gather(-1, chosen_N1)[:, 0].tolist()
     # Always the same number of them, so that ties do not fall otherwise for a row beside one that asks for more.
     top = logprobs_NV.topk(min(MAX_LOGPROBS, logprobs_NV.shape[-1]), dim=-1)
-    result = {}
-    for row, logprob, values, ids in zip(rows, chosen, top.values.tolist(), top.indices.tolist(), strict=True):
+    result = []
+    for token_id, logprob, values, ids, number in zip(
+        token_ids, chosen, top.values.tolist(), top.indices.tolist(), num_top, strict=True
+    ):
         ranked = sorted(zip(ids, values, strict=True), key=lambda pair: (-pair[1], pair[0]))
-        result[row] = TokenLogprobs(token_id=token_ids[row], logprob=logprob, top=tuple(ranked[: wanted[row]]))
+        result.append(TokenLogprobs(token_id=token_id, logprob=logprob, top=tuple(ranked[:number])))
     return result

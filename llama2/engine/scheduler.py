@@ -14,6 +14,7 @@ import logging
 from collections import OrderedDict
 from collections.abc import Mapping
 from dataclasses import dataclass
+from itertools import chain
 from types import MappingProxyType
 from typing import Literal
 
@@ -43,16 +44,21 @@ class Chunk:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Plan:
-    """One forward pass. `step` counts the plans of a scheduler: 1, 2, 3, …"""
+    """One forward pass. `step` counts the plans of a scheduler: 1, 2, 3, …
+
+    `copies` are the (from, to) blocks to copy, in this order, before anything is written.
+    """
 
     step: int
     chunks: tuple[Chunk, ...]
+    copies: tuple[tuple[int, int], ...] = ()
 
 
 class Scheduler:
     """Continuous batching with chunked prefill, first come first served.
 
-    A step is `schedule()`, then `update()` with what was sampled, then `finish()` for each sequence that ended.
+    A step is `schedule()`, then `fork()` for each prompt of several replies that it completes, then `update()` with
+    what was sampled, then `finish()` for each sequence that ended.
     `add` and `abort` belong between steps. No step costs more than what runs and is admitted in it: those who wait
     cost nothing.
     """
@@ -63,7 +69,8 @@ class Scheduler:
         # Both by arrival, oldest first.
         self._running: dict[int, Sequence] = {}
         self._waiting: OrderedDict[int, Sequence] = OrderedDict()
-        self._by_request_id: dict[str, Sequence] = {}
+        # Of each live request those replies that have not ended.
+        self._by_request_id: dict[str, list[Sequence]] = {}
         self._last_arrival = -1
         self._num_steps = 0
 
@@ -87,6 +94,8 @@ class Scheduler:
     def add(self, sequence: Sequence) -> None:
         """Queue a new sequence, which arrived later than all before it and fits into the empty KV cache at its longest.
 
+        Its forks have the arrivals that follow its own, and batch places are kept for them.
+
         Raises:
             ValueError: a live sequence has the same request id.
         """
@@ -94,20 +103,27 @@ class Scheduler:
         if request_id in self._by_request_id:
             raise ValueError(f"request_id must be unique among live requests, got {request_id!r} twice")
         assert sequence.arrival > self._last_arrival, f"arrival {sequence.arrival} after {self._last_arrival}"
-        self._last_arrival = sequence.arrival
-        self._by_request_id[request_id] = sequence
+        self._last_arrival = sequence.arrival + sequence.num_forks
+        self._by_request_id[request_id] = [sequence]
         self._waiting[sequence.arrival] = sequence
 
-    def abort(self, request_id: str) -> Sequence | None:
-        """Drop a sequence, running or waiting; its blocks are free at once. None if no live sequence has this id."""
-        sequence = self._by_request_id.get(request_id)
-        if sequence is not None:
+    def abort(self, request_id: str) -> list[Sequence]:
+        """Drop what lives of a request, running or waiting; its blocks are free at once. Returns what was dropped."""
+        dropped = list(self._by_request_id.get(request_id, ()))
+        for sequence in dropped:
             self.finish(sequence, "abort")
-        return sequence
+        return dropped
+
+    def is_live(self, request_id: str) -> bool:
+        """Has some reply of the request not ended yet?"""
+        return request_id in self._by_request_id
 
     def finish(self, sequence: Sequence, reason: FinishReason) -> None:
         """Take a live sequence out and free its blocks."""
-        del self._by_request_id[sequence.request.request_id]
+        siblings = self._by_request_id[sequence.request.request_id]
+        siblings.remove(sequence)
+        if not siblings:
+            del self._by_request_id[sequence.request.request_id]
         queue = self._running if sequence.status is Status.RUNNING else self._waiting
         del queue[sequence.arrival]
         self._blocks.free(sequence)
@@ -143,29 +159,40 @@ class Scheduler:
                 f"KV cache of {self._blocks.num_blocks} blocks of {self._blocks.block_size}"
             )
         self._num_steps += 1
-        return Plan(step=self._num_steps, chunks=tuple(chunks))
+        return Plan(step=self._num_steps, chunks=tuple(chunks), copies=self._blocks.take_copies())
+
+    def fork(self, sequence: Sequence) -> list[Sequence]:
+        """The other replies to a prompt that the last plan completes: running from now on, on the same blocks."""
+        forks = sequence.fork()
+        for fork in forks:
+            self._blocks.share(fork.block_table)
+            self._by_request_id[fork.request.request_id].append(fork)
+            self._running[fork.arrival] = fork
+        if forks:
+            self._running = dict(sorted(self._running.items()))
+        return forks
 
     def update(self, plan: Plan, sampled: Mapping[int, int]) -> list[Sequence]:
         """Book what a plan computed: `sampled` maps keys to the token ids that follow.
 
-        Returns the sequences that gained a token, in the plan's order. Those that were aborted since are skipped.
+        Returns the sequences that gained a token, in the order of `sampled`. Those that were aborted since are skipped.
         """
-        gained = []
         for chunk in plan.chunks:
             sequence = self._running.get(chunk.key)
             if sequence is None:
                 continue
             assert sequence.num_computed == chunk.start, f"step {plan.step} is out of order for key {chunk.key}"
             sequence.num_computed += len(chunk.token_ids)
-            if chunk.key in sampled:
-                assert sequence.num_uncomputed == 0, f"step {plan.step}: a token for the unfinished prefill {chunk.key}"
-                sequence.token_ids.append(sampled[chunk.key])
-                gained.append(sequence)
+        gained = [self._running[key] for key in sampled if key in self._running]
+        for sequence in gained:
+            key = sequence.arrival
+            assert sequence.num_uncomputed == 0, f"step {plan.step}: a token for the unfinished prefill {key}"
+            sequence.token_ids.append(sampled[key])
         return gained
 
     def check_integrity(self) -> None:
         """Prove that no block leaked; see `BlockManager.check_integrity`."""
-        self._blocks.check_integrity(self._by_request_id.values())
+        self._blocks.check_integrity(chain.from_iterable(self._by_request_id.values()))
 
     def _admit(self, budget: int) -> list[Chunk]:
         """Start waiting sequences while the token budget, the batch size and the free blocks allow.
@@ -174,9 +201,11 @@ class Scheduler:
         else a long prompt would be prefilled in vain, preempted and started again while older ones fill the cache.
         """
         chunks: list[Chunk] = []
-        while self._waiting and budget > 0 and len(self._running) < self._config.max_batch_size:
+        places = self._config.max_batch_size - sum(1 + sequence.num_forks for sequence in self._running.values())
+        while self._waiting and budget > 0:
             sequence = next(iter(self._waiting.values()))
-            if not self._blocks.can_grow(sequence, len(sequence.token_ids)):
+            places -= 1 + sequence.num_forks
+            if places < 0 or not self._blocks.can_grow(sequence, len(sequence.token_ids)):
                 break
             del self._waiting[sequence.arrival]
             self._running[sequence.arrival] = sequence
@@ -213,7 +242,7 @@ def _chunk(sequence: Sequence, length: int) -> Chunk:
     assert length > 0, f"request {sequence.request.request_id!r} has nothing to compute, but was not finished"
     end = sequence.num_computed + length
     logits: Logits = "none"
-    if sequence.request.score:
+    if sequence.request.wants_prompt_logits and sequence.num_generated == 0:
         logits = "all"
     elif end == len(sequence.token_ids):
         logits = "last"

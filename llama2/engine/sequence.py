@@ -7,8 +7,9 @@ from __future__ import annotations
 
 import enum
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, Literal, Protocol
 
 FinishReason = Literal["stop", "length", "abort"]
 
@@ -19,9 +20,10 @@ MAX_LOGPROBS = 20
 class SamplingParams:
     """How tokens are chosen and when they end.
 
-    The order is: penalties, temperature, top_k, top_p, min_p, draw. `temperature=0` is greedy, whatever the others
-    say. `logprobs=n` asks for the chosen token's and the n likeliest tokens' log-probabilities under the model's own
-    distribution, before any of these. `max_new_tokens=None` means as many as fit into the engine's max_seq_len.
+    The order is: logit_bias, grammar, penalties, temperature, top_k, top_p, min_p, draw. `temperature=0` is greedy,
+    whatever the others say. `logit_bias` is added to the logits of the token ids it names. `logprobs=n` asks for the
+    chosen token's and the n likeliest tokens' log-probabilities under the model's own distribution, before any of
+    these. `max_new_tokens=None` means as many as fit into the engine's max_seq_len.
 
     Raises:
         ValueError: a field is out of range; the message names field, value and what is allowed.
@@ -40,6 +42,7 @@ class SamplingParams:
     stop_token_ids: tuple[int, ...] = ()
     ignore_eos: bool = False
     logprobs: int | None = None
+    logit_bias: Mapping[int, float] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         if self.max_new_tokens is not None:
@@ -63,6 +66,11 @@ class SamplingParams:
             raise ValueError(f"ignore_eos must be true or false, got {self.ignore_eos!r}")
         if self.logprobs is not None:
             _check_int("logprobs", self.logprobs, low=0, high=MAX_LOGPROBS)
+        if not isinstance(self.logit_bias, Mapping):
+            raise ValueError(f"logit_bias must map token ids to numbers, got {self.logit_bias!r}")
+        for token_id, bias in self.logit_bias.items():
+            _check_int("logit_bias", token_id, low=0)
+            _check_number("logit_bias", bias, low=-100.0, high=100.0)
 
 
 def _check_int(name: str, value: Any, *, low: int, high: int | None = None) -> None:
@@ -78,25 +86,60 @@ def _check_number(name: str, value: Any, *, low: float, high: float, open_low: b
         raise ValueError(f"{name} must be a number in {bracket}{low:g}, {high:g}], got {value!r}")
 
 
+class Matcher(Protocol):
+    """One reply's way through a grammar."""
+
+    def restrict(self, logits_V: Any) -> None:
+        """Set the logits (a tensor) of every token that cannot follow now to -inf, in place. Some token always can."""
+
+    def accept(self, token_id: int) -> None:
+        """The token was chosen."""
+
+
+class Grammar(Protocol):
+    """What a reply must look like."""
+
+    def matcher(self) -> Matcher: ...
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Request:
     """What the front hands to the engine: prompt ids (BOS included where the format has one) and how to go on.
 
     `continues_prompt` keeps the white space between prompt and reply, as the tokenizer would write both in one piece:
     True for a completion, which continues its prompt, False for a chat reply, which is a text of its own.
-    `score=True` asks for the logits of every prompt position and generates nothing.
+
+    `n` replies share the KV blocks of the prompt. `prompt_logprobs=k` asks for the log-probabilities of the prompt's
+    own tokens, with the k likeliest beside each; `score` for the raw logits of every prompt position.
+    `generate=False` ends after the prompt.
+
+    Raises:
+        ValueError: `n` or `prompt_logprobs` is out of range.
     """
 
     request_id: str
     prompt_ids: tuple[int, ...]
     params: SamplingParams = field(default_factory=SamplingParams)
     continues_prompt: bool = True
+    n: int = 1
+    grammar: Grammar | None = None
+    prompt_logprobs: int | None = None
     score: bool = False
+    generate: bool = True
+
+    def __post_init__(self) -> None:
+        _check_int("n", self.n, low=1)
+        if self.prompt_logprobs is not None:
+            _check_int("prompt_logprobs", self.prompt_logprobs, low=0, high=MAX_LOGPROBS)
+
+    @property
+    def wants_prompt_logits(self) -> bool:
+        return self.score or self.prompt_logprobs is not None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TokenLogprobs:
-    """Log-probabilities (natural logarithm) at one generated position; `top` is likeliest first."""
+    """Log-probabilities (natural logarithm) at one position; `top` is likeliest first."""
 
     token_id: int
     logprob: float
@@ -105,12 +148,18 @@ class TokenLogprobs:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Output:
-    """What one request gained since its last Output. `finish_reason` is set on the last one, once."""
+    """What reply `index` of a request gained since its last Output. `finish_reason` is set on its last one, once.
+
+    `prompt_logprobs`, where they were asked for, come whole with the first Output of reply 0: one for each position of
+    the prompt, None for the first, before which there is nothing.
+    """
 
     request_id: str
+    index: int = 0
     text: str = ""
     token_ids: tuple[int, ...] = ()
     logprobs: tuple[TokenLogprobs, ...] = ()
+    prompt_logprobs: tuple[TokenLogprobs | None, ...] = ()
     finish_reason: FinishReason | None = None
 
 
@@ -133,15 +182,19 @@ class Status(enum.Enum):
 
 @dataclass(slots=True, kw_only=True, eq=False)
 class Sequence:
-    """One request inside the engine.
+    """One reply inside the engine. The n replies of a request are one sequence until its prompt is computed.
 
     Invariant: the KV cache holds positions [0, num_computed) of `token_ids`, in the blocks of `block_table`.
     A preempted sequence keeps its tokens, gives its blocks back and starts again at num_computed = 0.
+    `num_forks` more sequences will come of this one, with the arrivals that follow its own.
     """
 
     request: Request
     arrival: int
     token_ids: list[int]
+    index: int = 0
+    num_forks: int = 0
+    matcher: Matcher | None = None
     num_computed: int = 0
     block_table: list[int] = field(default_factory=list)
     status: Status = Status.WAITING
@@ -149,7 +202,26 @@ class Sequence:
 
     @classmethod
     def of(cls, request: Request, arrival: int) -> Sequence:
-        return cls(request=request, arrival=arrival, token_ids=list(request.prompt_ids))
+        return cls(
+            request=request,
+            arrival=arrival,
+            token_ids=list(request.prompt_ids),
+            num_forks=request.n - 1,
+            matcher=request.grammar.matcher() if request.grammar else None,
+        )
+
+    def fork(self) -> list[Sequence]:
+        """The other replies of the request, at the point where this one has computed its prompt. They share its blocks
+        in number only: counting them is the block manager's."""
+        assert self.num_generated == 0
+        forks = [Sequence.of(self.request, self.arrival + index) for index in range(1, self.num_forks + 1)]
+        for index, fork in enumerate(forks, start=1):
+            fork.index, fork.num_forks = index, 0
+            fork.block_table = list(self.block_table)
+            fork.num_computed = self.num_prompt
+            fork.status = self.status
+        self.num_forks = 0
+        return forks
 
     @property
     def num_prompt(self) -> int:

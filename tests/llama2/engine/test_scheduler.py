@@ -237,12 +237,12 @@ def test_abort_frees_a_request_wherever_it_is(steps: int) -> None:
     sequence = trial.add(10)
     for _ in range(steps):
         trial.step()
-    assert trial.scheduler.abort("r0") is sequence
+    assert trial.scheduler.abort("r0") == [sequence]
     assert (sequence.status, sequence.finish_reason, sequence.block_table) == (Status.FINISHED, "abort", [])
     assert trial.blocks.num_free == trial.blocks.num_blocks
     assert not trial.scheduler.has_work
     assert trial.scheduler.schedule() is None
-    assert trial.scheduler.abort("r0") is None
+    assert trial.scheduler.abort("r0") == []
 
 
 def test_update_skips_a_request_that_was_aborted_since_it_was_planned() -> None:
