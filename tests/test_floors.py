@@ -27,6 +27,7 @@ FLOORS = {
     "llama2.engine.runner": 2,
     "llama2.engine.scheduler": 2,
     "llama2.engine.lockstep": 2,
+    "llama2.engine.prompt_scores": 2,
     "llama2.model": 1,
     "llama2.attention": 1,
     "llama2.parallel": 1,

@@ -21,10 +21,11 @@ from llama2.collectives import connect
 from llama2.config import EngineConfig, ModelArgs
 from llama2.engine.block_manager import BlockManager
 from llama2.engine.lockstep import Lockstep, agree
+from llama2.engine.prompt_scores import PromptScores
 from llama2.engine.runner import Runner
-from llama2.engine.sampler import Sampled, Sampler, token_logprobs
+from llama2.engine.sampler import Sampled, Sampler
 from llama2.engine.scheduler import Plan, Scheduler
-from llama2.engine.sequence import FinishReason, Output, Request, Sequence, TokenLogprobs
+from llama2.engine.sequence import FinishReason, Output, Request, Sequence
 from llama2.kv_cache import KVCache, count_blocks
 from llama2.loader import load_model
 from llama2.parallel import build_mesh, choose_device, init_process_group, local_kv_heads
@@ -71,8 +72,8 @@ class Engine:
         self._scheduler = Scheduler(config, self._blocks)
         self._sampler = Sampler(config.seed)
         self._streams: dict[int, TextStream] = {}
-        self._scores: dict[str, list[torch.Tensor]] = {}
-        self._prompt_logprobs: dict[int, list[TokenLogprobs | None]] = {}
+        self._scores: dict[str, torch.Tensor] = {}
+        self._prompts = PromptScores()
         self._arrivals = 0
         self._last_step_at: float | None = None
         self._lock = threading.Condition()
@@ -261,7 +262,7 @@ class Engine:
             RuntimeError: a block leaked, or state of a finished request was kept.
         """
         self._scheduler.check_integrity()
-        kept = len(self._streams) + len(self._scores) + len(self._prompt_logprobs)
+        kept = len(self._streams) + len(self._scores) + len(self._prompts)
         if kept and not self._scheduler.has_work:
             raise RuntimeError(f"state of {kept} finished requests was kept")
 
@@ -272,7 +273,7 @@ class Engine:
         self.add(request)
         while self.has_work:
             self.step()
-        return torch.cat(self._scores.pop(request.request_id))
+        return self._scores.pop(request.request_id)
 
     # ---- inside ----
 
@@ -307,7 +308,7 @@ class Engine:
         for chunk in plan.chunks:
             sequence = self._scheduler.running[chunk.key]
             if chunk.logits == "all":
-                self._keep_prompt_logits(sequence, chunk.start, logits_RV[row : row + len(chunk.token_ids)])
+                self._prompts.keep(sequence, chunk.start, logits_RV[row : row + len(chunk.token_ids)])
             row += {"none": 0, "last": 1, "all": len(chunk.token_ids)}[chunk.logits]
             if chunk.start + len(chunk.token_ids) < len(sequence.token_ids):
                 continue
@@ -326,29 +327,13 @@ class Engine:
         gained = self._scheduler.update(plan, {key: one.token_id for key, one in by_key.items()})
         outputs = [self._advance(sequence, by_key[sequence.arrival]) for sequence in gained]
         for sequence in prompts_only:
-            scored = self._take_prompt_logprobs(sequence)
-            self._finish(sequence, "length")
             request_id = sequence.request.request_id
-            outputs.append(Output(request_id=request_id, prompt_logprobs=scored, finish_reason="length"))
+            logits, logprobs = self._prompts.take_logits(sequence), self._prompts.take_logprobs(sequence)
+            if logits is not None:
+                self._scores[request_id] = logits
+            self._finish(sequence, "length")
+            outputs.append(Output(request_id=request_id, prompt_logprobs=logprobs, finish_reason="length"))
         return outputs
-
-    def _keep_prompt_logits(self, sequence: Sequence, start: int, logits_TV: torch.Tensor) -> None:
-        """Collect what a request wants to know of its prompt; anew when it was preempted and starts again."""
-        request = sequence.request
-        if request.score:
-            parts = self._scores.setdefault(request.request_id, [])
-            if start == 0:
-                parts.clear()
-            parts.append(logits_TV.cpu())
-        if request.prompt_logprobs is not None:
-            known = self._prompt_logprobs.setdefault(sequence.arrival, [])
-            if start == 0:
-                known[:] = [None]
-            following = request.prompt_ids[start + 1 : start + 1 + logits_TV.shape[0]]
-            known += token_logprobs(logits_TV[: len(following)], following, [request.prompt_logprobs] * len(following))
-
-    def _take_prompt_logprobs(self, sequence: Sequence) -> tuple[TokenLogprobs | None, ...]:
-        return tuple(self._prompt_logprobs.pop(sequence.arrival, ()))
 
     def _advance(self, sequence: Sequence, sampled: Sampled) -> Output:
         """Turn a sequence's newest token into text, and decide whether it was the last."""
@@ -376,7 +361,7 @@ class Engine:
             text=text,
             token_ids=(token_id,),
             logprobs=() if sampled.logprobs is None else (sampled.logprobs,),
-            prompt_logprobs=self._take_prompt_logprobs(sequence),
+            prompt_logprobs=self._prompts.take_logprobs(sequence),
             finish_reason=reason,
         )
 
@@ -386,7 +371,7 @@ class Engine:
 
     def _forget(self, sequence: Sequence) -> None:
         self._streams.pop(sequence.arrival, None)
-        self._prompt_logprobs.pop(sequence.arrival, None)
+        self._prompts.forget(sequence)
         if not self._scheduler.is_live(sequence.request.request_id):
             with self._lock:
                 self._known.discard(sequence.request.request_id)
