@@ -170,6 +170,8 @@ class EngineConfig:
     max_step_tokens: int = 512
     # None: room for max_batch_size sequences of max_seq_len. Else this fraction of the memory that loading left free.
     kv_memory_fraction: float | None = None
+    # Blocks that hold the beginning of a prompt already are used again, the longest unused given up first.
+    prefix_cache: bool = True
     # The generator that gives a seed to each request that brings none; None draws one from the system.
     seed: int | None = None
 
@@ -182,6 +184,8 @@ class EngineConfig:
             raise ValueError(
                 f"max_step_tokens must be at least max_batch_size={self.max_batch_size}, got {self.max_step_tokens}"
             )
+        if not isinstance(self.prefix_cache, bool):
+            raise ValueError(f"prefix_cache must be true or false, got {self.prefix_cache!r}")
         if self.kv_memory_fraction is not None and not 0 < self.kv_memory_fraction <= 1:
             raise ValueError(f"kv_memory_fraction must be in (0, 1], got {self.kv_memory_fraction!r}")
 

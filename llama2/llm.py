@@ -39,6 +39,7 @@ class LLM:
         max_step_tokens: int = 512,
         block_size: int = 16,
         kv_memory_fraction: float | None = None,
+        prefix_cache: bool = True,
         seed: int | None = None,
     ) -> None:
         """See `EngineConfig` for the sizes and `Engine.from_checkpoint` for the rest.
@@ -57,6 +58,7 @@ class LLM:
                 max_step_tokens=max_step_tokens,
                 block_size=block_size,
                 kv_memory_fraction=kv_memory_fraction,
+                prefix_cache=prefix_cache,
                 seed=seed,
             ),
         )

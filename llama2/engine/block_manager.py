@@ -1,15 +1,21 @@
-"""Owns which block of the paged KV cache belongs to which sequence.
+"""Owns which block of the paged KV cache belongs to which sequences, and which blocks hold a known prefix.
 
 A block is a number: the manager knows no tensors, no scheduling order and no model. Blocks leave the free list in
 `_take` and come back in `_give_back`, nowhere else; between them a block counts the sequences that hold it.
 
 Sequences that hold a block together may only read it. Who is about to write into one gets a copy first: `grow` puts
 another block in its place and notes the pair, and whoever runs the next step copies what `take_copies` returns.
+
+A full block is known by a digest of all tokens up to its end. It keeps that name, and its content, when it is free,
+until it is taken for something else: those that were freed longest ago go first.
 """
 
 from __future__ import annotations
 
+import hashlib
 import math
+from array import array
+from collections import OrderedDict
 from collections.abc import Iterable
 
 from llama2.engine.sequence import Sequence
@@ -18,21 +24,24 @@ _MAX_NAMED_LEAKS = 5
 
 
 class BlockManager:
-    """Hands out `num_blocks` blocks of `block_size` token positions each.
+    """Hands out `num_blocks` blocks of `block_size` token positions each; `prefix_cache=False` knows no prefixes.
 
     Raises:
         ValueError: a size is not positive.
     """
 
-    def __init__(self, num_blocks: int, block_size: int) -> None:
+    def __init__(self, num_blocks: int, block_size: int, *, prefix_cache: bool = True) -> None:
         for name, value in (("num_blocks", num_blocks), ("block_size", block_size)):
             if value < 1:
                 raise ValueError(f"{name} must be a positive integer, got {value!r}")
         self.num_blocks = num_blocks
         self.block_size = block_size
-        # A stack: the block that was freed last is the one most likely still in a cache of the processor.
-        self._free = list(reversed(range(num_blocks)))
+        self._prefix_cache = prefix_cache
+        # In the order in which they will be taken. Those without a name are first: nothing is lost with them.
+        self._free: OrderedDict[int, None] = OrderedDict.fromkeys(range(num_blocks))
         self._num_holders = [0] * num_blocks
+        self._block_of: dict[bytes, int] = {}
+        self._digest_of: dict[int, bytes] = {}
         self._copies: list[tuple[int, int]] = []
 
     @property
@@ -61,6 +70,35 @@ class BlockManager:
             sequence.block_table.append(self._take())
         return True
 
+    def adopt_prefix(self, sequence: Sequence) -> bool:
+        """Give a sequence without blocks those that hold its first tokens already, and count these as computed.
+
+        Its last token stays to be computed: its logits are wanted. Returns False, and changes nothing, when the other
+        blocks that all of its tokens need are not free.
+        """
+        assert not sequence.block_table
+        assert not sequence.num_computed
+        prefix = self._find_prefix(sequence) if self._prefix_cache else []
+        num_needed = math.ceil(len(sequence.token_ids) / self.block_size) - len(prefix)
+        if num_needed > len(self._free) - sum(not self._num_holders[block] for block in prefix):
+            return False
+        for block in prefix:
+            self._free.pop(block, None)
+        self.share(prefix)
+        sequence.block_table = prefix
+        sequence.num_computed = len(prefix) * self.block_size
+        return True
+
+    def name_blocks(self, sequence: Sequence, num_computed_before: int) -> None:
+        """Make known the blocks that the sequence has filled since it had computed `num_computed_before` tokens."""
+        if not self._prefix_cache:
+            return
+        for place in range(num_computed_before // self.block_size, sequence.num_computed // self.block_size):
+            digest, block = self._digest(sequence, place), sequence.block_table[place]
+            if digest not in self._block_of and block not in self._digest_of:
+                self._block_of[digest] = block
+                self._digest_of[block] = digest
+
     def share(self, block_table: list[int]) -> None:
         """One more sequence holds these blocks."""
         for block in block_table:
@@ -73,7 +111,7 @@ class BlockManager:
 
     def free(self, sequence: Sequence) -> None:
         """Take back every block of the sequence, as far as it is concerned, and empty its table."""
-        while sequence.block_table:
+        while sequence.block_table:  # from the end: a prefix is worth more than what follows it
             self._give_back(sequence.block_table.pop())
 
     def check_integrity(self, live: Iterable[Sequence]) -> None:
@@ -97,9 +135,33 @@ class BlockManager:
             elif names != ["the free list"] and ("the free list" in names or len(names) != self._num_holders[block]):
                 counted = self._num_holders[block]
                 faults.append(f"block {block} counts {counted} holders, but is held by {', '.join(names)}")
+        if {digest: block for block, digest in self._digest_of.items()} != self._block_of:
+            faults.append("the names of the blocks and the blocks of the names do not match")
         if faults:
             more = f"; and {len(faults) - _MAX_NAMED_LEAKS} more" if len(faults) > _MAX_NAMED_LEAKS else ""
             raise RuntimeError(f"KV cache of {self.num_blocks} blocks: {'; '.join(faults[:_MAX_NAMED_LEAKS])}{more}")
+
+    def _find_prefix(self, sequence: Sequence) -> list[int]:
+        if sequence.request.wants_prompt_logits and not sequence.num_generated:
+            return []  # what is not computed has no logits
+        prefix = []
+        for place in range((len(sequence.token_ids) - 1) // self.block_size):
+            block = self._block_of.get(self._digest(sequence, place))
+            if block is None:
+                break
+            prefix.append(block)
+        return prefix
+
+    def _digest(self, sequence: Sequence, place: int) -> bytes:
+        """The name of the full block at `place`: of its tokens and all before them. Each is computed once."""
+        digests = sequence.block_digests
+        while len(digests) <= place:
+            start = len(digests) * self.block_size
+            tokens = array("q", sequence.token_ids[start : start + self.block_size])
+            # A cryptographic hash: two prompts that share one by chance, or on purpose, would share their replies.
+            parent = digests[-1] if digests else b""
+            digests.append(hashlib.blake2b(parent + tokens.tobytes(), digest_size=32).digest())
+        return digests[place]
 
     def _num_missing(self, sequence: Sequence, num_tokens: int) -> int:
         grown = max(0, math.ceil(num_tokens / self.block_size) - len(sequence.block_table))
@@ -111,11 +173,15 @@ class BlockManager:
         return place < len(sequence.block_table) and self._num_holders[sequence.block_table[place]] > 1
 
     def _take(self) -> int:
-        block = self._free.pop()
+        block, _ = self._free.popitem(last=False)
+        digest = self._digest_of.pop(block, None)
+        if digest is not None:
+            del self._block_of[digest]
         self._num_holders[block] = 1
         return block
 
     def _give_back(self, block: int) -> None:
         self._num_holders[block] -= 1
         if self._num_holders[block] == 0:
-            self._free.append(block)
+            self._free[block] = None
+            self._free.move_to_end(block, last=block in self._digest_of)

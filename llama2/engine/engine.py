@@ -37,13 +37,19 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EngineStats:
-    """A look at rank 0's engine. `seconds_since_step` is None before the first step."""
+    """A look at rank 0's engine. `seconds_since_step` is None before the first step.
+
+    `prompt_tokens` counts those of all sequences that were started, `cached_tokens` those of them that did not have to
+    be computed.
+    """
 
     running: int
     waiting: int
     free_blocks: int
     total_blocks: int
     steps: int
+    prompt_tokens: int
+    cached_tokens: int
     seconds_since_step: float | None
 
 
@@ -68,7 +74,7 @@ class Engine:
         self.tokenizer = tokenizer
         self.rank = group.rank
         self._group = group
-        self._blocks = BlockManager(num_blocks, config.block_size)
+        self._blocks = BlockManager(num_blocks, config.block_size, prefix_cache=config.prefix_cache)
         self._scheduler = Scheduler(config, self._blocks)
         self._sampler = Sampler(config.seed)
         self._streams: dict[int, TextStream] = {}
@@ -81,6 +87,7 @@ class Engine:
         self._outbox: list[Output] = []
         self._known: set[str] = set()
         self._closing = False
+        self._suspended = False
         self._thread: threading.Thread | None = None
 
     @classmethod
@@ -190,6 +197,19 @@ class Engine:
             self._inbox.append(request_id)
             self._lock.notify_all()
 
+    def suspend(self) -> None:
+        """Stop computing after this step and free every block, without a loss: `resume` goes on where it was."""
+        with self._lock:
+            self._suspended = True
+            self._lock.notify_all()
+
+    def resume(self) -> None:
+        """End `suspend`; nothing happens if it did not begin."""
+        if self._suspended:
+            with self._lock:
+                self._suspended = False
+                self._lock.notify_all()
+
     def poll(self, timeout: float) -> list[Output]:
         """What the engine thread has made since the last poll; waits up to `timeout` seconds for the first of it."""
         with self._lock:
@@ -204,6 +224,8 @@ class Engine:
             free_blocks=self._blocks.num_free,
             total_blocks=self._blocks.num_blocks,
             steps=self._group.steps,
+            prompt_tokens=self._scheduler.num_prompt_tokens,
+            cached_tokens=self._scheduler.num_cached_tokens,
             seconds_since_step=None if self._last_step_at is None else time.monotonic() - self._last_step_at,
         )
 
@@ -243,6 +265,9 @@ class Engine:
     def step(self) -> list[Output]:
         """Rank 0: take in what arrived, run one forward pass of the group, and return what came of it."""
         outputs = self._take_in()
+        if self._suspended:
+            self._scheduler.preempt_all()
+            return outputs
         plan = self._scheduler.schedule()
         if plan is None:
             return outputs
@@ -254,6 +279,10 @@ class Engine:
     def has_work(self) -> bool:
         """Rank 0: would `step` do anything?"""
         return bool(self._inbox) or self._scheduler.has_work
+
+    @property
+    def _may_step(self) -> bool:
+        return bool(self._inbox or self._scheduler.num_running) if self._suspended else self.has_work
 
     def check_integrity(self) -> None:
         """Prove that every block is free or in a live sequence; with no live sequence, that all came home.
@@ -339,6 +368,7 @@ class Engine:
         """Turn a sequence's newest token into text, and decide whether it was the last."""
         params, stream = sequence.request.params, self._streams[sequence.arrival]
         token_id, text = sampled.token_id, ""
+        prompt_logprobs = self._prompts.take_logprobs(sequence)
         reason: FinishReason | None = None
         is_eos = token_id in self.tokenizer.eos_ids
         # A grammar lets EOS through where nothing else can follow: there it cannot be ignored.
@@ -361,7 +391,7 @@ class Engine:
             text=text,
             token_ids=(token_id,),
             logprobs=() if sampled.logprobs is None else (sampled.logprobs,),
-            prompt_logprobs=self._prompts.take_logprobs(sequence),
+            prompt_logprobs=prompt_logprobs,
             finish_reason=reason,
         )
 
@@ -379,7 +409,7 @@ class Engine:
     def _serve(self) -> None:
         while True:
             with self._lock:
-                self._lock.wait_for(lambda: self._closing or self.has_work)
+                self._lock.wait_for(lambda: self._closing or self._may_step)
                 if self._closing:
                     break
             outputs = self.step()

@@ -34,7 +34,9 @@ class PromptScores:
             if start == 0:
                 known[:] = [None]
             following = request.prompt_ids[start + 1 : start + 1 + logits_TV.shape[0]]
-            known += token_logprobs(logits_TV[: len(following)], following, [request.prompt_logprobs] * len(following))
+            if following:  # else these are the logits after the last position alone
+                wanted = [request.prompt_logprobs] * len(following)
+                known += token_logprobs(logits_TV[: len(following)], following, wanted)
 
     def take_logprobs(self, sequence: Sequence) -> tuple[TokenLogprobs | None, ...]:
         """One for each position of the prompt, None for the first; nothing if they were not asked for, or taken."""

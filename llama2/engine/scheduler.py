@@ -73,6 +73,9 @@ class Scheduler:
         self._by_request_id: dict[str, list[Sequence]] = {}
         self._last_arrival = -1
         self._num_steps = 0
+        # Of all sequences that were started: their tokens by then, and those of them that were in the cache already.
+        self.num_prompt_tokens = 0
+        self.num_cached_tokens = 0
 
     @property
     def running(self) -> Mapping[int, Sequence]:
@@ -183,6 +186,7 @@ class Scheduler:
                 continue
             assert sequence.num_computed == chunk.start, f"step {plan.step} is out of order for key {chunk.key}"
             sequence.num_computed += len(chunk.token_ids)
+            self._blocks.name_blocks(sequence, chunk.start)
         gained = [self._running[key] for key in sampled if key in self._running]
         for sequence in gained:
             key = sequence.arrival
@@ -205,13 +209,15 @@ class Scheduler:
         while self._waiting and budget > 0:
             sequence = next(iter(self._waiting.values()))
             places -= 1 + sequence.num_forks
-            if places < 0 or not self._blocks.can_grow(sequence, len(sequence.token_ids)):
+            if places < 0 or not self._blocks.adopt_prefix(sequence):
                 break
+            self.num_prompt_tokens += len(sequence.token_ids)
+            self.num_cached_tokens += sequence.num_computed
             del self._waiting[sequence.arrival]
             self._running[sequence.arrival] = sequence
             sequence.status = Status.RUNNING
             length = min(sequence.num_uncomputed, budget)
-            self._blocks.grow(sequence, length)
+            self._blocks.grow(sequence, sequence.num_computed + length)
             chunks.append(_chunk(sequence, length))
             budget -= length
         return chunks
@@ -227,6 +233,12 @@ class Scheduler:
             if youngest is sequence:
                 return False
         return True
+
+    def preempt_all(self) -> None:
+        """Free every block; what runs waits, and starts again with the next plan."""
+        while self._running:
+            _, youngest = self._running.popitem()
+            self._preempt(youngest)
 
     def _preempt(self, sequence: Sequence) -> None:
         """Send a sequence to the front of the queue: it is older than everybody there. Its tokens stay with it."""

@@ -186,7 +186,8 @@ class Sequence:
 
     Invariant: the KV cache holds positions [0, num_computed) of `token_ids`, in the blocks of `block_table`.
     A preempted sequence keeps its tokens, gives its blocks back and starts again at num_computed = 0.
-    `num_forks` more sequences will come of this one, with the arrivals that follow its own.
+    `num_forks` more sequences will come of this one, with the arrivals that follow its own. `block_digests` are the
+    block manager's names for the full blocks of `token_ids`, as far as it has needed them.
     """
 
     request: Request
@@ -197,6 +198,7 @@ class Sequence:
     matcher: Matcher | None = None
     num_computed: int = 0
     block_table: list[int] = field(default_factory=list)
+    block_digests: list[bytes] = field(default_factory=list)
     status: Status = Status.WAITING
     finish_reason: FinishReason | None = None
 
@@ -218,6 +220,7 @@ class Sequence:
         for index, fork in enumerate(forks, start=1):
             fork.index, fork.num_forks = index, 0
             fork.block_table = list(self.block_table)
+            fork.block_digests = list(self.block_digests)
             fork.num_computed = self.num_prompt
             fork.status = self.status
         self.num_forks = 0

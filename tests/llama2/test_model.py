@@ -107,3 +107,16 @@ def test_preempted_equals_not_preempted(
     with caplog.at_level("DEBUG", logger="llama2.engine.scheduler"):
         assert tight.generate(prompts, params) == roomy.generate(prompts, params)
     assert "preempted" in caplog.text
+
+
+def test_the_prefix_cache_saves_work_and_changes_nothing(tiny: Path) -> None:
+    start = ids(50)
+    prompts = [start + ids(length, seed=length) for length in (1, 5, 20)] + [start, start[:40]]
+    params = replace(SAMPLED, max_new_tokens=20)
+    cached, uncached = (LLM(tiny, max_seq_len=128, prefix_cache=known) for known in (True, False))
+    expected = [uncached.generate([prompt], params)[0] for prompt in prompts]
+    assert [cached.generate([prompt], params)[0] for prompt in prompts] == expected
+    assert cached.generate(prompts, params) == expected
+    assert uncached._engine.stats().cached_tokens == 0
+    # Alone: 3 blocks for each but the first and the shortest, which has 2; together: the same, and the first's own.
+    assert cached._engine.stats().cached_tokens >= 16 * (3 * 3 + 2 + 3 * 4 + 2)

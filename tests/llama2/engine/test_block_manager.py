@@ -94,3 +94,82 @@ def test_integrity_notices_a_block_that_is_freed_while_in_use_and_one_that_does_
 def test_sizes_are_positive(sizes: tuple[int, int], name: str) -> None:
     with pytest.raises(ValueError, match=name):
         BlockManager(*sizes)
+
+
+def fill(blocks: BlockManager, sequence: Sequence) -> list[int]:
+    """Compute all tokens of a sequence, as a step would; returns its blocks."""
+    assert blocks.adopt_prefix(sequence)
+    before = sequence.num_computed
+    assert blocks.grow(sequence, len(sequence.token_ids))
+    sequence.num_computed = len(sequence.token_ids)
+    blocks.name_blocks(sequence, before)
+    return list(sequence.block_table)
+
+
+def of(token_ids: range, arrival: int = 0) -> Sequence:
+    return Sequence.of(Request(request_id=f"r{arrival}", prompt_ids=tuple(token_ids)), arrival)
+
+
+def test_a_prefix_is_shared_while_its_owner_lives_and_found_again_afterwards() -> None:
+    blocks, first, second, third = BlockManager(20, 4), of(range(10)), of(range(14), 1), of(range(9), 2)
+    table = fill(blocks, first)
+    assert fill(blocks, second)[:2] == table[:2]
+    blocks.check_integrity([first, second])
+    blocks.free(first)
+    blocks.free(second)
+    assert blocks.num_free == 20
+    assert fill(blocks, third)[:2] == table[:2]
+    blocks.check_integrity([third])
+
+
+def test_the_last_token_is_always_left_to_compute() -> None:
+    blocks, first, second = BlockManager(20, 4), of(range(8)), of(range(8), 1)
+    fill(blocks, first)
+    assert blocks.adopt_prefix(second)
+    assert second.num_computed == 4
+
+
+def test_a_block_is_known_by_all_tokens_before_it_too() -> None:
+    blocks, first, second = BlockManager(20, 4), of(range(8)), of(range(100, 104), 1)
+    fill(blocks, first)
+    second.token_ids += [4, 5, 6, 7, 8]  # the second block of `first`, after another first one
+    assert blocks.adopt_prefix(second)
+    assert second.num_computed == 0
+
+
+def test_what_was_used_longest_ago_is_given_up_first_and_a_prefix_after_what_follows_it() -> None:
+    blocks, old, new = BlockManager(4, 4), of(range(8)), of(range(100, 108), 1)
+    fill(blocks, old)
+    fill(blocks, new)
+    blocks.free(old)
+    blocks.free(new)
+    other = of(range(200, 204), 2)
+    fill(blocks, other)  # takes the second block of `old`
+    blocks.free(other)
+    again = [of(range(9), 3), of(range(100, 109), 4)]
+    assert [len(blocks._find_prefix(sequence)) for sequence in again] == [1, 2]
+    blocks.check_integrity([])
+
+
+def test_a_request_that_wants_the_logits_of_its_prompt_computes_it() -> None:
+    blocks, first = BlockManager(20, 4), of(range(10))
+    fill(blocks, first)
+    request = Request(request_id="scored", prompt_ids=tuple(range(10)), prompt_logprobs=0)
+    scored = Sequence.of(request, 1)
+    assert blocks.adopt_prefix(scored)
+    assert scored.num_computed == 0
+
+
+def test_without_a_prefix_cache_nothing_is_shared() -> None:
+    blocks, first, second = BlockManager(20, 4, prefix_cache=False), of(range(10)), of(range(10), 1)
+    fill(blocks, first)
+    assert not set(fill(blocks, second)) & set(first.block_table)
+
+
+def test_a_prefix_that_does_not_leave_room_for_the_rest_is_not_taken() -> None:
+    blocks, first, second = BlockManager(4, 4), of(range(12)), of(range(20), 1)
+    fill(blocks, first)
+    blocks.free(first)
+    assert not blocks.adopt_prefix(second)
+    assert (second.block_table, second.num_computed, blocks.num_free) == ([], 0, 4)
+    blocks.check_integrity([])

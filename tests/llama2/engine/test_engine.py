@@ -215,6 +215,30 @@ def test_an_abort_reaches_a_running_thread(served: Engine) -> None:
     assert served.stats().free_blocks == served.stats().total_blocks
 
 
+def test_a_suspended_engine_holds_no_block_and_goes_on_where_it_was(engine: Engine) -> None:
+    _, expected, _ = run(engine, GREEDY)
+    failures: list[BaseException] = []
+    engine.start(failures.append)
+    engine.add(request("a"))
+    outputs: list[Output] = []
+    while not outputs:
+        outputs += engine.poll(1.0)
+    engine.suspend()
+    deadline = time.monotonic() + 10
+    while engine.stats().running and time.monotonic() < deadline:
+        time.sleep(0.001)
+    assert engine.stats().free_blocks == engine.stats().total_blocks
+    steps = engine.stats().steps
+    time.sleep(0.05)
+    assert engine.stats().steps == steps
+    engine.resume()
+    while not outputs[-1].finish_reason and time.monotonic() < deadline:
+        outputs += engine.poll(0.1)
+    engine.close()
+    assert [token_id for output in outputs for token_id in output.token_ids] == expected
+    assert not failures
+
+
 def test_a_failure_in_the_thread_is_reported_once(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
     failures: list[BaseException] = []
     monkeypatch.setattr(engine._group._runner, "run", lambda plan: 1 / 0)

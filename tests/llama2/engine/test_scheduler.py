@@ -54,8 +54,15 @@ class Trial:
     """A scheduler with its fake model; every step checks what must hold at every step."""
 
     def __init__(
-        self, *, num_blocks: int = 64, block_size: int = 4, max_step_tokens: int = 16, max_batch_size: int = 4
+        self,
+        *,
+        num_blocks: int = 64,
+        block_size: int = 4,
+        max_step_tokens: int = 16,
+        max_batch_size: int = 4,
+        families: int = 1000,
     ) -> None:
+        """Prompts of one family begin alike: there are `families` of them, and requests belong to them in turn."""
         self.config = EngineConfig(
             max_batch_size=max_batch_size, max_step_tokens=max_step_tokens, block_size=block_size, max_seq_len=1024
         )
@@ -63,6 +70,7 @@ class Trial:
         self.scheduler = Scheduler(self.config, self.blocks)
         self.model = FakeModel(block_size)
         self.sequences: list[Sequence] = []
+        self.families = families
         self.steps = 0
         self.preemptions = 0
 
@@ -70,7 +78,7 @@ class Trial:
         arrival = len(self.sequences)
         request = Request(
             request_id=f"r{arrival}",
-            prompt_ids=tuple(1000 * arrival + position for position in range(prompt_length)),
+            prompt_ids=tuple(1000 * (arrival % self.families) + position for position in range(prompt_length)),
             params=SamplingParams(max_new_tokens=max_new_tokens),
             score=score,
         )
@@ -117,7 +125,10 @@ class Trial:
         assert not preempted or set(keys) <= before.keys(), "nobody is admitted beside a preemption"
         for chunk in plan.chunks:
             sequence = self.sequences[chunk.key]
-            assert chunk.start == before.get(chunk.key, 0), "positions follow each other, from 0 after a preemption"
+            if chunk.key in before:
+                assert chunk.start == before[chunk.key], "positions follow each other"
+            else:
+                assert chunk.start % self.blocks.block_size == 0, "a start is after nothing, or after full blocks"
             end = chunk.start + len(chunk.token_ids)
             assert list(chunk.token_ids) == sequence.token_ids[chunk.start : end] != []
             assert len(chunk.block_table) == -(-end // self.config.block_size), "blocks are taken for the chunk only"
@@ -345,16 +356,18 @@ def play(trial: Trial, events: list[Event]) -> list[Sequence]:
     spare_blocks=st.integers(0, 6),
     max_batch_size=st.integers(2, 6),
     spare_tokens=st.integers(0, 40),
+    families=st.sampled_from([1, 2, 1000]),
 )
 def test_every_request_ends_with_the_tokens_it_would_have_alone(
-    events: list[Event], block_size: int, spare_blocks: int, max_batch_size: int, spare_tokens: int
+    events: list[Event], block_size: int, spare_blocks: int, max_batch_size: int, spare_tokens: int, families: int
 ) -> None:
-    """Whatever comes and goes, and however small the pool: from just one longest request upwards."""
+    """Whatever comes and goes, whoever shares a prefix, and however small the pool: from one longest request on."""
     trial = Trial(
         num_blocks=-(-40 // block_size) + spare_blocks,
         block_size=block_size,
         max_batch_size=max_batch_size,
         max_step_tokens=max_batch_size + spare_tokens,
+        families=families,
     )
     for sequence in play(trial, events):
         assert sequence.status is Status.FINISHED
@@ -371,3 +384,25 @@ def test_a_small_pool_gives_the_tokens_of_a_large_one() -> None:
     assert small.preemptions > 10
     assert large.preemptions == 0
     assert small_ids == large_ids
+
+
+def test_prefixes_that_requests_share_are_computed_once() -> None:
+    trial = Trial(num_blocks=200, max_batch_size=8, max_step_tokens=64, families=1)
+    for _ in range(5):
+        trial.add(33)
+        trial.drain()
+    assert (trial.scheduler.num_prompt_tokens, trial.scheduler.num_cached_tokens) == (5 * 33, 4 * 32)
+    assert all(sequence.token_ids == expected_tokens(sequence) for sequence in trial.sequences)
+
+
+def test_a_preempted_request_goes_on_from_the_blocks_that_nobody_took_meanwhile() -> None:
+    trial = Trial(max_step_tokens=64)
+    sequence = trial.add(33, 10)
+    trial.step()
+    trial.scheduler.preempt_all()
+    assert (sequence.status, trial.blocks.num_free) == (Status.WAITING, trial.blocks.num_blocks)
+    plan = trial.step()
+    assert plan is not None
+    assert [(chunk.start, len(chunk.token_ids)) for chunk in plan.chunks] == [(32, 2)]
+    trial.drain()
+    assert sequence.token_ids == expected_tokens(sequence)
