@@ -23,7 +23,9 @@ from fire.decorators import SetParseFns
 
 from handler.config import PATH_KEYS, HandlerConfig
 from llama2.config import ModelArgs
+from llama2.splits import mesh_shape
 from llama2.tokenizer import load_tokenizer
+from scripts.flags import check_flags
 
 ROOT = Path(__file__).resolve().parent
 PACKAGES = ("handler", "llama2")
@@ -87,7 +89,8 @@ def _settle(config: Path, checkpoint: str | None) -> dict[str, Any]:
     checked = HandlerConfig.from_settings(settings, base=config.resolve().parent)
     if not (checked.converted_ckpt_dir / ".metadata").is_file():
         raise ValueError(f"{checked.converted_ckpt_dir} is no converted checkpoint: convert_checkpoints.py makes one")
-    ModelArgs.load(checked.model_args_path or checked.converted_ckpt_dir)
+    args = ModelArgs.load(checked.model_args_path or checked.converted_ckpt_dir)
+    mesh_shape(args, settings["torchrun"]["nproc-per-node"] * settings["torchrun"].get("nnodes", 1))
     load_tokenizer(checked.tokenizer_path or checked.converted_ckpt_dir)
     for key in PATH_KEYS:
         path: Path | None = getattr(checked, key)
@@ -118,6 +121,7 @@ def _run_archiver(scratch: Path, settings: dict[str, Any], model_name: str, vers
 
 def main() -> None:
     try:
+        check_flags(sys.argv[1:], build_archive)
         fire.Fire(build_archive)
     except (ValueError, OSError) as error:
         sys.exit(f"build_archive.py: error: {error}")

@@ -9,14 +9,12 @@ Any number of processes converts any number of shards; plain `python convert_che
 from __future__ import annotations
 
 import contextlib
-import difflib
-import inspect
 import io
 import logging
 import os
 import signal
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from datetime import timedelta
 from pathlib import Path
 from types import FrameType
@@ -27,6 +25,7 @@ import torch
 import torch.distributed as dist
 
 from llama2.checkpoint.convert import convert
+from scripts.flags import check_flags
 
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 
@@ -85,21 +84,6 @@ def options(
     }
 
 
-def check_flags(arguments: Sequence[str]) -> None:
-    """Refuse what fire would only find fault with after the conversion, or read as something else."""
-    known = [*inspect.signature(options).parameters, "help"]
-    former = ""
-    for argument in arguments:
-        if argument.startswith("--"):
-            flag = argument[2:].split("=")[0].replace("-", "_")
-            if flag not in known:
-                near = difflib.get_close_matches(flag, known, n=1)
-                raise ValueError(f"unknown option --{flag}" + (f": did you mean --{near[0]}?" if near else ""))
-        elif not former.startswith("--") or "=" in former:
-            raise ValueError(f"unexpected argument {argument!r}: every option is a --flag")
-        former = argument
-
-
 def main() -> None:
     """Exit with 0, with 1 after one line for an error of any process, or with 2 after fire's usage."""
     first = os.environ.get("RANK", "0") == "0"
@@ -110,7 +94,7 @@ def main() -> None:
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, _stop)
         try:
-            check_flags(sys.argv[1:])
+            check_flags(sys.argv[1:], options)
             with contextlib.nullcontext() if first else contextlib.redirect_stderr(io.StringIO()):
                 # Alone, since fire describes the result instead where --help follows other flags.
                 command = ["--help"] if "--help" in sys.argv else sys.argv[1:]

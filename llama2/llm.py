@@ -88,6 +88,8 @@ class LLM:
         Raises:
             ValueError: as `generate`, or roles are out of order, or a message holds a control tag.
         """
+        if any(isinstance(dialog, Mapping) for dialog in dialogs):
+            raise ValueError("dialogs must be a list of dialogs, each a list of messages; got a message in its place")
         return self._run([encode_dialog(self.tokenizer, dialog) for dialog in dialogs], params, continues_prompt=False)
 
     def score(self, token_ids: list[int]) -> torch.Tensor:

@@ -1,4 +1,4 @@
-"""Owns tensor parallelism: the process group, the mesh, which degrees a model can take, and THE plan.
+"""Owns tensor parallelism: the process group, the mesh, and THE plan.
 
 At rest every parameter is a DTensor on a mesh of two axes, `kv` × `rep`. Up to n_kv_heads ranks, each rank holds KV
 heads of its own (kv = degree, rep = 1). Beyond, each KV head is replicated on `rep` ranks, which share its query heads.
@@ -7,9 +7,7 @@ In flight parameters are plain local tensors: `localize` swaps them, once, after
 
 from __future__ import annotations
 
-import math
 import os
-from collections.abc import Iterator
 
 import torch
 import torch.distributed as dist
@@ -21,6 +19,7 @@ from torch.distributed.tensor import empty as dtensor_empty
 from llama2.collectives import Collectives
 from llama2.config import ModelArgs
 from llama2.model import RowLinear, Transformer, VocabEmbedding, VocabProjection
+from llama2.splits import mesh_shape, split
 
 # What each parameter's at-rest axes (ModelArgs.parameter_shapes) do over the mesh axes (kv, rep).
 PLAN: dict[str, tuple[Placement, Placement]] = {
@@ -65,51 +64,14 @@ def init_process_group(device: torch.device) -> None:
         dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
 
 
-def degrees(args: ModelArgs) -> list[int]:
-    """Every TP degree that leaves each rank at least one head and a share of everything else, ascending."""
-    return [degree for degree in range(1, args.n_heads + 1) if _fits(args, degree)]
-
-
-def _fits(args: ModelArgs, degree: int) -> bool:
-    if degree > args.n_kv_heads and degree % args.n_kv_heads:
-        return False
-    kv = min(degree, args.n_kv_heads)
-    rep = degree // kv
-    return (
-        _none_empty(args.n_kv_heads, kv)
-        and _none_empty(args.group_size, rep)
-        and all(0 not in sizes for sizes in (_split(args.hidden_dim, kv, rep), _split(args.vocab_size, kv, rep)))
-    )
-
-
-def _none_empty(size: int, parts: int) -> bool:
-    return math.ceil(size / parts) * (parts - 1) < size
-
-
-def _split(size: int, kv: int, rep: int) -> list[int]:
-    """The sizes, in rank order, into which DTensor's (Shard, Shard) over a (kv, rep) mesh cuts an axis."""
-
-    def chunk(total: int, parts: int) -> Iterator[int]:
-        width = math.ceil(total / parts)
-        return (max(0, min(width, total - index * width)) for index in range(parts))
-
-    return [part for outer in chunk(size, kv) for part in chunk(outer, rep)]
-
-
 def build_mesh(args: ModelArgs, device_type: str) -> DeviceMesh:
     """The (kv, rep) mesh over the whole process group.
 
     Raises:
         ValueError: the model cannot be split over that many ranks; the message lists the degrees that it can take.
     """
-    degree = dist.get_world_size()
-    if degree not in degrees(args):
-        raise ValueError(
-            f"a model with {args.n_heads} heads and {args.n_kv_heads} KV heads cannot run at tensor-parallel degree "
-            f"{degree}; it can at {', '.join(map(str, degrees(args)))}"
-        )
-    kv = min(degree, args.n_kv_heads)
-    return init_device_mesh(device_type, (kv, degree // kv), mesh_dim_names=("kv", "rep"))
+    shape = mesh_shape(args, dist.get_world_size())
+    return init_device_mesh(device_type, shape, mesh_dim_names=("kv", "rep"))
 
 
 def parallelize(model: Transformer, mesh: DeviceMesh, *, dtype: torch.dtype) -> None:
@@ -133,7 +95,7 @@ def localize(model: Transformer, mesh: DeviceMesh, collectives: Collectives) -> 
             local = local.flatten(0, -2)
         setattr(model.get_submodule(path), leaf, nn.Parameter(local.contiguous(), requires_grad=False))
     kv, rep = mesh.shape
-    vocab_sizes = _split(model.args.vocab_size, kv, rep)
+    vocab_sizes = split(model.args.vocab_size, kv, rep)
     for module in model.modules():
         if isinstance(module, (RowLinear, VocabEmbedding, VocabProjection)):
             module.collectives = collectives
@@ -146,4 +108,4 @@ def localize(model: Transformer, mesh: DeviceMesh, collectives: Collectives) -> 
 def local_kv_heads(args: ModelArgs, mesh: DeviceMesh) -> int:
     """KV heads that this rank holds."""
     kv = mesh.shape[0]
-    return _split(args.n_kv_heads, kv, 1)[mesh.get_local_rank("kv")]
+    return split(args.n_kv_heads, kv, 1)[mesh.get_local_rank("kv")]

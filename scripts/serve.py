@@ -38,6 +38,8 @@ def serve(*, tp: int | None = None, port: int = 8080) -> None:
         tp: ranks; by default 2, or as many GPUs as there are up to 2. On GPUs where each rank has one, else on the CPU.
         port: of the inference API; the management, metrics and gRPC APIs have the next four.
     """
+    _check("TP", tp, 1, 1024)
+    _check("PORT", port, 2048, 65533)
     meta, converted, store = BUILD / "smollm2-meta", BUILD / "converted_checkpoints", BUILD / "model_store"
     if not (meta / "params.json").exists():
         _run("write SmolLM2-135M-Instruct as Meta would, in 3 shards", "-m", "scripts.smollm2",
@@ -53,9 +55,11 @@ def serve(*, tp: int | None = None, port: int = 8080) -> None:
     if server.running and state_file.exists() and state_file.read_text() == state:
         print("== the server runs already, with these settings")
     else:
-        if server.stop():
-            print("== stop the server that runs with other settings or older code")
+        if not server.running:
+            server.ports.check_free()
         _run("archive", "build_archive.py", "--config", config, "--model_store", store, "--model_name", MODEL)
+        if server.stop():
+            print("== stop the server that ran with other settings or older code")
         print("== start TorchServe")
         server.start(model_store=store, model=MODEL, settings=ROOT)
         state_file.write_text(state)
@@ -69,6 +73,11 @@ def stop() -> None:
     """Stop the server that `serve` started, and no other."""
     stopped = TorchServe(folder=BUILD / "server", ports=Ports()).stop()
     print("the server has stopped" if stopped else "no server of this folder is running")
+
+
+def _check(name: str, value: object, low: int, high: int) -> None:
+    if value is not None and (type(value) is not int or not low <= value <= high):
+        raise ServerError(f"{name} must be a whole number from {low} to {high}, got {value!r}")
 
 
 def _ports(port: int) -> Ports:

@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 import yaml
 
-from build_archive import build_archive
+from build_archive import build_archive, main
 from handler.config import HandlerConfig
 from tests.handler.support import ROOT, byte_tokenizer, settings
 from tests.support.weights import tiny_args
@@ -127,3 +127,21 @@ def test_a_yaml_that_is_none_is_refused(project: Path, text: str, message: str) 
     (project / "model-config.yaml").write_text(text)
     with pytest.raises(ValueError, match=message):
         build(project)
+
+
+def test_a_degree_that_the_model_cannot_take_is_refused_before_a_server_tries(project: Path) -> None:
+    wrong = settings({}, {"nproc-per-node": 3})
+    (project / "model-config.yaml").write_text(yaml.safe_dump(wrong))
+    with pytest.raises(ValueError, match="cannot run at tensor-parallel degree 3; it can at 1, 2, 4, 8"):
+        build(project)
+    assert not (project / "store" / "llama").exists()
+
+
+def test_a_flag_that_does_not_exist_is_noticed_before_anything_is_made(
+    project: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store = project / "store"
+    monkeypatch.setattr("sys.argv", ["build_archive.py", "--model_store", str(store), "--chekpoint", "x"])
+    with pytest.raises(SystemExit, match=r"unknown option --chekpoint: did you mean --checkpoint\?"):
+        main()
+    assert not store.exists()

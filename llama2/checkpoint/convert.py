@@ -68,10 +68,11 @@ def convert(
     staged = StagedFolder(save_checkpoint_dir)
     if output_format not in ("dcp", "fairscale"):
         raise ValueError(f"output_format must be dcp or fairscale, got {output_format!r}")
-    if (output_format == "fairscale") != (output_model_parallel_size is not None):
+    if output_format == "fairscale" and output_model_parallel_size is None:
+        raise ValueError("output_format=fairscale needs output_model_parallel_size, the number of shards to write")
+    if output_format == "dcp" and output_model_parallel_size is not None:
         raise ValueError(
-            "output_model_parallel_size is the number of shards for output_format=fairscale, and belongs to no other; "
-            f"got output_format={output_format}, output_model_parallel_size={output_model_parallel_size}"
+            "output_model_parallel_size belongs to output_format=fairscale: a converted folder has no shards"
         )
 
     def open_source() -> tuple[Tokenizer, FairscaleFolder | DcpFolder]:
@@ -153,6 +154,8 @@ class _Ranks:
 
     def progress(self, what: str, total: int) -> tqdm:
         """A bar of bytes, shown by rank 0 for its own share, which stands for all."""
+        if self.world_size > 1:
+            what += f" (share 1 of {self.world_size})"
         return tqdm(desc=what, total=total, unit="B", unit_scale=True, disable=self.rank != 0, leave=True)
 
 

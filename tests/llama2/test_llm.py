@@ -65,6 +65,8 @@ def test_one_mistake_in_a_batch_is_named_and_nothing_of_the_batch_runs(llm: LLM)
         llm.generate([[5], [6]], [PARAMS])
     with pytest.raises(ValueError, match="got one string"):
         llm.generate("Hello", PARAMS)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="each a list of messages; got a message in its place"):
+        llm.chat([{"role": "user", "content": "Hello!"}], PARAMS)  # type: ignore[list-item]
     assert len(llm.generate([[5]], PARAMS)) == 1
 
 

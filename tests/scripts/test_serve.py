@@ -49,3 +49,17 @@ def test_a_running_server_is_kept_only_for_the_same_settings_and_code(build: Pat
 
     assert state(1) == state(1)
     assert len({state(1), state(2), state(1, port=9080)}) == 3
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--tp", "x"], "TP must be a whole number from 1 to 1024, got 'x'"),
+        (["--tp", "0"], "TP must be a whole number from 1 to 1024, got 0"),
+        (["--port", "99999"], "PORT must be a whole number from 2048 to 65533, got 99999"),
+    ],
+)
+def test_a_wrong_argument_is_refused_before_anything_is_done(arguments: list[str], message: str, build: Path) -> None:
+    with pytest.raises(SystemExit, match=message):
+        serve.main(["serve", *arguments])
+    assert not any(build.iterdir())

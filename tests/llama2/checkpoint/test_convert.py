@@ -189,7 +189,7 @@ FAULTS: dict[str, tuple[Callable[[Path], object] | None, list, str]] = {
     "an argument without an option": (None, ["--verify=True", "here"], "unexpected argument 'here'"),
     "an unknown dtype": (None, ["--dtype", "int8"], "--dtype must be one of bfloat16, float16, float32, got 'int8'"),
     "an unknown format": (None, ["--output_format", "gguf"], "output_format must be dcp or fairscale, got 'gguf'"),
-    "no size for the way back": (None, ["--output_format", "fairscale"], "output_model_parallel_size is the number"),
+    "no size for the way back": (None, ["--output_format", "fairscale"], "needs output_model_parallel_size"),
     "a size that is no number": (None, ["--model_parallel_size", "all"], "must be a positive integer, got 'all'"),
     "a switch with a value": (None, ["--overwrite", "3"], "--overwrite is a switch and takes no value, got 3"),
     "too many shards on the way back": (

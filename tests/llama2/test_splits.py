@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 
 from llama2.config import ModelArgs
-from llama2.parallel import PLAN, _split, choose_device, degrees
+from llama2.parallel import PLAN, choose_device
+from llama2.splits import degrees, split
 from tests.support.weights import tiny_args
 
 LLAMA_7B = ModelArgs.from_params({"dim": 4096, "n_layers": 32, "n_heads": 32, "vocab_size": 32000})
@@ -45,14 +46,14 @@ def test_a_degree_that_leaves_a_rank_without_a_head_is_not_taken() -> None:
 
 
 def test_uneven_degrees_split_at_head_borders() -> None:
-    assert _split(32, 3, 1) == [11, 11, 10]
-    assert _split(3, 2, 1) == [2, 1]
+    assert split(32, 3, 1) == [11, 11, 10]
+    assert split(3, 2, 1) == [2, 1]
 
 
 @pytest.mark.parametrize("size", [96, 509])
 @pytest.mark.parametrize(("kv", "rep"), [(1, 1), (3, 1), (2, 4), (3, 2)])
 def test_a_split_loses_nothing(size: int, kv: int, rep: int) -> None:
-    parts = _split(size, kv, rep)
+    parts = split(size, kv, rep)
     assert sum(parts) == size
     assert len(parts) == kv * rep
     assert min(parts) > 0
