@@ -15,6 +15,7 @@ ROOT = Path(__file__).parents[1]
 # A module's floor is that of the longest prefix of its name. On the floor of its caller a module may be imported by
 # another of the same room, as long as no circle comes of it.
 FLOORS = {
+    "apps": 4,
     "handler": 4,
     "scripts": 4,
     "benchmarks": 4,
@@ -32,11 +33,15 @@ FLOORS = {
     "llama2.attention": 1,
     "llama2.parallel": 1,
     "llama2.chat": 1,
+    "llama2.tools": 1,
+    "llama2.grammar": 1,
     "llama2.checkpoint": 1,
     "llama2.engine.sampler": 1,
     "llama2.engine.block_manager": 1,
     "llama2.config": 0,
     "llama2.splits": 0,
+    "llama2.tool_prompt": 0,
+    "llama2.syntax": 0,
     "llama2.tokenizer": 0,
     "llama2.tokenizer_files": 0,
     "llama2.text_stream": 0,
@@ -47,8 +52,10 @@ FLOORS = {
 
 TORCH_FREE = (
     *("llama2", "llama2.config", "llama2.tokenizer", "llama2.text_stream", "llama2.chat", "llama2.engine.sequence"),
+    *("llama2.tools", "llama2.tool_prompt", "llama2.syntax.json_schema", "llama2.syntax.regex"),
     *("llama2.engine.scheduler", "llama2.engine.block_manager", "build_archive"),
     *("handler.body", "handler.call", "handler.config", "handler.native", "handler.transport", "handler.llama_handler"),
+    *("handler.prompt", "handler.openai_api"),
 )
 
 
@@ -58,7 +65,7 @@ def module_name(path: Path) -> str:
 
 SOURCES = {
     module_name(path): path
-    for folder in ("llama2", "handler", "scripts", "benchmarks")
+    for folder in ("llama2", "handler", "apps", "scripts", "benchmarks")
     for path in sorted((ROOT / folder).rglob("*.py"))
     if path.name != "__init__.py"
 } | {path.stem: path for path in ROOT.glob("*.py")}
@@ -102,6 +109,12 @@ def test_the_model_knows_nothing_of_the_server() -> None:
     for module, path in SOURCES.items():
         if module.startswith("llama2."):
             assert not [name for name in imported(path) if not name.startswith("llama2.")], module
+
+
+def test_the_chat_page_knows_nothing_but_the_openai_api() -> None:
+    for module, path in SOURCES.items():
+        if module.startswith("apps."):
+            assert not [name for name in imported(path) if not name.startswith("apps.")], module
 
 
 def test_no_circle_of_imports() -> None:

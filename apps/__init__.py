@@ -1,0 +1,1 @@
+"""What people use beside the API: knows the server by its OpenAI API alone."""

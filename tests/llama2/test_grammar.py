@@ -1,0 +1,366 @@
+"""Whatever a model's logits are, the reply is what the grammar says: for both kinds of vocabulary."""
+
+from __future__ import annotations
+
+import datetime
+import importlib.util
+import json
+import re
+import sys
+import time
+import uuid
+from typing import Annotated, Any, Literal
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from pydantic import BaseModel, ConfigDict, Field
+
+import llama2.grammar
+from llama2.grammar import MAX_CHOICES, GrammarCompiler
+from llama2.tokenizer import Tokenizer, load_tokenizer
+from tests.support.replies import PADDING, follows, random_reply
+from tests.support.tokenizer_json import smollm2_tokenizer
+from tests.support.tokenizers import tiny_sentencepiece
+
+Both = tuple[Tokenizer, GrammarCompiler]
+
+
+def both_of(tokenizer: Tokenizer) -> Both:
+    return tokenizer, GrammarCompiler(tokenizer, tokenizer.vocab_size + PADDING)
+
+
+@pytest.fixture(scope="module")
+def sp(tmp_path_factory: pytest.TempPathFactory) -> Both:
+    return both_of(load_tokenizer(tiny_sentencepiece(tmp_path_factory.mktemp("sp"))))
+
+
+@pytest.fixture(scope="module")
+def bpe(tmp_path_factory: pytest.TempPathFactory) -> Both:
+    return both_of(load_tokenizer(smollm2_tokenizer(tmp_path_factory.mktemp("bpe"))))
+
+
+@pytest.fixture(params=["sp", "bpe"])
+def model(request: pytest.FixtureRequest) -> Both:
+    return request.getfixturevalue(request.param)
+
+
+# ---- JSON
+
+
+def _schemas() -> st.SearchStrategy[dict[str, Any]]:
+    numbers = st.integers(-1000, 1000) | st.decimals(-1000, 1000, places=3).map(float)
+    leaves = st.one_of(
+        st.sampled_from([{"type": "boolean"}, {"type": "null"}, {"type": ["integer", "null"]}, {"type": "string"}]),
+        st.lists(st.none() | st.text(max_size=5) | st.integers(), min_size=1, max_size=3).map(lambda v: {"enum": v}),
+        st.tuples(st.integers(0, 3), st.integers(3, 9)).map(
+            lambda n: {"type": "string", "minLength": n[0], "maxLength": n[1]}
+        ),
+        st.builds(
+            lambda kind, low, size: {"type": kind, "minimum": low, "maximum": low + size},
+            st.sampled_from(["integer", "number"]),
+            numbers,
+            st.integers(1, 5000),
+        ),
+        numbers.map(lambda n: {"type": "number", "exclusiveMinimum": n}),
+        numbers.map(lambda n: {"type": "integer", "exclusiveMaximum": n}),
+    )
+
+    def within(inner: st.SearchStrategy[Any]) -> st.SearchStrategy[Any]:
+        names = st.text(st.characters(exclude_categories=["Cs"]), max_size=4)
+        properties = st.dictionaries(names, inner, max_size=3)
+        return st.one_of(
+            properties.flatmap(
+                lambda p: st.sets(st.sampled_from([*p]) if p else st.nothing()).map(
+                    lambda r: {"type": "object", "properties": p, "required": sorted(r)}
+                )
+            ),
+            st.tuples(inner, st.integers(0, 2), st.integers(2, 3)).map(
+                lambda a: {"type": "array", "items": a[0], "minItems": a[1], "maxItems": a[2]}
+            ),
+            st.lists(inner, min_size=1, max_size=2).map(lambda p: {"type": "array", "prefixItems": p, "items": False}),
+            inner.map(lambda i: {"type": "object", "additionalProperties": i, "maxProperties": 2}),
+            st.lists(inner, min_size=1, max_size=3).map(lambda cases: {"anyOf": cases}),
+        )
+
+    return st.recursive(leaves, within, max_leaves=5)
+
+
+@settings(deadline=None, max_examples=120)
+@given(schema=_schemas(), seed=st.integers(0, 2**32))
+def test_a_reply_follows_its_schema_whatever_the_logits(sp: Both, schema: dict[str, Any], seed: int) -> None:
+    """A reply that ended parses and follows the schema; one that was cut is valid Unicode as far as it goes."""
+    tokenizer, compiler = sp
+    try:
+        grammar = compiler.json_schema(schema)
+    except ValueError as error:
+        assert "cannot write" in str(error)  # noqa: PT017  the only fault that these schemas can have
+        return
+    text, ended = random_reply(tokenizer, grammar, seed, max_new_tokens=150)
+    if ended:
+        assert follows(json.loads(text), schema), text
+
+
+@settings(deadline=None, max_examples=15)
+@given(schema=_schemas(), seed=st.integers(0, 2**32))
+def test_so_it_does_with_a_byte_level_vocabulary(bpe: Both, schema: dict[str, Any], seed: int) -> None:
+    test_a_reply_follows_its_schema_whatever_the_logits.hypothesis.inner_test(bpe, schema, seed)  # type: ignore[attr-defined]
+
+
+class Circle(BaseModel):
+    kind: Literal["circle"]
+    radius: Annotated[float, Field(gt=0, le=10)]
+
+
+class Square(BaseModel):
+    kind: Literal["square"]
+    side: Annotated[int, Field(ge=-3, lt=12)]
+
+
+class Order(BaseModel):
+    model_config = ConfigDict(extra="forbid")
+    number: uuid.UUID
+    day: datetime.date
+    at: datetime.datetime
+    until: datetime.time | None
+    code: Annotated[str, Field(pattern=r"^[A-Z]{2}-\d+$", max_length=None)]
+    name: Annotated[str, Field(min_length=1, max_length=8)]
+    shape: Annotated[Circle | Square, Field(discriminator="kind")]
+    pair: tuple[int, bool]
+    counts: dict[str, int] = {}
+    children: Annotated[list[Order], Field(max_length=1)] = []
+
+
+def test_pydantic_reads_what_its_own_schema_allows(model: Both) -> None:
+    """A model with references to itself, a union told apart by a const, formats, and a pattern."""
+    tokenizer, compiler = model
+    grammar = compiler.json_schema(Order.model_json_schema())
+    ends = {tokenizer.encode(text)[-1]: 3.0 for text in ('"', "}", "]")}
+    replies = [random_reply(tokenizer, grammar, seed, favoured=ends) for seed in range(12)]
+    assert sum(ended for _, ended in replies) >= 6
+    for text, ended in replies:
+        if ended:
+            Order.model_validate_json(text)
+
+
+def test_any_object_is_an_object(model: Both) -> None:
+    tokenizer, compiler = model
+    ends = {tokenizer.encode(text)[-1]: 2.0 for text in ('"', "}", "]")}
+    replies = [
+        random_reply(tokenizer, compiler.json_object(), seed, max_new_tokens=100, favoured=ends) for seed in range(20)
+    ]
+    assert sum(ended for _, ended in replies) >= 5
+    for text, ended in replies:
+        if ended:
+            assert isinstance(json.loads(text), dict)
+        else:
+            with pytest.raises(json.JSONDecodeError):
+                json.loads(text)
+
+
+def test_white_space_and_digits_come_to_an_end(sp: Both) -> None:
+    """A model that wants nothing but spaces and digits is led on."""
+    tokenizer, compiler = sp
+    wanted = {
+        token_id: 100.0
+        for token_id in range(tokenizer.vocab_size)
+        if set(tokenizer.token_bytes(token_id)) <= set(b" \n\t0123456789")
+    }
+    grammar = compiler.json_schema({"type": "array", "items": {"type": "number"}, "minItems": 3, "maxItems": 3})
+    text, ended = random_reply(tokenizer, grammar, 0, favoured=wanted)
+    assert ended
+    assert len(json.loads(text)) == 3
+
+
+def test_a_cut_reply_is_the_beginning_of_the_whole_one(model: Both) -> None:
+    tokenizer, compiler = model
+    grammar = compiler.json_schema(
+        {"type": "array", "items": {"enum": ["année", "🙂", 17]}, "minItems": 9, "maxItems": 9}
+    )
+    whole, ended = random_reply(tokenizer, grammar, 3)
+    assert ended
+    for length in (1, 5, 20):
+        cut, ended = random_reply(tokenizer, grammar, 3, max_new_tokens=length)
+        assert not ended
+        assert whole.startswith(cut)
+
+
+# ---- Regular expressions and choices
+
+PATTERNS = [
+    r"[a-z]{3}\d+(\.\d{2})?",
+    r"(yes|no|maybe( so)?)!*",
+    r"\S+@\S+\.(com|org)",
+    r"^[^\d\s]{1,5}$",
+    r"(foo|foobar)(bar)?",
+    r"\[INST\].\W",
+    r"é+🙂{2}[α-ω]?",
+    "",
+]
+
+
+@pytest.mark.parametrize("pattern", PATTERNS)
+def test_a_reply_matches_its_regex_as_a_whole(model: Both, pattern: str) -> None:
+    tokenizer, compiler = model
+    grammar = compiler.regex(pattern)
+    for continues_prompt in (True, False):
+        for seed in range(5):
+            text, ended = random_reply(tokenizer, grammar, seed, continues_prompt=continues_prompt, max_new_tokens=60)
+            if ended:
+                assert re.fullmatch(pattern, text), text
+
+
+@settings(deadline=None, max_examples=60)
+@given(
+    texts=st.lists(st.text(st.characters(exclude_categories=["Cs"]), min_size=1, max_size=12), min_size=1, max_size=6)
+)
+def test_a_reply_is_one_of_its_choices(sp: Both, texts: list[str]) -> None:
+    """Quotes, backslashes, brackets and line breaks are what they are; each choice can be made."""
+    tokenizer, compiler = sp
+    grammar = compiler.choice(texts)
+    for continues_prompt in (True, False):
+        for seed in range(3):
+            text, ended = random_reply(tokenizer, grammar, seed, continues_prompt=continues_prompt)
+            assert ended
+            assert text in texts
+
+
+def test_a_text_of_its_own_may_begin_as_the_model_writes_words(sp: Both) -> None:
+    """With SentencePiece a first word has a space, which is not shown; text that goes on has what is shown."""
+    tokenizer, compiler = sp
+    grammar = compiler.choice(["the dog"])
+    word = tokenizer.encode("the")[0]
+    assert tokenizer.token_bytes(word) == b" the"
+    logits = {continues: torch.zeros(tokenizer.vocab_size + PADDING) for continues in (True, False)}
+    for continues_prompt, logits_V in logits.items():
+        grammar.matcher(continues_prompt=continues_prompt).restrict(logits_V)
+    assert logits[True][word] == -torch.inf
+    assert logits[False][word] == 0
+
+
+# ---- Matchers
+
+
+def test_the_mask_is_the_same_on_every_device(model: Both) -> None:
+    """What is applied without xgrammar's kernel for CPUs, as on a GPU, forbids the same tokens."""
+    _, compiler = model
+    matcher = compiler.json_object().matcher(continues_prompt=False)
+    rows = torch.randn(2, model[0].vocab_size + PADDING)
+    matcher.restrict(rows[0])
+    expected = rows[1].clone()
+    matcher._apply(rows[1], matcher._mask[0], backend="torch_native")
+    expected[rows[0] == -torch.inf] = -torch.inf
+    assert torch.equal(rows[1], expected)
+
+
+@pytest.mark.gpu
+def test_a_row_on_a_gpu_is_restricted_as_on_a_cpu(model: Both) -> None:
+    tokenizer, compiler = model
+    row = torch.randn(3, tokenizer.vocab_size + PADDING)[1]
+    on_gpu = row.cuda()
+    compiler.json_object().matcher().restrict(on_gpu)
+    compiler.json_object().matcher().restrict(row)
+    assert torch.equal(on_gpu.cpu(), row)
+
+
+def test_replies_of_one_grammar_do_not_disturb_each_other(sp: Both) -> None:
+    tokenizer, compiler = sp
+    grammar = compiler.choice(["ab", "cd"])
+    one, other = grammar.matcher(), grammar.matcher()
+    one.accept(tokenizer.spell(b"a")[0])
+    rows = torch.zeros(2, tokenizer.vocab_size + PADDING)
+    one.restrict(rows[0])
+    other.restrict(rows[1])
+    assert [tokenizer.token_bytes(int(index)) for index in (rows[0] == 0).nonzero()] == [b"b"] * int(
+        (rows[0] == 0).sum()
+    )
+    assert rows[1][tokenizer.spell(b"c")[0]] == 0
+
+
+def test_behind_its_end_a_reply_can_only_end(sp: Both) -> None:
+    """Also where the engine goes on for some reason, or a token came that nobody allowed."""
+    tokenizer, compiler = sp
+    for tokens in ([], [2], [2, 2]):
+        matcher = compiler.choice(["a"]).matcher()
+        matcher.accept(tokenizer.spell(b"x" if not tokens else b"a")[0])
+        for token_id in tokens:
+            matcher.accept(token_id)
+        logits_V = torch.zeros(tokenizer.vocab_size + PADDING)
+        matcher.restrict(logits_V)
+        assert (logits_V == 0).nonzero().flatten().tolist() == [2]
+
+
+def test_restricting_costs_little_beside_a_step(bpe: Both) -> None:
+    tokenizer, compiler = bpe
+    matcher = compiler.json_object().matcher()
+    rows = torch.randn(50, tokenizer.vocab_size + PADDING)
+    matcher.restrict(rows[0])
+    start = time.process_time()
+    for row in rows:
+        matcher.restrict(row)
+    assert (time.process_time() - start) / len(rows) < 0.005
+
+
+# ---- What is no grammar
+
+
+def test_what_cannot_be_written_is_refused(bpe: Both, sp: Both) -> None:
+    """SmolLM2's vocabulary has no token for some control characters, so no reply could have them."""
+    assert bpe[1].choice(["a"])
+    for refused in (
+        lambda: bpe[1].choice(["a\x04"]),
+        lambda: bpe[1].json_schema({"const": "\U00040000"}),
+        lambda: bpe[1].regex("\x04+"),
+        lambda: sp[1].choice(["\ud800"]),
+    ):
+        with pytest.raises(ValueError, match=r"cannot write|can write"):
+            refused()
+
+
+@pytest.mark.parametrize("texts", [[], ["a"] * (MAX_CHOICES + 1), ["a", 1], ["a" * 30_000]])
+def test_choices_have_limits(sp: Both, texts: list[Any]) -> None:
+    with pytest.raises(ValueError, match=r"^it"):
+        sp[1].choice(texts)
+
+
+def test_a_model_that_never_ends_cannot_be_held_to_a_grammar(sp: Both) -> None:
+    class Endless:
+        def __getattr__(self, name: str) -> Any:
+            return frozenset() if name == "eos_ids" else getattr(sp[0], name)
+
+    with pytest.raises(ValueError, match="no end-of-text token"):
+        GrammarCompiler(Endless(), 600).json_object()  # type: ignore[arg-type]
+
+
+def test_without_xgrammar_only_grammars_are_missing(sp: Both, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The module is imported all the same, and whoever asks for a grammar is told what to install."""
+    monkeypatch.setitem(sys.modules, "xgrammar", None)
+    spec = importlib.util.spec_from_file_location("fresh_grammar", llama2.grammar.__file__)
+    assert spec is not None
+    assert spec.loader is not None
+    fresh = importlib.util.module_from_spec(spec)
+    monkeypatch.setitem(sys.modules, "fresh_grammar", fresh)
+    spec.loader.exec_module(fresh)
+    compiler = fresh.GrammarCompiler(sp[0], sp[0].vocab_size)
+    with pytest.raises(ValueError, match=r"^constrained output needs xgrammar, which is not installed"):
+        compiler.json_object()
+
+
+HOSTILE_SCHEMAS: list[Any] = [
+    {"type": "string", "minLength": 100_000},
+    {"type": "array", "items": {"type": "array", "items": {"type": "integer"}, "maxItems": 10**9}, "maxItems": 10**9},
+    {"anyOf": [{"type": "string", "maxLength": n} for n in range(1, 300)]},
+    {"type": "object", "properties": {f"p{n}": {"type": "string"} for n in range(5000)}},
+    {"enum": ["x" * 200_000]},
+    {"type": "array", "items": {"anyOf": [{"type": "array", "maxItems": n} for n in range(500)]}},
+    {"type": "string", "pattern": "((a{0,99}){0,99}){0,99}"},
+]
+
+
+@pytest.mark.parametrize("index", range(len(HOSTILE_SCHEMAS)))
+def test_a_hostile_schema_is_refused_in_a_moment(bpe: Both, index: int) -> None:
+    start = time.process_time()
+    with pytest.raises(ValueError, match=r"large|many|at most|ambiguous|must be an integer from 0 to"):
+        bpe[1].json_schema(HOSTILE_SCHEMAS[index])
+    assert time.process_time() - start < 2
