@@ -9,19 +9,26 @@ import json
 from collections.abc import Mapping
 from typing import Any
 
+_KINDS = {401: "authentication_error", 429: "rate_limit_error"}
+
 
 class RequestError(ValueError):
-    """One request is refused, with an HTTP status and the field that is to blame. Nobody else notices."""
+    """One request is refused, with an HTTP status and the field that is to blame. Nobody else notices.
 
-    def __init__(self, message: str, *, param: str | None = None, status: int = 400) -> None:
+    `code` is a word for programs, where there is one; else the status stands for it.
+    """
+
+    def __init__(self, message: str, *, param: str | None = None, status: int = 400, code: str | None = None) -> None:
         super().__init__(message)
         self.param = param
         self.status = status
+        self.code = code
 
     def as_json(self) -> str:
-        kind = "invalid_request_error" if self.status < 500 else "server_error"
-        error = {"message": str(self), "type": kind, "param": self.param, "code": self.status}
-        return json.dumps({"error": error}, ensure_ascii=False) + "\n"
+        kind = "server_error" if self.status >= 500 else _KINDS.get(self.status, "invalid_request_error")
+        error = {"message": str(self), "type": kind, "param": self.param, "code": self.code or self.status}
+        text = json.dumps({"error": error}, ensure_ascii=False) + "\n"
+        return text.encode(errors="replace").decode()  # a field's name can hold what UTF-8 cannot say
 
 
 def read_body(item: Mapping[str, Any], *, is_json: bool) -> dict[str, Any] | str:

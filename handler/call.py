@@ -5,26 +5,33 @@ Knows neither TorchServe nor any API's fields: how a reply is written is its `Fo
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
+from handler.body import RequestError
 from llama2.engine.sequence import FinishReason, Output, Request, TokenLogprobs
 
 
 @dataclass(slots=True, kw_only=True)
 class Progress:
-    """What one prompt of a call has been answered so far."""
+    """One reply so far. `prompt_logprobs` are with the first reply to a prompt alone."""
 
     text: str = ""
-    num_tokens: int = 0
+    token_ids: list[int] = field(default_factory=list)
     logprobs: list[TokenLogprobs] = field(default_factory=list)
+    prompt_logprobs: list[TokenLogprobs | None] = field(default_factory=list)
     finish_reason: FinishReason | None = None
+
+    @property
+    def num_tokens(self) -> int:
+        return len(self.token_ids)
 
     def take(self, output: Output) -> None:
         self.text += output.text
-        self.num_tokens += len(output.token_ids)
+        self.token_ids += output.token_ids
         self.logprobs += output.logprobs
+        self.prompt_logprobs += output.prompt_logprobs
         self.finish_reason = output.finish_reason
 
 
@@ -37,44 +44,59 @@ class Format(Protocol):
     @property
     def content_type(self) -> str: ...
 
+    @property
+    def prepare(self) -> Callable[[], None] | None:
+        """What must be done before `requests`, where that may take long. It runs in a thread, and may raise
+        RequestError."""
+
     def requests(self, call_id: str) -> list[Request]:
         """What the engine shall do; the id of each request starts with `call_id`."""
 
     def chunk(self, index: int, output: Output, progress: Progress) -> str:
-        """What a stream says about news of prompt `index`; `progress` holds them already. May be empty."""
+        """What a stream says about news of reply `index`; `progress` holds them already. May be empty.
+
+        Replies are counted through: all of the first request, then all of the second.
+        """
 
     def whole(self, progress: Sequence[Progress]) -> str:
-        """The reply that is not streamed, when every prompt is answered; or the end of a stream."""
+        """The body that is not streamed, when every reply is complete; or the end of a stream."""
+
+    def failure(self, error: RequestError) -> str:
+        """The end of a call that failed when its status line was out already."""
 
 
 class Call:
-    """One HTTP call. `started`: its status line is out, so that no other can follow. `abandoned`: its requests were
-    aborted, and nothing will come of them."""
+    """One HTTP call. `failure`: its requests were aborted for this reason, and nothing will come of them."""
 
     def __init__(self, call_id: str, form: Format) -> None:
         self.call_id = call_id
         self.form = form
         self.requests = form.requests(call_id)
-        self.started = False
-        self.abandoned = False
-        self._progress = {request.request_id: Progress() for request in self.requests}
-        self._index = {request.request_id: index for index, request in enumerate(self.requests)}
+        self.failure: RequestError | None = None
+        replies = [(request.request_id, index) for request in self.requests for index in range(request.n)]
+        self._position = {reply: position for position, reply in enumerate(replies)}
+        self._progress = [Progress() for _ in replies]
         self._unsent: list[str] = []
 
     @property
+    def num_replies(self) -> int:
+        return len(self._progress)
+
+    @property
     def finished(self) -> bool:
-        return all(progress.finish_reason for progress in self._progress.values())
+        return all(progress.finish_reason for progress in self._progress)
 
     def take(self, output: Output) -> None:
-        progress = self._progress[output.request_id]
+        position = self._position[output.request_id, output.index]
+        progress = self._progress[position]
         progress.take(output)
         if self.form.stream:
-            self._unsent.append(self.form.chunk(self._index[output.request_id], output, progress))
+            self._unsent.append(self.form.chunk(position, output, progress))
 
     def unsent(self) -> str:
         """What can be sent now and has not been; a call that is not streamed has all of it at its end."""
         if self.finished:
-            self._unsent.append(self.form.whole(list(self._progress.values())))
+            self._unsent.append(self.form.whole(self._progress))
         text = "".join(self._unsent)
         self._unsent.clear()
         return text

@@ -6,12 +6,13 @@ Knows no torch and starts nothing: `build_archive.py` reads a file with it befor
 from __future__ import annotations
 
 import difflib
+import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from llama2.config import EngineConfig
+from llama2.config import MODEL_ARGS_FILE, EngineConfig
 from llama2.engine.sequence import SamplingParams
 
 Mode = Literal["text_completion", "chat"]
@@ -93,6 +94,15 @@ class HandlerConfig:
             )
         except ValueError as error:
             raise ValueError(f"model-config.yaml: {error}") from None
+
+    def fingerprint(self) -> str:
+        """A short name for weights and settings: where it is the same, so is what a seed gives."""
+        checkpoint = self.converted_ckpt_dir
+        model_args = self.model_args_path or checkpoint
+        digest = hashlib.sha256(repr((self.engine, self.dtype, self.device)).encode())
+        for path in (model_args / MODEL_ARGS_FILE if model_args.is_dir() else model_args, checkpoint / ".metadata"):
+            digest.update(path.read_bytes())
+        return f"fp_{digest.hexdigest()[:12]}"
 
     @classmethod
     def _read(cls, handler: Mapping[str, Any], base: Path, device: str | None) -> HandlerConfig:

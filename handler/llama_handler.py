@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import itertools
 import logging
 import os
 import signal
@@ -22,7 +23,8 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-HOUSEKEEPING_SECONDS = 0.5
+LOOK_SECONDS = 0.01
+LOOKS_PER_PUBLISHING = 50
 _PR_SET_PDEATHSIG = 1
 # TorchServe's worker logs these at every poll, a hundred times a second.
 _POLL_NOISE = ("Backend received inference at", "skip sending response at rank", "[METRICS]PredictionTime")
@@ -56,9 +58,11 @@ class LlamaHandler:
         from handler.config import HandlerConfig
         from handler.metrics import EngineMetrics
         from handler.native import NativeApi
+        from handler.openai_api import OpenAiApi, Served
         from handler.transport import Transport
         from llama2.chat import encode_dialog
         from llama2.engine.engine import Engine
+        from llama2.grammar import GrammarCompiler
 
         folder = Path(context.system_properties["model_dir"])
         config = HandlerConfig.from_settings(context.model_yaml_config, base=folder, environ=os.environ)
@@ -72,10 +76,29 @@ class LlamaHandler:
         )
         self._engine.start(_end_process)
         if self._engine.rank == 0:
+            tokenizer = self._engine.tokenizer
+            grammars = GrammarCompiler(tokenizer, self._engine.args.vocab_size)
+            # The first of these import and compile, which no client should wait for.
             with contextlib.suppress(ValueError):  # a model without a chat format
-                # The first one imports and compiles, which no client should wait for.
-                encode_dialog(self._engine.tokenizer, [{"role": "user", "content": "Hello!"}])
-            self._transport = Transport(self._engine, NativeApi(self._engine.tokenizer, config).read)
+                encode_dialog(tokenizer, [{"role": "user", "content": "Hello!"}])
+            with contextlib.suppress(ValueError):  # a vocabulary without an end of text
+                grammars.json_object()
+            native = NativeApi(tokenizer, config)
+            openai = OpenAiApi(
+                tokenizer,
+                config,
+                vocab_size=self._engine.args.vocab_size,
+                served=Served(
+                    names=tuple(dict.fromkeys((context.model_name, "llama"))),
+                    system_fingerprint=config.fingerprint(),
+                ),
+                grammars=grammars,
+                stats=self._engine.stats,
+            )
+            # The model's own path is the native API, and all behind it is OpenAI's.
+            self._transport = Transport(
+                self._engine, lambda path, body: openai.read(path, body) if path else native.read(body())
+            )
             metrics = EngineMetrics(context.metrics, context.model_name)
             threading.Thread(target=self._keep_house, args=(metrics,), name="housekeeping", daemon=True).start()
 
@@ -86,9 +109,15 @@ class LlamaHandler:
 
     def _keep_house(self, metrics: EngineMetrics) -> None:
         ticks = threading.Event()
-        while not ticks.wait(HOUSEKEEPING_SECONDS):
-            self._transport.abort_if_silent()
-            metrics.publish(self._engine.stats())
+        running = 0
+        for look in itertools.count():
+            ticks.wait(LOOK_SECONDS)
+            self._transport.watch()
+            stats = self._engine.stats()
+            # Other numbers change at every step; this one everybody shall know at once.
+            if stats.running != running or look % LOOKS_PER_PUBLISHING == 0:
+                metrics.publish(stats)
+                running = stats.running
 
 
 def _end_process(error: BaseException) -> None:

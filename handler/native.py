@@ -26,6 +26,7 @@ from typing import Any
 from handler.body import RequestError
 from handler.call import Progress
 from handler.config import HandlerConfig, nearest
+from handler.prompt import Prompt, fit
 from llama2.chat import encode_dialog
 from llama2.engine.sequence import Output, Request, SamplingParams, TokenLogprobs
 from llama2.tokenizer import Tokenizer
@@ -33,14 +34,6 @@ from llama2.tokenizer import Tokenizer
 MAX_PROMPTS = 64
 _SAMPLING_FIELDS = {field.name for field in dataclasses.fields(SamplingParams)}
 _FIELDS = _SAMPLING_FIELDS | {"prompt", "dialog", "mode", "stream"}
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Prompt:
-    """The ids of one prompt, and how many were cut off its left end."""
-
-    ids: tuple[int, ...]
-    truncated: int = 0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -53,6 +46,7 @@ class NativeFormat:
     chat: bool
     is_list: bool
     stream: bool
+    prepare: None = None
 
     @property
     def content_type(self) -> str:
@@ -86,6 +80,9 @@ class NativeFormat:
             return ""
         replies = [self._reply(prompt, done) for prompt, done in zip(self.prompts, progress, strict=True)]
         return json.dumps(replies if self.is_list else replies[0], ensure_ascii=False) + "\n"
+
+    def failure(self, error: RequestError) -> str:
+        return error.as_json()
 
     def _reply(self, prompt: Prompt, progress: Progress) -> dict[str, Any]:
         text = progress.text
@@ -138,7 +135,15 @@ class NativeApi:
         for index, item in enumerate(items):
             place = f"{shape}[{index}]" if is_list else shape
             ids = self._encode(place, item, chat=chat)
-            prompts.append(self._fit(place, ids, params.max_new_tokens))
+            prompts.append(
+                fit(
+                    ids,
+                    place=place,
+                    config=self._config,
+                    bos_id=self._tokenizer.bos_id,
+                    max_new_tokens=params.max_new_tokens,
+                )
+            )
         return NativeFormat(
             tokenizer=self._tokenizer,
             prompts=tuple(prompts),
@@ -180,22 +185,6 @@ class NativeApi:
             return encode_dialog(self._tokenizer, dialog, special_tags=self._config.special_tags)
         except ValueError as error:
             raise RequestError(f"{place}: {error}", param=place) from None
-
-    def _fit(self, place: str, ids: list[int], max_new_tokens: int | None) -> Prompt:
-        """Refuse or cut a prompt that is too long. A cut one keeps its BOS, and leaves room for the reply it asks for
-        as long as half of max_seq_len stays with the prompt."""
-        limit = self._config.max_input_tokens
-        if not ids:
-            raise RequestError(f"{place} must not be empty", param=place)
-        if len(ids) <= limit:
-            return Prompt(ids=tuple(ids))
-        if self._config.truncation == "error":
-            raise RequestError(f"{place} has {len(ids)} tokens, but at most {limit} are taken", param=place)
-        max_seq_len = self._config.engine.max_seq_len
-        room = max(max_seq_len - (max_new_tokens or 1), max_seq_len // 2)
-        keep = max(min(limit, room), 1)
-        bos = ids[:1] if ids[0] == self._tokenizer.bos_id and keep > 1 else []
-        return Prompt(ids=(*bos, *ids[len(ids) - keep + len(bos) :]), truncated=len(ids) - keep)
 
 
 def _items(shape: str, value: Any) -> tuple[list[Any], bool]:

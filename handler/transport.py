@@ -11,11 +11,13 @@ Knows no API's fields, and of the engine no more than add, abort and poll.
 
 from __future__ import annotations
 
+import concurrent.futures
 import http
 import logging
 import threading
 import time
 from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any, Protocol
 
 from handler.body import RequestError, read_body
@@ -25,12 +27,19 @@ from llama2.engine.sequence import Output, Request
 logger = logging.getLogger(__name__)
 
 POLL_SECONDS = 0.01
-# TorchServe calls again within milliseconds while anybody is live, and not at all once the last client has left.
+# How long everybody waits for what a new call needs first: an error that comes later has no status of its own.
+PREPARE_SECONDS = 0.05
+# TorchServe calls again within milliseconds while anybody is live, and not at all once the last client has left. After
+# so many looks without a call the engine gives its memory back and waits: looks, and not seconds, since on a machine
+# that is short of processors they come as late as the calls do. After so many seconds nobody is expected any more.
+QUIET_LOOKS = 4
 SILENCE_SECONDS = 1.5
+# One call may ask for many replies, so TorchServe's own limit on calls does not bound what waits in the engine.
+MAX_REPLIES = 4096
 
 
 class Generator(Protocol):
-    """What is needed of the engine; all three are thread-safe."""
+    """What is needed of the engine; all of it is thread-safe."""
 
     def add(self, request: Request) -> None: ...
 
@@ -38,60 +47,102 @@ class Generator(Protocol):
 
     def poll(self, timeout: float) -> list[Output]: ...
 
+    def suspend(self) -> None: ...
+
+    def resume(self) -> None: ...
+
+
+# All that is behind the model's own path, and the way to the body, which not every path needs.
+Read = Callable[[str, Callable[[], dict[str, Any] | str]], Format]
+
 
 class Transport:
-    """The live calls of one worker. `read` turns a body into a call's format, or raises RequestError."""
+    """The live calls of one worker. `read` turns a path and a body into a call's format, or raises RequestError."""
 
-    def __init__(self, engine: Generator, read: Callable[[dict[str, Any] | str], Format]) -> None:
+    def __init__(self, engine: Generator, read: Read) -> None:
         self._engine = engine
         self._read = read
+        self._preparing: dict[str, tuple[Format, Future[None]]] = {}
         self._calls: dict[str, Call] = {}
+        self._started: set[str] = set()  # those whose status line is out, so that no other can follow
+        self._pool = ThreadPoolExecutor(1, thread_name_prefix="prepare")
         self._lock = threading.Lock()
         self._last_poll = time.monotonic()
+        self._looks = 0  # since then
 
     def poll(self, data: list[dict[str, Any]], context: Any) -> list[str]:
         """One exchange. `context` is TorchServe's: request ids and headers in, statuses and criteria out."""
         with self._lock:
+            self._engine.resume()
             call_ids: list[str] = [context.get_request_id(index) for index in range(len(data))]
-            for call_id in set(self._calls).difference(call_ids):
-                self._abort(self._calls.pop(call_id))
-            refusals: dict[int, RequestError] = {}
+            self._forget_all_but(set(call_ids))
+            refusals: dict[str, RequestError] = {}
             for index, call_id in enumerate(call_ids):
-                if call_id not in self._calls:
+                if call_id not in self._calls and call_id not in self._preparing:
                     try:
                         self._accept(call_id, index, data[index], context)
                     except Exception as error:
-                        refusals[index] = _as_request_error(error)
-            for output in self._engine.poll(0 if refusals else POLL_SECONDS):
-                call = self._calls.get(output.request_id.rpartition("/")[0])
-                if call is not None:
-                    call.take(output)
-            replies = [self._reply(index, call_ids[index], refusals.get(index), context) for index in range(len(data))]
+                        refusals[call_id] = _as_request_error(error)
+            failures = self._begin_prepared()
+            for output in self._engine.poll(0 if refusals or failures else POLL_SECONDS):
+                self._take(output)
+            replies = [
+                _refusal(index, refusals[call_id], context)
+                if call_id in refusals
+                else self._reply(index, call_id, failures.get(call_id), context)
+                for index, call_id in enumerate(call_ids)
+            ]
             self._last_poll = time.monotonic()
+            self._looks = 0
         context.stopping_criteria = [_always(criterion) for _, criterion in replies]
         return [text for text, _ in replies]
 
-    def abort_if_silent(self) -> None:
-        """To be called now and then: stop working for clients that nobody asks for any more."""
+    def watch(self) -> None:
+        """A look, to be taken every 10 ms or so: stop working for clients that nobody asks for any more."""
         with self._lock:
+            self._looks += 1
+            if self._calls and self._looks == QUIET_LOOKS:
+                self._engine.suspend()
             if time.monotonic() - self._last_poll > SILENCE_SECONDS:
                 for call in self._calls.values():
-                    self._abort(call)
+                    self._leave(call)
 
-    def _abort(self, call: Call) -> None:
-        if not call.abandoned:
-            logger.info("request %s is aborted: its client has left", call.call_id)
-            call.abandoned = True
-            for request in call.requests:
-                self._engine.abort(request.request_id)
+    # ---- one call ----
 
     def _accept(self, call_id: str, index: int, item: dict[str, Any], context: Any) -> None:
-        if path := context.get_request_header(index, "url_path"):
-            raise RequestError(f"there is nothing at {path!r}", status=404)
+        path = context.get_request_header(index, "url_path") or ""
         part = context.get_request_header(index, "body")  # of the body's part, unless a client's header has that name
         is_json = isinstance(part, dict) and part.get("content-type", "").startswith("application/json")
-        form = self._read(read_body(item, is_json=is_json))
-        call = Call(call_id, form)
+        form = self._read(path, lambda: read_body(item, is_json=is_json))
+        if form.prepare is None:
+            self._begin(Call(call_id, form))
+        else:
+            self._preparing[call_id] = (form, self._pool.submit(form.prepare))
+
+    def _begin_prepared(self) -> dict[str, tuple[Format, RequestError]]:
+        """Begin the calls that have become ready, and return those that turned out to be impossible. New ones are
+        waited for, so that most of these can still have a status of their own; the others have said 200 by then."""
+        new = [future for call_id, (_, future) in self._preparing.items() if call_id not in self._started]
+        concurrent.futures.wait(new, timeout=PREPARE_SECONDS)
+        failures: dict[str, tuple[Format, RequestError]] = {}
+        for call_id, (form, future) in list(self._preparing.items()):
+            if future.done():
+                del self._preparing[call_id]
+                try:
+                    future.result()
+                    self._begin(Call(call_id, form))
+                except Exception as error:
+                    failures[call_id] = form, _as_request_error(error)
+        return failures
+
+    def _begin(self, call: Call) -> None:
+        live = sum(other.num_replies for other in self._calls.values())
+        if live and live + call.num_replies > MAX_REPLIES:
+            raise RequestError(
+                f"the server has {live} replies to make and takes at most {MAX_REPLIES}: try again later",
+                status=429,
+                code="rate_limit_exceeded",
+            )
         try:
             for request in call.requests:
                 self._engine.add(request)
@@ -99,35 +150,84 @@ class Transport:
             for request in call.requests:
                 self._engine.abort(request.request_id)
             raise RequestError(str(error)) from None
-        self._calls[call_id] = call
+        self._calls[call.call_id] = call
 
-    def _reply(self, index: int, call_id: str, refusal: RequestError | None, context: Any) -> tuple[str, bool | None]:
-        """What goes back for one live request, and its criterion."""
-        call = self._calls.get(call_id)
-        started = call is not None and call.started
-        if call is not None and call.abandoned:
-            refusal = RequestError("the server was held up and gave this request up", status=503)
-        if refusal is not None:
-            status, content_type = refusal.status, "application/json"
-            text, last = refusal.as_json(), True
+    def _take(self, output: Output) -> None:
+        call = self._calls.get(output.request_id.rpartition("/")[0])
+        if call is not None and call.failure is None:
+            try:
+                call.take(output)
+            except Exception as error:
+                self._fail(call, _as_request_error(error))
+
+    def _leave(self, call: Call) -> None:
+        if call.failure is None:
+            logger.info("request %s is aborted: its client has left", call.call_id)
+            self._fail(call, RequestError("the server was held up and gave this request up", status=503))
+
+    def _fail(self, call: Call, failure: RequestError) -> None:
+        """Nothing will come of this call any more."""
+        call.failure = failure
+        for request in call.requests:
+            self._engine.abort(request.request_id)
+
+    def _forget_all_but(self, live: set[str]) -> None:
+        for call_id in self._calls.keys() - live:
+            self._leave(self._calls.pop(call_id))
+        for call_id in self._preparing.keys() - live:
+            self._preparing.pop(call_id)[1].cancel()
+        self._started &= live
+
+    def _reply(
+        self, index: int, call_id: str, failed: tuple[Format, RequestError] | None, context: Any
+    ) -> tuple[str, bool | None]:
+        """What goes back for one live call, and its criterion."""
+        text, last = "", False
+        if failed is not None:
+            form, failure = failed
+            text, last = form.failure(failure), True
+        elif call_id in self._preparing:
+            form, failure = self._preparing[call_id][0], None
         else:
-            assert call is not None
-            status, content_type = 200, call.form.content_type
-            text, last = call.unsent(), call.finished
-            call.started = True
+            call = self._calls[call_id]
+            text, last = self._unsent(call)
+            form, failure = call.form, call.failure
         if last:
             self._calls.pop(call_id, None)
-        if not started:
-            context.set_response_status(status, http.HTTPStatus(status).phrase, index)
-            context.set_response_content_type(index, content_type)
-        return text, (True if started else None) if last else False
+        if call_id in self._started:
+            return text, last
+        if failure is not None:
+            return _refusal(index, failure, context)
+        self._started.add(call_id)
+        _set_head(context, index, 200, form.content_type)
+        return text, None if last else False
+
+    def _unsent(self, call: Call) -> tuple[str, bool]:
+        """What can be sent of a call, and whether that is the last of it."""
+        if call.failure is None:
+            try:
+                return call.unsent(), call.finished
+            except Exception as error:
+                self._fail(call, _as_request_error(error))
+        assert call.failure is not None
+        return call.form.failure(call.failure), True
+
+
+def _refusal(index: int, error: RequestError, context: Any) -> tuple[str, None]:
+    _set_head(context, index, error.status, "application/json")
+    return error.as_json(), None
+
+
+def _set_head(context: Any, index: int, status: int, content_type: str) -> None:
+    context.set_response_status(status, http.HTTPStatus(status).phrase, index)
+    context.set_response_content_type(index, content_type)
 
 
 def _as_request_error(error: Exception) -> RequestError:
     if isinstance(error, RequestError):
         return error
-    logger.error("a request could not be read", exc_info=error)
-    return RequestError("the server failed to read this request; its log says why", status=500)
+    logger.error("a request has met a fault of the server", exc_info=error)
+    return RequestError("the server failed on this request; its log says why", status=500)
 
 
 def _always(criterion: bool | None) -> Callable[[Any], bool | None]:

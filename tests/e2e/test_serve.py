@@ -102,8 +102,9 @@ def test_a_seed_gives_the_same_reply_again_and_another_seed_another(served: Serv
 def test_a_client_that_leaves_frees_its_place_at_once(served: Served, stream: bool) -> None:
     """The last client to leave is the hard case: TorchServe does not poll any more then."""
     with served.client() as client, client.stream("POST", served.url, json={**FOREVER, "stream": stream}) as reply:
+        lines = reply.iter_lines()  # to let go of it is to leave
         if stream:
-            next(reply.iter_lines())
+            next(lines)
         wait_until(lambda: served.gauge("llama_requests_running") == 1, seconds=5)
     wait_until(lambda: served.gauge("llama_requests_running") == 0, seconds=4)
     assert served.ask(prompt=PROMPT, max_new_tokens=1)["usage"]["completion_tokens"] == 1

@@ -4,6 +4,7 @@ from typing import Any
 import pytest
 
 from handler.config import HandlerConfig
+from tests.handler.support import config
 from tests.handler.support import settings as shipped
 
 
@@ -135,3 +136,15 @@ def test_a_mistake_is_refused_in_words_that_name_it(base: Path, settings: dict[s
         HandlerConfig.from_settings(settings, base=base)
     assert message in str(caught.value)
     assert str(caught.value).startswith("model-config.yaml: ")
+
+
+def test_a_fingerprint_is_the_same_for_the_same_weights_and_sizes_alone(tmp_path: Path) -> None:
+    (tmp_path / ".metadata").write_bytes(b"weights")
+    (tmp_path / "model_args.json").write_text("{}")
+    before = config(tmp_path).fingerprint()
+    assert config(tmp_path, temperature=0.1).fingerprint() == before
+    assert config(tmp_path, max_seq_len=100).fingerprint() != before
+    (tmp_path / "model_args.json").write_text('{"dim": 1}')
+    other = config(tmp_path).fingerprint()
+    (tmp_path / ".metadata").write_bytes(b"other weights")
+    assert len({before, other, config(tmp_path).fingerprint()}) == 3

@@ -1,7 +1,9 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+import threading
+import time
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import pytest
@@ -19,7 +21,10 @@ class Upper:
 
     content_type = "text/plain"
 
-    def __init__(self, body: Any) -> None:
+    def __init__(self, path: str, read: Callable[[], Any]) -> None:
+        if path:
+            raise RequestError(f"there is nothing at {path!r}", status=404)
+        body = read()
         if not isinstance(body, dict):
             raise TypeError("a fault of the API itself")
         if "say" not in body:
@@ -27,14 +32,27 @@ class Upper:
         self.prompts = body["say"]
         self.stream = body.get("stream", False)
 
+        self.n = body.get("n", 1)
+        self.prepare = body.get("prepare")
+
     def requests(self, call_id: str) -> list[Request]:
-        return [Request(request_id=f"{call_id}/{i}", prompt_ids=(len(text),)) for i, text in enumerate(self.prompts)]
+        return [
+            Request(request_id=f"{call_id}/{i}", prompt_ids=(len(text),), n=self.n)
+            for i, text in enumerate(self.prompts)
+        ]
 
     def chunk(self, index: int, output: Output, progress: Progress) -> str:
+        if output.text == "?":
+            raise KeyError("a fault of the API itself")
         return f"{index}:{output.text}\n"
 
     def whole(self, progress: Sequence[Progress]) -> str:
+        if any(done.text == "?" for done in progress):
+            raise KeyError("a fault of the API itself")
         return "end\n" if self.stream else ",".join(done.text for done in progress)
+
+    def failure(self, error: RequestError) -> str:
+        return f"{error.status}: {error}\n"
 
 
 class FakeEngine:
@@ -45,6 +63,7 @@ class FakeEngine:
         self.aborted: list[str] = []
         self.ready: list[Output] = []
         self.waits: list[float] = []
+        self.suspended = False
 
     def add(self, request: Request) -> None:
         if request.prompt_ids == (13,):
@@ -54,13 +73,20 @@ class FakeEngine:
     def abort(self, request_id: str) -> None:
         self.aborted.append(request_id)
 
+    def suspend(self) -> None:
+        self.suspended = True
+
+    def resume(self) -> None:
+        self.suspended = False
+
     def poll(self, timeout: float) -> list[Output]:
         self.waits.append(timeout)
         ready, self.ready = self.ready, []
         return ready
 
-    def say(self, request_id: str, text: str, finish_reason: Any = None) -> None:
-        self.ready.append(Output(request_id=request_id, text=text, token_ids=(1,), finish_reason=finish_reason))
+    def say(self, request_id: str, text: str, finish_reason: Any = None, index: int = 0) -> None:
+        output = Output(request_id=request_id, index=index, text=text, token_ids=(1,), finish_reason=finish_reason)
+        self.ready.append(output)
 
 
 class Worker:
@@ -107,6 +133,14 @@ def test_a_call_that_is_done_at_once_is_one_whole_reply(worker: Worker) -> None:
     assert worker.poll(("a", {"say": ["x"]})) == {"a": ("X", None)}
 
 
+def test_an_id_that_comes_again_has_a_status_again(worker: Worker) -> None:
+    worker.engine.say("a/0", "X", "stop")
+    worker.poll(("a", {"say": ["x"]}))
+    worker.poll(("b", {"say": ["x"]}))
+    worker.engine.say("a/0", "X", "stop")
+    assert worker.poll(("a", {"say": ["x"]}))["a"] == ("X", None)
+
+
 def test_a_stream_sends_what_is_new_and_nothing_twice(worker: Worker) -> None:
     worker.poll(("a", {"say": ["x", "y"], "stream": True}))
     worker.engine.say("a/1", "Y")
@@ -125,6 +159,116 @@ def test_a_list_is_answered_when_its_last_prompt_is(worker: Worker) -> None:
     assert worker.poll() == {"a": ("", False)}
     worker.engine.say("a/0", "X", "stop")
     assert worker.poll() == {"a": ("X,Y", True)}
+
+
+def test_several_replies_to_each_prompt_are_counted_through(worker: Worker) -> None:
+    worker.poll(("a", {"say": ["x", "y"], "n": 2, "stream": True}))
+    for request_id, index in (("a/1", 1), ("a/0", 1), ("a/1", 0), ("a/0", 0)):
+        worker.engine.say(request_id, f"{request_id}-{index}", "stop", index)
+    assert worker.poll() == {"a": ("3:a/1-1\n1:a/0-1\n2:a/1-0\n0:a/0-0\nend\n", True)}
+
+
+@pytest.mark.parametrize("stream", [True, False])
+def test_a_reply_that_cannot_be_written_fails_its_own_call_alone(worker: Worker, stream: bool) -> None:
+    worker.poll(("a", {"say": ["x"], "stream": stream}), ("b", {"say": ["y"]}))
+    worker.engine.say("a/0", "?")
+    worker.engine.say("a/0", "" if not stream else "?", "stop")
+    worker.engine.say("b/0", "Y")
+    assert worker.poll() == {
+        "a": ("500: the server failed on this request; its log says why\n", True),
+        "b": ("", False),
+    }
+    assert worker.engine.aborted == ["a/0"]
+    worker.engine.say("a/0", "", "abort")
+    worker.engine.say("b/0", "", "stop")
+    assert worker.poll() == {"b": ("Y", True)}
+
+
+def refuse() -> None:
+    raise RequestError("that cannot be prepared", param="say")
+
+
+class Gate:
+    """A preparation that ends when the test says so."""
+
+    def __init__(self, then: Callable[[], None] = lambda: None) -> None:
+        self.opened = threading.Event()
+        self.passed = threading.Event()
+        self._then = then
+
+    def __call__(self) -> None:
+        self.opened.wait(10)
+        try:
+            self._then()
+        finally:
+            self.passed.set()
+
+    def open(self) -> None:
+        self.opened.set()
+        assert self.passed.wait(10)
+
+
+def test_what_is_prepared_in_a_moment_begins_at_once_or_is_refused_with_a_status(worker: Worker) -> None:
+    replies = worker.poll(("a", {"say": ["x"], "prepare": lambda: None}), ("b", {"say": ["y"], "prepare": refuse}))
+    assert replies["a"] == ("", False)
+    assert json.loads(replies["b"][0])["error"]["param"] == "say"
+    assert (replies["b"][1], worker.status) == (None, {"a": 200, "b": 400})
+    assert worker.engine.live.keys() == {"a/0"}
+
+
+def test_what_takes_longer_to_prepare_keeps_nobody_waiting(worker: Worker) -> None:
+    worker.poll(("a", {"say": ["x"]}))
+    gate = Gate()
+    assert worker.poll(("b", {"say": ["y"], "prepare": gate})) == {"a": ("", False), "b": ("", False)}
+    worker.engine.say("a/0", "X", "stop")
+    assert worker.poll() == {"a": ("X", True), "b": ("", False)}
+    assert worker.engine.live.keys() == {"a/0"}
+    gate.open()
+    eventually(lambda: worker.poll() == {"b": ("", False)} and "b/0" in worker.engine.live)
+    worker.engine.say("b/0", "Y", "stop")
+    assert worker.poll() == {"b": ("Y", True)}
+
+
+def test_what_cannot_be_prepared_after_all_is_told_in_the_body(worker: Worker) -> None:
+    gate = Gate(refuse)
+    worker.poll(("a", {"say": ["x"], "prepare": gate}))
+    gate.open()
+    eventually(lambda: worker.poll() == {"a": ("400: that cannot be prepared\n", True)})
+    assert worker.status["a"] == 200
+
+
+def test_a_client_that_leaves_during_preparation_is_forgotten(worker: Worker) -> None:
+    gate = Gate()
+    worker.poll(("a", {"say": ["x"], "prepare": gate}), ("b", {"say": ["y"]}))
+    worker.live = ["b"]
+    assert worker.poll() == {"b": ("", False)}
+    gate.open()
+    assert worker.poll() == {"b": ("", False)}
+    assert worker.engine.live.keys() == {"b/0"}
+
+
+def eventually(condition: Callable[[], Any]) -> None:
+    for _ in range(100):
+        if condition():
+            return
+        time.sleep(0.01)
+    pytest.fail("it did not come about in time")
+
+
+def test_beyond_so_many_replies_at_once_a_call_is_told_to_come_again(
+    worker: Worker, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One call alone may always be made."""
+    monkeypatch.setattr(transport, "MAX_REPLIES", 3)
+    assert worker.poll(("a", {"say": ["x", "y"], "n": 2})) == {"a": ("", False)}
+    replies = worker.poll(("b", {"say": ["z"]}))
+    assert json.loads(replies["b"][0])["error"]["code"] == "rate_limit_exceeded"
+    assert worker.status["b"] == 429
+    for index in (0, 1):
+        worker.engine.say("a/0", "", "stop", index)
+        worker.engine.say("a/1", "", "stop", index)
+    worker.poll()
+    assert worker.poll(("c", {"say": ["z"]})) == {"c": ("", False)}
 
 
 def test_a_refused_body_gets_its_own_status_and_nobody_else_notices(worker: Worker) -> None:
@@ -174,23 +318,42 @@ def test_a_client_that_left_is_aborted_and_what_still_comes_for_it_is_ignored(wo
 
 def test_when_the_last_client_has_left_silence_aborts_it_once(worker: Worker, monkeypatch: pytest.MonkeyPatch) -> None:
     worker.poll(("a", {"say": ["x"]}))
-    worker.transport.abort_if_silent()
+    worker.transport.watch()
     assert worker.engine.aborted == []
     monkeypatch.setattr(transport, "SILENCE_SECONDS", 0.0)
-    worker.transport.abort_if_silent()
-    worker.transport.abort_if_silent()
+    worker.transport.watch()
+    worker.transport.watch()
     assert worker.engine.aborted == ["a/0"]
     worker.live = []
     assert worker.poll(("b", {"say": ["x"]})) == {"b": ("", False)}
 
 
+def test_a_short_silence_makes_the_engine_pause_until_the_next_poll(
+    worker: Worker,
+) -> None:
+    def look(times: int) -> bool:
+        for _ in range(times):
+            worker.transport.watch()
+        return worker.engine.suspended
+
+    assert not look(2 * transport.QUIET_LOOKS), "there was nobody"
+    worker.poll(("a", {"say": ["x"]}))
+    assert not look(transport.QUIET_LOOKS - 1)
+    worker.poll()
+    assert not look(transport.QUIET_LOOKS - 1)
+    assert look(1)
+    assert worker.engine.aborted == []
+    worker.poll()
+    assert not worker.engine.suspended
+
+
 def test_a_client_that_was_taken_for_gone_is_told_so(worker: Worker, monkeypatch: pytest.MonkeyPatch) -> None:
     worker.poll(("a", {"say": ["x"]}))
     monkeypatch.setattr(transport, "SILENCE_SECONDS", 0.0)
-    worker.transport.abort_if_silent()
+    worker.transport.watch()
     worker.engine.say("a/0", "", "abort")
     text, last = worker.poll()["a"]
-    assert (json.loads(text)["error"]["code"], last) == (503, True)
+    assert (text, last) == ("503: the server was held up and gave this request up\n", True)
 
 
 def test_outputs_are_given_to_the_call_whose_id_they_carry_even_if_ids_hold_slashes(worker: Worker) -> None:

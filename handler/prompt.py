@@ -1,0 +1,56 @@
+"""Owns what happens to a prompt that is longer than the server takes: it is refused, or cut at its left end.
+
+Knows no text: ids in, ids out.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from handler.body import RequestError
+from handler.config import HandlerConfig
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Prompt:
+    """The ids of one prompt, and what was cut off its left end."""
+
+    ids: tuple[int, ...]
+    dropped: tuple[int, ...] = ()
+
+    @property
+    def truncated(self) -> int:
+        return len(self.dropped)
+
+
+def fit(
+    ids: Sequence[int], *, place: str, config: HandlerConfig, bos_id: int | None, max_new_tokens: int | None
+) -> Prompt:
+    """Refuse or cut a prompt that is too long, as `truncation` says. A cut one leaves room for the reply it asks for as
+    long as half of max_seq_len stays with the prompt.
+
+    Raises:
+        RequestError: it is empty or too long; `place` is the field that it came in.
+    """
+    limit = config.max_input_tokens
+    if not ids:
+        raise RequestError(f"{place} must not be empty", param=place)
+    if len(ids) <= limit:
+        return Prompt(ids=tuple(ids))
+    if config.truncation == "error":
+        raise RequestError(
+            f"{place} has {len(ids)} tokens, but at most {limit} are taken",
+            param=place,
+            code="context_length_exceeded",
+        )
+    max_seq_len = config.engine.max_seq_len
+    room = max(max_seq_len - (max_new_tokens or 1), max_seq_len // 2)
+    return cut_left(ids, max(min(limit, room), 1), bos_id)
+
+
+def cut_left(ids: Sequence[int], keep: int, bos_id: int | None) -> Prompt:
+    """The last `keep` ids; a BOS at the beginning stays, and counts."""
+    num_bos = 1 if ids[0] == bos_id and keep > 1 else 0
+    start = max(len(ids) - keep + num_bos, num_bos)
+    return Prompt(ids=(*ids[:num_bos], *ids[start:]), dropped=tuple(ids[num_bos:start]))
