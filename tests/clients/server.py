@@ -1,0 +1,70 @@
+"""Serves the demo model to clients in another virtual environment; run by the python of the server's own.
+
+When the server is READY, one line of JSON on stdout says where it is. It lives until stdin ends.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from llama2.checkpoint.gguf import GgufModel
+from scripts.smollm2 import gguf_file, write
+from tests.e2e.conftest import serving
+from tests.handler.support import ROOT, settings
+from tests.support.reference import reference_model
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Whereabouts:
+    """What a client is told."""
+
+    url: str
+    key: str
+    checkpoint: str
+    reference: str
+
+
+def write_reference(folder: Path) -> None:
+    """The same weights as transformers keeps them."""
+    model = GgufModel(gguf_file())
+    weights = {name: model.tensor(name).to(torch.bfloat16) for name in model.args.parameter_shapes()}
+    reference_model(model.args, weights).bfloat16().save_pretrained(folder)
+    model.write_tokenizer(folder)
+
+
+def main(folder: Path) -> None:
+    meta, checkpoint, reference = folder / "meta", folder / "converted", folder / "transformers"
+    write(meta, num_shards=3)
+    arguments = [
+        "--original_ckpt_dir",
+        str(meta),
+        "--tokenizer_path",
+        str(meta),
+        "--save_checkpoint_dir",
+        str(checkpoint),
+    ]
+    subprocess.run([sys.executable, "convert_checkpoints.py", *arguments], cwd=ROOT, check=True)
+    write_reference(reference)
+    # fp32, so that what is computed together cannot change a token; a queue so short that a test can fill it.
+    top = {"deviceType": "cpu", "batchSize": 16, "jobQueueSize": 16}
+    config = settings(top, dtype="float32", max_seq_len=1024, max_batch_size=8, max_step_tokens=256)
+    with serving(checkpoint, config) as served:
+        whereabouts = Whereabouts(
+            url=f"{served.url}/1.0",
+            key=served.server.key("inference"),
+            checkpoint=str(checkpoint),
+            reference=str(reference),
+        )
+        print(json.dumps(dataclasses.asdict(whereabouts)), flush=True)
+        sys.stdin.read()
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))

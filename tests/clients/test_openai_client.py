@@ -1,0 +1,368 @@
+"""The openai client, sync and async: every endpoint, streamed and whole."""
+
+from __future__ import annotations
+
+import itertools
+import json
+from typing import Any, Literal
+
+import openai
+import pytest
+from pydantic import BaseModel
+
+from tests.clients.conftest import Asker
+
+pytestmark = pytest.mark.clients
+
+PROMPT = "The history of the lighthouse begins"
+QUESTION = [{"role": "user", "content": "What is the capital of France? Answer in one sentence."}]
+ANSWER = "The capital of France is Paris."
+
+
+def texts(chunks: list[Any]) -> dict[int, str]:
+    """What the chunks of a stream say, for each choice."""
+    found: dict[int, str] = {}
+    for choice in itertools.chain.from_iterable(chunk.choices for chunk in chunks):
+        said = choice.delta.content if hasattr(choice, "delta") else choice.text
+        found[choice.index] = found.get(choice.index, "") + (said or "")
+    return found
+
+
+# ---- models, and what vLLM has beside OpenAI's endpoints
+
+
+def test_models_lists_the_one_model_and_retrieve_describes_it(ask: Asker) -> None:
+    (listed,) = ask("models.list").data
+    assert listed.object == "model"
+    assert ask("models.retrieve", listed.id) == listed
+
+
+def test_health_is_well_and_tokenize_is_undone_by_detokenize(ask: Asker) -> None:
+    assert isinstance(ask("get", "/health", cast_to=object), dict)
+    text = "two  spaces, 今日は 🙂"
+    tokens = ask("post", "/tokenize", cast_to=object, body={"model": ask.model, "prompt": text})
+    assert tokens["count"] == len(tokens["tokens"]) > 4
+    body = {"model": ask.model, "tokens": tokens["tokens"]}
+    assert ask("post", "/detokenize", cast_to=object, body=body)["prompt"] == text
+
+
+# ---- completions
+
+
+def test_a_completion(ask: Asker) -> None:
+    reply = ask("completions.create", prompt=PROMPT, max_tokens=12, temperature=0)
+    (choice,) = reply.choices
+    assert (reply.object, choice.index, choice.finish_reason) == ("text_completion", 0, "length")
+    assert len(choice.text.split()) > 4
+    assert (reply.usage.completion_tokens, reply.usage.total_tokens) == (12, 12 + reply.usage.prompt_tokens)
+    assert reply.model == ask.model
+    assert reply.system_fingerprint
+
+
+def test_a_streamed_completion_says_what_the_whole_one_says(ask: Asker) -> None:
+    fields: dict[str, Any] = {"prompt": PROMPT, "max_tokens": 12, "temperature": 0}
+    whole = ask("completions.create", **fields)
+    *chunks, last = ask("completions.create", **fields, stream=True, stream_options={"include_usage": True})
+    assert texts(chunks) == {0: whole.choices[0].text}
+    assert len(chunks) > 5
+    assert [chunk.choices[0].finish_reason for chunk in chunks[-2:]] == [None, "length"]
+    assert all(chunk.usage is None for chunk in chunks)
+    assert (last.choices, last.usage) == ([], whole.usage)
+    assert {chunk.object for chunk in chunks} == {"text_completion"}
+    assert len({chunk.id for chunk in [*chunks, last]}) == 1
+
+
+def test_without_include_usage_a_stream_has_no_usage(ask: Asker) -> None:
+    for endpoint, fields in (("completions", {"prompt": PROMPT}), ("chat.completions", {"messages": QUESTION})):
+        chunks = ask(f"{endpoint}.create", **fields, max_tokens=4, temperature=0, stream=True)
+        assert all(chunk.usage is None and chunk.choices for chunk in chunks)
+
+
+def test_a_prompt_may_be_text_token_ids_or_a_list_of_either(ask: Asker) -> None:
+    other = "1, 2, 3, 4,"
+    ids = [ask("post", "/tokenize", cast_to=object, body={"prompt": text})["tokens"] for text in (PROMPT, other)]
+
+    def complete(prompt: Any) -> list[str]:
+        reply = ask("completions.create", prompt=prompt, max_tokens=6, temperature=0)
+        assert [choice.index for choice in reply.choices] == list(range(len(reply.choices)))
+        return [choice.text for choice in reply.choices]
+
+    alone = complete(PROMPT) + complete(other)
+    assert complete([PROMPT, other]) == alone
+    assert complete(ids[0]) == alone[:1]
+    assert complete(ids) == alone
+
+
+def test_logprobs_of_a_completion_belong_to_its_tokens(ask: Asker) -> None:
+    reply = ask("completions.create", prompt=PROMPT, max_tokens=8, temperature=0, logprobs=3)
+    (choice,) = reply.choices
+    said = choice.logprobs
+    assert "".join(said.tokens) == choice.text
+    assert len(said.tokens) == len(said.token_logprobs) == len(said.top_logprobs) == len(said.text_offset) == 8
+    for token, logprob, top in zip(said.tokens, said.token_logprobs, said.top_logprobs, strict=True):
+        assert len(top) in (3, 4)
+        assert top[token] == logprob == max(top.values()) < 0
+    starts = list(itertools.accumulate((len(token) for token in said.tokens), initial=said.text_offset[0]))
+    assert said.text_offset == starts[:-1]
+
+
+def test_streamed_logprobs_are_those_of_the_whole_reply(ask: Asker) -> None:
+    fields: dict[str, Any] = {"prompt": PROMPT, "max_tokens": 8, "temperature": 0, "logprobs": 2}
+    whole = ask("completions.create", **fields).choices[0].logprobs
+    chunks = ask("completions.create", **fields, stream=True)
+    said = [chunk.choices[0].logprobs for chunk in chunks if chunk.choices[0].logprobs]
+    for name in ("tokens", "text_offset"):
+        assert [each for part in said for each in getattr(part, name)] == getattr(whole, name)
+    streamed = [each for part in said for each in part.token_logprobs]
+    assert streamed == pytest.approx(whole.token_logprobs, rel=1e-4)
+
+
+def test_echo_without_new_tokens_scores_the_prompt(ask: Asker) -> None:
+    reply = ask("completions.create", prompt=PROMPT, max_tokens=0, echo=True, logprobs=1)
+    (choice,) = reply.choices
+    assert (choice.text, reply.usage.completion_tokens) == (PROMPT, 0)
+    assert "".join(choice.logprobs.tokens) == PROMPT
+    first, *rest = choice.logprobs.token_logprobs
+    assert first is None
+    assert all(-30 < logprob < 0 for logprob in rest)
+    assert len(rest) + 1 == reply.usage.prompt_tokens
+
+
+def test_echo_with_new_tokens_has_both(ask: Asker) -> None:
+    plain = ask("completions.create", prompt=PROMPT, max_tokens=5, temperature=0)
+    reply = ask("completions.create", prompt=PROMPT, max_tokens=5, temperature=0, echo=True, logprobs=0)
+    assert reply.choices[0].text == PROMPT + plain.choices[0].text
+    assert len(reply.choices[0].logprobs.tokens) == reply.usage.total_tokens
+
+
+def test_best_of_returns_the_likeliest(ask: Asker) -> None:
+    """Of five drawn replies, n=2 gives the two with the highest mean log-probability, best first."""
+    fields: dict[str, Any] = {"prompt": PROMPT, "max_tokens": 6, "temperature": 1, "seed": 3, "logprobs": 0}
+
+    def means(reply: Any) -> list[float]:
+        return [sum(choice.logprobs.token_logprobs) / 6 for choice in reply.choices]
+
+    every = ask("completions.create", **fields, n=5)
+    best = ask("completions.create", **fields, n=2, best_of=5)
+    assert means(best) == pytest.approx(sorted(means(every), reverse=True)[:2], rel=1e-3)
+
+
+# ---- chat
+
+
+def test_a_chat(ask: Asker) -> None:
+    reply = ask("chat.completions.create", messages=QUESTION, temperature=0)
+    (choice,) = reply.choices
+    assert reply.object == "chat.completion"
+    assert (choice.message.role, choice.message.content, choice.finish_reason) == ("assistant", ANSWER, "stop")
+    assert not choice.message.tool_calls
+    assert reply.usage.total_tokens == reply.usage.prompt_tokens + reply.usage.completion_tokens
+    assert reply.system_fingerprint
+
+
+def test_content_may_come_in_parts(ask: Asker) -> None:
+    parts = [{"type": "text", "text": QUESTION[0]["content"]}]
+    reply = ask("chat.completions.create", messages=[{"role": "user", "content": parts}], temperature=0)
+    assert reply.choices[0].message.content == ANSWER
+
+
+def test_a_streamed_chat_names_the_role_first_and_ends_with_the_usage(ask: Asker) -> None:
+    whole = ask("chat.completions.create", messages=QUESTION, temperature=0)
+    first, *chunks, last = ask(
+        "chat.completions.create",
+        messages=QUESTION,
+        temperature=0,
+        stream=True,
+        stream_options={"include_usage": True},
+    )
+    assert (first.object, first.choices[0].delta.role) == ("chat.completion.chunk", "assistant")
+    assert texts([first, *chunks]) == {0: ANSWER}
+    assert all(chunk.choices[0].delta.role is None for chunk in chunks)
+    assert [chunk.choices[0].finish_reason for chunk in chunks[-2:]] == [None, "stop"]
+    assert (last.choices, last.usage) == ([], whole.usage)
+    assert {chunk.system_fingerprint for chunk in [first, *chunks, last]} == {whole.system_fingerprint}
+
+
+def test_logprobs_of_a_chat_spell_its_content(ask: Asker) -> None:
+    messages = [{"role": "user", "content": "Repeat exactly: 今日は 🙂"}]
+    reply = ask(
+        "chat.completions.create", messages=messages, max_tokens=12, temperature=0, logprobs=True, top_logprobs=2
+    )
+    tokens = reply.choices[0].logprobs.content
+    content = reply.choices[0].message.content
+    assert b"".join(bytes(token.bytes) for token in tokens).decode(errors="replace").startswith(content)
+    for token in tokens:
+        assert len(token.top_logprobs) == 2
+        assert token.top_logprobs[0].logprob == token.logprob >= token.top_logprobs[1].logprob
+
+
+@pytest.mark.parametrize("limit", ["max_tokens", "max_completion_tokens"])
+def test_a_chat_that_reaches_its_limit_says_so(ask: Asker, limit: str) -> None:
+    reply = ask("chat.completions.create", messages=QUESTION, temperature=0, **{limit: 3})
+    assert (reply.choices[0].finish_reason, reply.usage.completion_tokens) == ("length", 3)
+
+
+# ---- sampling
+
+
+def test_n_replies_differ_and_their_streams_say_the_same(ask: Asker) -> None:
+    fields: dict[str, Any] = {"messages": QUESTION, "n": 3, "max_tokens": 12, "temperature": 1.2, "seed": 5}
+    whole = ask("chat.completions.create", **fields)
+    said = {choice.index: choice.message.content for choice in whole.choices}
+    assert sorted(said) == [0, 1, 2]
+    assert len(set(said.values())) > 1
+    chunks = ask("chat.completions.create", **fields, stream=True)
+    assert texts(chunks) == said
+    assert sum(choice.finish_reason is not None for chunk in chunks for choice in chunk.choices) == 3
+    single = ask("chat.completions.create", **fields | {"n": 1})
+    assert whole.usage.prompt_tokens == single.usage.prompt_tokens
+    assert whole.usage.completion_tokens > single.usage.completion_tokens
+
+
+def test_the_same_seed_repeats_a_reply_and_another_does_not(ask: Asker) -> None:
+    def draw(seed: int) -> str:
+        return ask("completions.create", prompt=PROMPT, max_tokens=12, temperature=1, seed=seed).choices[0].text
+
+    assert draw(1) == draw(1) != draw(2)
+
+
+@pytest.mark.parametrize("stop", ["capital", ["nothing", "capital", " of Fr"]])
+def test_a_stop_string_and_what_follows_it_is_not_said(ask: Asker, stop: Any) -> None:
+    fields: dict[str, Any] = {"messages": QUESTION, "temperature": 0, "stop": stop}
+    reply = ask("chat.completions.create", **fields)
+    assert (reply.choices[0].message.content, reply.choices[0].finish_reason) == ("The ", "stop")
+    assert texts(ask("chat.completions.create", **fields, stream=True)) == {0: "The "}
+
+
+def test_logit_bias_forbids_and_forces_tokens(ask: Asker) -> None:
+    fields: dict[str, Any] = {"prompt": PROMPT, "max_tokens": 4, "temperature": 0}
+    forced = ask("post", "/tokenize", cast_to=object, body={"prompt": " sea"})["tokens"]
+    assert len(forced) == 1
+    reply = ask("completions.create", **fields, logit_bias={str(forced[0]): 100})
+    assert reply.choices[0].text == " sea" * 4
+    plain = ask("completions.create", **fields).choices[0].text
+    ids = ask("post", "/tokenize", cast_to=object, body={"prompt": plain})["tokens"]
+    forbidden = ask("completions.create", **fields, logit_bias={str(ids[0]): -100}).choices[0].text
+    assert forbidden.split()[0] != plain.split()[0]
+
+
+def test_vllms_own_fields_pass_as_extra_body(ask: Asker) -> None:
+    fields: dict[str, Any] = {"messages": QUESTION, "max_tokens": 12}
+    greedy = ask("chat.completions.create", **fields, temperature=1.5, extra_body={"top_k": 1})
+    assert greedy.choices[0].message.content == ANSWER
+    endless = ask("chat.completions.create", **fields, temperature=0, extra_body={"ignore_eos": True})
+    assert (endless.choices[0].finish_reason, endless.usage.completion_tokens) == ("length", 12)
+    choice = ask("chat.completions.create", **fields, extra_body={"guided_choice": ["London", "Rome"]})
+    assert choice.choices[0].message.content in ("London", "Rome")
+    found = ask("chat.completions.create", **fields, extra_body={"guided_regex": "[0-9]{3}-[0-9]{2}"})
+    assert len(found.choices[0].message.content) == 6
+
+
+# ---- constrained replies and tools
+
+
+class City(BaseModel):
+    """Bounded in every field, so that no model can ramble."""
+
+    country: Literal["France", "Italy", "Spain"]
+    inhabitants: Literal[1, 2, 5, 10]
+    is_capital: bool
+
+
+WEATHER = {
+    "type": "function",
+    "function": {
+        "name": "get_weather",
+        "description": "The weather in a city",
+        "parameters": {
+            "type": "object",
+            "properties": {
+                "city": {"type": "string", "enum": ["Paris", "Rome"]},
+                "unit": {"type": "string", "enum": ["celsius", "fahrenheit"]},
+            },
+            "required": ["city", "unit"],
+            "additionalProperties": False,
+        },
+    },
+}
+
+
+@pytest.mark.parametrize("temperature", [0, 1])
+def test_parse_returns_an_object_of_the_class_that_was_asked_for(ask: Asker, temperature: float) -> None:
+    reply = ask(
+        "chat.completions.parse", messages=QUESTION, response_format=City, temperature=temperature, max_tokens=80
+    )
+    assert isinstance(reply.choices[0].message.parsed, City)
+    assert reply.choices[0].finish_reason == "stop"
+
+
+def test_json_object_is_json_or_says_that_it_was_cut(ask: Asker) -> None:
+    messages = [{"role": "user", "content": 'Answer in JSON, like {"capital": "Rome"}: the capital of France?'}]
+    reply = ask(
+        "chat.completions.create",
+        messages=messages,
+        temperature=0,
+        max_tokens=64,
+        response_format={"type": "json_object"},
+    )
+    (choice,) = reply.choices
+    assert choice.message.content.lstrip().startswith("{")
+    if choice.finish_reason != "length":
+        assert isinstance(json.loads(choice.message.content), dict)
+
+
+def test_a_reply_that_is_cut_is_told_from_one_that_parses(ask: Asker) -> None:
+    with pytest.raises(openai.LengthFinishReasonError):
+        ask("chat.completions.parse", messages=QUESTION, response_format=City, temperature=0, max_tokens=4)
+
+
+@pytest.mark.parametrize("choice", ["required", {"type": "function", "function": {"name": "get_weather"}}])
+def test_a_forced_tool_call_has_arguments_of_its_schema(ask: Asker, choice: Any) -> None:
+    fields: dict[str, Any] = {
+        "messages": [{"role": "user", "content": "How warm is it in Rome?"}],
+        "tools": [WEATHER],
+        "tool_choice": choice,
+        "temperature": 0,
+        "max_tokens": 80,
+    }
+    reply = ask("chat.completions.create", **fields)
+    (call,) = reply.choices[0].message.tool_calls
+    assert (call.type, call.function.name) == ("function", "get_weather")
+    assert call.id
+    arguments = json.loads(call.function.arguments)
+    assert set(arguments) == {"city", "unit"}
+    assert arguments["city"] in ("Paris", "Rome")
+    assert reply.choices[0].finish_reason == "tool_calls"
+
+    chunks = ask("chat.completions.create", **fields, stream=True)
+    deltas = [
+        delta
+        for chunk in chunks
+        for choice in chunk.choices
+        for delta in choice.delta.tool_calls or []
+        if delta.function
+    ]
+    assert [delta.function.name for delta in deltas if delta.function.name] == ["get_weather"]
+    assert "".join(delta.function.arguments or "" for delta in deltas) == call.function.arguments
+    assert {delta.index for delta in deltas} == {0}
+
+
+def test_tool_choice_none_gives_text(ask: Asker) -> None:
+    reply = ask(
+        "chat.completions.create", messages=QUESTION, tools=[WEATHER], tool_choice="none", temperature=0, max_tokens=20
+    )
+    assert not reply.choices[0].message.tool_calls
+    assert reply.choices[0].message.content
+
+
+def test_a_reply_can_be_sent_back_as_it_came(ask: Asker) -> None:
+    """What everybody does: the client's own message objects become part of the next request."""
+    fields: dict[str, Any] = {"tools": [WEATHER], "temperature": 0, "max_tokens": 40}
+    asked = {"role": "user", "content": "How warm is it in Rome?"}
+    called = ask("chat.completions.create", messages=[asked], **fields, tool_choice="required").choices[0].message
+    result = {"role": "tool", "tool_call_id": called.tool_calls[0].id, "content": "31 degrees"}
+    history = [asked, called, result]
+    told = ask("chat.completions.create", messages=history, **fields, tool_choice="none").choices[0].message
+    assert told.content
+    history += [told, QUESTION[0]]
+    assert ask("chat.completions.create", messages=history, **fields, tool_choice="none").choices[0].message.content
