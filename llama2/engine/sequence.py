@@ -99,7 +99,8 @@ class Matcher(Protocol):
 class Grammar(Protocol):
     """What a reply must look like."""
 
-    def matcher(self) -> Matcher: ...
+    def matcher(self, *, continues_prompt: bool) -> Matcher:
+        """For one reply; `continues_prompt` as in `Request`."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -209,7 +210,7 @@ class Sequence:
             arrival=arrival,
             token_ids=list(request.prompt_ids),
             num_forks=request.n - 1,
-            matcher=request.grammar.matcher() if request.grammar else None,
+            matcher=request.grammar.matcher(continues_prompt=request.continues_prompt) if request.grammar else None,
         )
 
     def fork(self) -> list[Sequence]:

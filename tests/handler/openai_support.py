@@ -37,7 +37,7 @@ class FakeGrammar:
     kind: str
     source: Any = None
 
-    def matcher(self) -> Any:
+    def matcher(self, *, continues_prompt: bool) -> Any:
         raise NotImplementedError
 
 

@@ -237,6 +237,11 @@ def test_a_text_of_its_own_may_begin_as_the_model_writes_words(sp: Both) -> None
         grammar.matcher(continues_prompt=continues_prompt).restrict(logits_V)
     assert logits[True][word] == -torch.inf
     assert logits[False][word] == 0
+    # Where the text itself begins with a space, that word does not: its own is not shown.
+    for seed in range(5):
+        assert random_reply(tokenizer, compiler.choice([" the dog"]), seed) == (" the dog", True)
+    compiler.choice([" the dog"]).matcher(continues_prompt=False).restrict(logits[False])
+    assert logits[False][word] == -torch.inf
 
 
 # ---- Matchers

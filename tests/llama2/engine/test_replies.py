@@ -136,6 +136,20 @@ def test_a_reply_with_prompt_logprobs_is_the_reply_without(folder: Path) -> None
     assert ids(outputs) == replies(engine, 1)[0]
 
 
+def test_prompt_logprobs_come_with_a_reply_that_ends_on_its_first_token(folder: Path) -> None:
+    params = replace(PARAMS, max_new_tokens=1)
+    request = Request(request_id="r", prompt_ids=PROMPT, params=params, prompt_logprobs=0)
+    (output,) = run(make(folder), request)["r", 0]
+    assert (len(output.prompt_logprobs), len(output.token_ids)) == (len(PROMPT), 1)
+
+
+@pytest.mark.parametrize("length", [1, 6])
+def test_a_chunk_that_holds_the_last_position_alone_has_nothing_to_score(folder: Path, length: int) -> None:
+    request = Request(request_id="r", prompt_ids=PROMPT[:length], prompt_logprobs=1, generate=False)
+    (output,) = run(make(folder, max_step_tokens=5), request)["r", 0]
+    assert [one and one.token_id for one in output.prompt_logprobs] == [None, *PROMPT[1:length]]
+
+
 def test_a_logit_bias_makes_and_forbids_tokens(folder: Path) -> None:
     engine = make(folder)
     greedy = replace(PARAMS, temperature=0)
@@ -156,7 +170,7 @@ class Exactly:
     def __init__(self, token_ids: Sequence[int]) -> None:
         self.token_ids = list(token_ids)
 
-    def matcher(self) -> Exactly:
+    def matcher(self, *, continues_prompt: bool) -> Exactly:
         return Exactly(self.token_ids)
 
     def restrict(self, logits_V: torch.Tensor) -> None:

@@ -84,6 +84,7 @@ def test_schemas_that_allow(schema: Any, value: Any) -> None:
         ({"type": "number"}, "NaN"),
         ({"type": "number", "minimum": 0.1}, "0.099999"),
         ({"type": "object", "additionalProperties": False}, {"a": 1}),
+        ({"type": "object", "required": ["a"]}, {}),
         ({"type": "string", "format": "date"}, "2023-02-30"),
         ({"type": "array", "prefixItems": [{"type": "null"}], "items": False}, [None, None]),
     ],
