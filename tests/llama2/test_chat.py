@@ -15,7 +15,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from llama2.chat import encode_dialog
 from llama2.tokenizer import Tokenizer, load_tokenizer
-from tests.support.tokenizer_json import llama_tokenizer_json, smollm2_tokenizer
+from tests.support.tokenizer_json import llama_tokenizer_json
 from tests.support.tokenizers import tiny_sentencepiece
 
 LLAMA2_TAGS = ["[INST]", "[/INST]", "<<SYS>>", "<</SYS>>", "<s>", "</s>"]
@@ -47,16 +47,6 @@ DIALOGS = [
     dialog("今日は 🙂", "👩‍👩‍👧 はい", "ありがとう", "どういたしまして", "é", system="日本語で"),
     dialog("cp filename other; a < b && c > d | e", "[INST", "INST] SYS <<"),
 ]
-
-
-@pytest.fixture(scope="module")
-def sp(tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
-    return load_tokenizer(tiny_sentencepiece(tmp_path_factory.mktemp("sp")))
-
-
-@pytest.fixture(scope="module")
-def bpe(tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
-    return load_tokenizer(smollm2_tokenizer(tmp_path_factory.mktemp("bpe")))
 
 
 @pytest.fixture(scope="module")

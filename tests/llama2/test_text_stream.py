@@ -4,26 +4,13 @@ from __future__ import annotations
 
 import time
 
-import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from llama2.text_stream import TextStream
-from llama2.tokenizer import Tokenizer, load_tokenizer
-from tests.support.tokenizer_json import smollm2_tokenizer
-from tests.support.tokenizers import tiny_sentencepiece
+from llama2.tokenizer import Tokenizer
 
 UNFINISHED = "\N{REPLACEMENT CHARACTER}"
-
-
-@pytest.fixture(scope="module")
-def sp(tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
-    return load_tokenizer(tiny_sentencepiece(tmp_path_factory.mktemp("sp")))
-
-
-@pytest.fixture(scope="module")
-def bpe(tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
-    return load_tokenizer(smollm2_tokenizer(tmp_path_factory.mktemp("bpe")))
 
 
 def _stream(

@@ -10,18 +10,6 @@ from typing import Any
 import pytest
 
 from llama2.tokenizer import Tokenizer, load_tokenizer
-from tests.support.tokenizer_json import smollm2_tokenizer
-from tests.support.tokenizers import tiny_sentencepiece
-
-
-@pytest.fixture(scope="module")
-def sp(tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
-    return load_tokenizer(tiny_sentencepiece(tmp_path_factory.mktemp("sp")))
-
-
-@pytest.fixture(scope="module")
-def bpe(tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
-    return load_tokenizer(smollm2_tokenizer(tmp_path_factory.mktemp("bpe")))
 
 
 def _with_config(source: Tokenizer, folder: Path, config: Any, *, template: str | None = None) -> Tokenizer:

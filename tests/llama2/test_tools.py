@@ -12,12 +12,10 @@ from hypothesis import strategies as st
 
 from llama2.chat import encode_dialog
 from llama2.grammar import GrammarCompiler
-from llama2.tokenizer import Tokenizer, load_tokenizer
+from llama2.tokenizer import Tokenizer
 from llama2.tools import ToolPrompt, ToolStream, prepare
 from tests.llama2.test_chat import dialog, with_template
 from tests.support.replies import PADDING, follows, random_reply
-from tests.support.tokenizer_json import smollm2_tokenizer
-from tests.support.tokenizers import tiny_sentencepiece
 
 PARAMETERS = {
     "type": "object",
@@ -44,16 +42,6 @@ NATIVE = (
     "{% for key, value in call.function.arguments.items() %} {{ key }}={{ value | tojson }}{% endfor %}</tool_call>"
     "{% endfor %}<|im_end|>\n{% endfor %}{{ '<|im_start|>assistant\\n' }}"
 )
-
-
-@pytest.fixture(scope="module")
-def sp(tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
-    return load_tokenizer(tiny_sentencepiece(tmp_path_factory.mktemp("sp")))
-
-
-@pytest.fixture(scope="module")
-def bpe(tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
-    return load_tokenizer(smollm2_tokenizer(tmp_path_factory.mktemp("bpe")))
 
 
 @pytest.fixture(scope="module")
