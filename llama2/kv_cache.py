@@ -47,8 +47,9 @@ class KVCache:
             for cache in (*self.keys, *self.values):
                 cache[target].copy_(cache[source])
 
-    def read(self, layer: int, blocks_N: torch.Tensor, length: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """The first `length` positions of the sequence whose block table is `blocks_N`, `(length, K, D)` each."""
+    def read(self, layer: int, table_N: torch.Tensor, length: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """The first `length` positions of the sequence whose block table is `table_N`, `(length, K, D)` each."""
+        blocks_N = table_N[: -(-length // self.block_size)]
         keys = self.keys[layer].index_select(0, blocks_N).flatten(0, 1)[:length]
         values = self.values[layer].index_select(0, blocks_N).flatten(0, 1)[:length]
         return keys, values

@@ -1,4 +1,4 @@
-"""Owns the way from a converted checkpoint to a model that runs: meta device, DTensor shards, DCP, plain tensors.
+"""Owns the way from a converted checkpoint to a model that runs: shapes, memory for this rank's share, DCP into it.
 
 Knows neither how a checkpoint is made nor what the model is used for.
 """
@@ -15,8 +15,9 @@ from torch.distributed.device_mesh import DeviceMesh
 
 from llama2.checkpoint.dcp import DcpFolder
 from llama2.collectives import Collectives
+from llama2.kernels import choose_kernels
 from llama2.model import Transformer
-from llama2.parallel import localize, parallelize
+from llama2.parallel import allocate, connect
 
 logger = logging.getLogger(__name__)
 
@@ -37,14 +38,14 @@ def load_model(
     """
     started = time.monotonic()
     with torch.device("meta"):
-        model = Transformer(checkpoint.args)
-    parallelize(model, mesh, dtype=dtype)
+        model = Transformer(checkpoint.args, choose_kernels(device, dtype))
+    at_rest = allocate(model, mesh, dtype=dtype, device=device)
     try:
-        dcp.load(model.state_dict(), checkpoint_id=checkpoint.folder)
+        dcp.load(at_rest, checkpoint_id=checkpoint.folder)
     except CheckpointException as error:  # a BaseException: it would pass every handler above
         failure = next(iter(error.failures.values()))[0]
         raise ValueError(f"checkpoint {checkpoint.folder} cannot be loaded: {failure}") from error
-    localize(model, mesh, collectives)
+    connect(model, mesh, collectives)
     model.init_buffers(max_seq_len)
     if collectives.rank == 0:
         held = sum(parameter.nbytes for parameter in model.parameters())

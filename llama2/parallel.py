@@ -2,11 +2,12 @@
 
 At rest every parameter is a DTensor on a mesh of two axes, `kv` × `rep`. Up to n_kv_heads ranks, each rank holds KV
 heads of its own (kv = degree, rep = 1). Beyond, each KV head is replicated on `rep` ranks, which share its query heads.
-In flight parameters are plain local tensors: `localize` swaps them, once, after loading.
+In flight parameters are plain local tensors, some of them fused. Both are the same memory.
 """
 
 from __future__ import annotations
 
+import math
 import os
 
 import torch
@@ -14,12 +15,11 @@ import torch.distributed as dist
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.tensor import DTensor, Placement, Replicate, Shard
-from torch.distributed.tensor import empty as dtensor_empty
 
 from llama2.collectives import Collectives
 from llama2.config import ModelArgs
 from llama2.model import RowLinear, Transformer, VocabEmbedding, VocabProjection
-from llama2.splits import mesh_shape, split
+from llama2.splits import chunk, mesh_shape, split
 
 # What each parameter's at-rest axes (ModelArgs.parameter_shapes) do over the mesh axes (kv, rep).
 PLAN: dict[str, tuple[Placement, Placement]] = {
@@ -36,6 +36,9 @@ PLAN: dict[str, tuple[Placement, Placement]] = {
     "norm": (Replicate(), Replicate()),
     "output": (Shard(0), Shard(0)),
 }
+
+# Parameters that are one in flight, one's rows after the other's.
+FUSED = {"wqkv": ("wq", "wk", "wv"), "w13": ("w1", "w3")}
 
 
 def choose_device(device: str | torch.device | None = None) -> torch.device:
@@ -74,26 +77,35 @@ def build_mesh(args: ModelArgs, device_type: str) -> DeviceMesh:
     return init_device_mesh(device_type, shape, mesh_dim_names=("kv", "rep"))
 
 
-def parallelize(model: Transformer, mesh: DeviceMesh, *, dtype: torch.dtype) -> None:
-    """Replace every (meta) parameter by an uninitialized DTensor in its at-rest shape, placed as PLAN says."""
-    for name, shape in model.args.parameter_shapes().items():
+def allocate(model: Transformer, mesh: DeviceMesh, *, dtype: torch.dtype, device: torch.device) -> dict[str, DTensor]:
+    """Give every (meta) parameter its uninitialized share on this rank.
+
+    Returns the same memory at rest: by Meta's names, in the at-rest shapes, as DTensors placed as PLAN says. Whatever
+    fills them, fills the model.
+    """
+    shapes = model.args.parameter_shapes()
+    at_rest: dict[str, DTensor] = {}
+    for name, _ in list(model.named_parameters()):
         path, _, leaf = name.rpartition(".")
-        placements = PLAN[path.rpartition(".")[2]]
-        value = dtensor_empty(*shape, dtype=dtype, device_mesh=mesh, placements=placements)
+        prefix, dot, kind = path.rpartition(".")
+        parts = FUSED.get(kind, (kind,))
+        locals_ = [_local_shape(shapes[f"{prefix}{dot}{part}.{leaf}"], PLAN[part], mesh) for part in parts]
+        columns = math.prod(locals_[0][1:]) if kind == "wo" else locals_[0][-1]
+        rows = [math.prod(shape) // columns for shape in locals_]
+        value = torch.empty(sum(rows), columns, dtype=dtype, device=device)
+        for part, shape, view in zip(parts, locals_, value.split(rows), strict=True):
+            whole = torch.Size(shapes[f"{prefix}{dot}{part}.{leaf}"])
+            at_rest[f"{prefix}{dot}{part}.{leaf}"] = DTensor.from_local(
+                view.view(shape), mesh, PLAN[part], run_check=False, shape=whole, stride=_strides(whole)
+            )
+        if len(locals_[0]) == 1:
+            value = value[0]
         setattr(model.get_submodule(path), leaf, nn.Parameter(value, requires_grad=False))
+    return at_rest
 
 
-def localize(model: Transformer, mesh: DeviceMesh, collectives: Collectives) -> None:
-    """Swap every DTensor for its plain local shard in the shape that the model computes with, and connect the ranks."""
-    for name, parameter in list(model.named_parameters()):
-        assert isinstance(parameter, DTensor)
-        path, _, leaf = name.rpartition(".")
-        local = parameter.to_local()
-        if path.endswith("wo"):
-            local = local.flatten(1)
-        elif local.dim() > 2:
-            local = local.flatten(0, -2)
-        setattr(model.get_submodule(path), leaf, nn.Parameter(local.contiguous(), requires_grad=False))
+def connect(model: Transformer, mesh: DeviceMesh, collectives: Collectives) -> None:
+    """Tell the layers that need the other ranks how to reach them, and what share of the vocabulary is whose."""
     kv, rep = mesh.shape
     vocab_sizes = split(model.args.vocab_size, kv, rep)
     for module in model.modules():
@@ -105,7 +117,19 @@ def localize(model: Transformer, mesh: DeviceMesh, collectives: Collectives) -> 
             module.sizes = tuple(vocab_sizes)
 
 
+def _local_shape(shape: tuple[int, ...], placements: tuple[Placement, ...], mesh: DeviceMesh) -> tuple[int, ...]:
+    local = list(shape)
+    for axis, placement in enumerate(placements):
+        if isinstance(placement, Shard):
+            local[placement.dim] = chunk(local[placement.dim], mesh.size(axis))[mesh.get_local_rank(axis)]
+    return tuple(local)
+
+
+def _strides(shape: torch.Size) -> tuple[int, ...]:
+    return tuple(math.prod(shape[axis + 1 :]) for axis in range(len(shape)))
+
+
 def local_kv_heads(args: ModelArgs, mesh: DeviceMesh) -> int:
     """KV heads that this rank holds."""
     kv = mesh.shape[0]
-    return split(args.n_kv_heads, kv, 1)[mesh.get_local_rank("kv")]
+    return chunk(args.n_kv_heads, kv)[mesh.get_local_rank("kv")]

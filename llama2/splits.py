@@ -34,7 +34,7 @@ def split(size: int, kv: int, rep: int) -> list[int]:
 
     As `torch.chunk` cuts it: every part but the last ones has the same size, rounded up.
     """
-    return [part for outer in _chunk(size, kv) for part in _chunk(outer, rep)]
+    return [part for outer in chunk(size, kv) for part in chunk(outer, rep)]
 
 
 def _mesh_shape(args: ModelArgs, degree: int) -> tuple[int, int]:
@@ -47,14 +47,15 @@ def _fits(args: ModelArgs, degree: int) -> bool:
         return False
     kv, rep = _mesh_shape(args, degree)
     parts = (
-        *_chunk(args.n_kv_heads, kv),
-        *_chunk(args.group_size, rep),
+        *chunk(args.n_kv_heads, kv),
+        *chunk(args.group_size, rep),
         *split(args.hidden_dim, kv, rep),
         *split(args.vocab_size, kv, rep),
     )
     return 0 not in parts
 
 
-def _chunk(size: int, parts: int) -> list[int]:
+def chunk(size: int, parts: int) -> list[int]:
+    """The sizes into which `torch.chunk`, and so DTensor's Shard, cuts an axis; the last ones may be 0."""
     width = math.ceil(size / parts)
     return [max(0, min(width, size - index * width)) for index in range(parts)]

@@ -30,7 +30,7 @@ FLOORS = {
     "llama2.engine.lockstep": 2,
     "llama2.engine.prompt_scores": 2,
     "llama2.model": 1,
-    "llama2.attention": 1,
+    "llama2.kernels": 1,
     "llama2.parallel": 1,
     "llama2.chat": 1,
     "llama2.tools": 1,
@@ -46,6 +46,7 @@ FLOORS = {
     "llama2.tokenizer_files": 0,
     "llama2.text_stream": 0,
     "llama2.kv_cache": 0,
+    "llama2.batch": 0,
     "llama2.collectives": 0,
     "llama2.engine.sequence": 0,
 }
@@ -67,7 +68,7 @@ SOURCES = {
     module_name(path): path
     for folder in ("llama2", "handler", "apps", "scripts", "benchmarks")
     for path in sorted((ROOT / folder).rglob("*.py"))
-    if path.name != "__init__.py"
+    if path.name != "__init__.py" or path.parent.name == "kernels"
 } | {path.stem: path for path in ROOT.glob("*.py")}
 
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import torch
 
-from llama2.attention import Batch, Span
+from llama2.batch import Batch, Span
 from llama2.engine.scheduler import Plan
 from llama2.kv_cache import KVCache
 from llama2.model import Transformer
@@ -25,28 +25,46 @@ class Runner:
     def run(self, plan: Plan) -> torch.Tensor | None:
         """Compute a plan. On rank 0: fp32 logits (R, V), the rows that the chunks ask for, in their order."""
         self._cache.copy(plan.copies)
+        return self._model(*self._inputs(plan))
+
+    def _inputs(self, plan: Plan) -> tuple[torch.Tensor, Batch, torch.Tensor]:
+        """The plan's token ids (T), batch, and rows (R) whose logits it asks for."""
+        size = self._cache.block_size
+        # A stable sort: sequences with one token first, else as the plan has them. Logits stay in the plan's order.
+        order = sorted(plan.chunks, key=lambda chunk: len(chunk.token_ids) > 1)
         tokens: list[int] = []
         positions: list[int] = []
         slots: list[int] = []
-        rows: list[int] = []
         spans: list[Span] = []
-        size = self._cache.block_size
-        for chunk in plan.chunks:
+        row_of: dict[int, int] = {}
+        for chunk in order:
             row, length = len(tokens), len(chunk.token_ids)
             at = range(chunk.start, chunk.start + length)
             tokens += chunk.token_ids
             positions += at
             slots += [chunk.block_table[position // size] * size + position % size for position in at]
+            spans.append(Span(row=row, length=length, context=chunk.start + length))
+            row_of[chunk.key] = row
+        rows: list[int] = []
+        for chunk in plan.chunks:
+            row, length = row_of[chunk.key], len(chunk.token_ids)
             if chunk.logits == "all":
                 rows += range(row, row + length)
             elif chunk.logits == "last":
                 rows.append(row + length - 1)
-            blocks_N = self._tensor(list(chunk.block_table))
-            spans.append(Span(row=row, length=length, start=chunk.start, blocks_N=blocks_N))
+        width = max(len(chunk.block_table) for chunk in order)
+        tables = [[*chunk.block_table, *[0] * (width - len(chunk.block_table))] for chunk in order]
         batch = Batch(
-            positions_T=self._tensor(positions), slots_T=self._tensor(slots), spans=tuple(spans), cache=self._cache
+            positions_T=self._tensor(positions),
+            slots_T=self._tensor(slots),
+            query_starts_S1=self._tensor([*(span.row for span in spans), len(tokens)], torch.int32),
+            contexts_S=self._tensor([span.context for span in spans], torch.int32),
+            tables_SN=self._tensor(tables, torch.int32),
+            spans=tuple(spans),
+            num_single=sum(span.length == 1 for span in spans),
+            cache=self._cache,
         )
-        return self._model(self._tensor(tokens), batch, self._tensor(rows))
+        return self._tensor(tokens), batch, self._tensor(rows)
 
-    def _tensor(self, values: list[int]) -> torch.Tensor:
-        return torch.tensor(values, dtype=torch.int64, device=self._device)
+    def _tensor(self, values: list[int] | list[list[int]], dtype: torch.dtype = torch.int64) -> torch.Tensor:
+        return torch.tensor(values, dtype=dtype, device=self._device)

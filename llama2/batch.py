@@ -1,0 +1,38 @@
+"""Owns what one forward pass attends to: which rows are whose, and where their keys and values lie in the cache."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from llama2.kv_cache import KVCache
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Span:
+    """One sequence's share of a step: rows [row, row + length) are the last `length` of its `context` positions."""
+
+    row: int
+    length: int
+    context: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Batch:
+    """The T tokens of one forward pass, of S sequences, without padding between them; tensors on the model's device.
+
+    The `num_single` sequences that bring one token each, as all do that decode, come first. Sequence s has the rows
+    [query_starts_S1[s], query_starts_S1[s + 1]), sees contexts_S[s] positions after the pass, and its blocks are
+    tables_SN[s] (int32, padded with 0). positions_T and slots_T (int64) say where each token stands in its sequence
+    and in the cache.
+    """
+
+    positions_T: torch.Tensor
+    slots_T: torch.Tensor
+    query_starts_S1: torch.Tensor
+    contexts_S: torch.Tensor
+    tables_SN: torch.Tensor
+    spans: tuple[Span, ...]
+    num_single: int
+    cache: KVCache

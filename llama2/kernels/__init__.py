@@ -1,0 +1,52 @@
+"""Owns the choice of the arithmetic: `Kernels` is what the model calls, with one implementation per device."""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+import torch
+
+from llama2.batch import Batch
+
+
+class Kernels(Protocol):
+    """The steps of a layer. Shape suffixes as in llama2/model.py; X = (H + 2 K) D.
+
+    `llama2.kernels.plain` is the reference: every other implementation equals it up to the rounding of the dtype.
+    """
+
+    def linear(self, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+        """x (T, C) times weight (F, C), transposed: (T, F)."""
+
+    def add_rms_norm(
+        self, x_TC: torch.Tensor, branch_TC: torch.Tensor | None, weight_C: torch.Tensor, eps: float
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """x + branch, in the dtype of x, and its RMS norm times the weight. May overwrite x."""
+
+    def rotate_and_store(self, qkv_TX: torch.Tensor, rope_TD2: torch.Tensor, batch: Batch, layer: int) -> torch.Tensor:
+        """Rotate queries and keys by their positions, store keys and values in the cache; returns queries (T, H, D).
+
+        Each pair of neighbouring features (2i, 2i + 1) is turned by its angle, in fp32, as Meta's code does.
+        """
+
+    def attend(self, q_THD: torch.Tensor, batch: Batch, layer: int) -> torch.Tensor:
+        """Attend causally over each sequence's own positions in the cache; returns (T, H, D).
+
+        H query heads share K key heads in groups of H / K, in order.
+        """
+
+    def silu_mul(self, gate_up_T2F: torch.Tensor) -> torch.Tensor:
+        """silu of the first half of the features, times the second half: (T, F)."""
+
+
+def choose_kernels(device: torch.device, dtype: torch.dtype) -> Kernels:
+    """The fastest arithmetic for models of `dtype` on `device`; the first call on a machine may compile it."""
+    if device.type == "cpu":
+        from llama2.kernels.cpu import CpuKernels
+        from llama2.kernels.cpu_library import load_library
+
+        if load_library():
+            return CpuKernels(dtype)
+    from llama2.kernels.plain import PlainKernels
+
+    return PlainKernels()

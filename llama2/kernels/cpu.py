@@ -1,0 +1,54 @@
+"""Owns the arithmetic on a CPU: the C++ operators in cpu/ where they are faster, and plain PyTorch elsewhere."""
+
+from __future__ import annotations
+
+import torch
+
+from llama2.batch import Batch
+from llama2.kernels.plain import PlainKernels, attend_span
+
+# Up to so many rows the weight's way through memory is what counts; beyond, oneDNN's blocked products win.
+MAX_STREAMED_ROWS = 64
+
+
+class CpuKernels(PlainKernels):
+    """See `llama2.kernels.Kernels`. `cpu_library.load_library` must have succeeded."""
+
+    def __init__(self, dtype: torch.dtype) -> None:
+        operators = torch.ops.llama2_cpu
+        self._max_streamed_rows = MAX_STREAMED_ROWS if dtype is torch.bfloat16 else 0
+        # `.default` spares a choice among overloads at every call.
+        self._linear = operators.linear.default
+        self._add_rms_norm = operators.add_rms_norm.default
+        self._rotate_and_store = operators.rotate_and_store.default
+        self._paged_decode = operators.paged_decode.default
+        self._silu_mul = operators.silu_mul.default
+
+    def linear(self, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+        if 0 < x.shape[0] <= self._max_streamed_rows:
+            return self._linear(x, weight)
+        return super().linear(x, weight)
+
+    def add_rms_norm(
+        self, x_TC: torch.Tensor, branch_TC: torch.Tensor | None, weight_C: torch.Tensor, eps: float
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        return x_TC, self._add_rms_norm(x_TC, branch_TC, weight_C, eps)
+
+    def rotate_and_store(self, qkv_TX: torch.Tensor, rope_TD2: torch.Tensor, batch: Batch, layer: int) -> torch.Tensor:
+        cache = batch.cache
+        return self._rotate_and_store(qkv_TX, rope_TD2, batch.slots_T, cache.keys[layer], cache.values[layer])
+
+    def attend(self, q_THD: torch.Tensor, batch: Batch, layer: int) -> torch.Tensor:
+        keys, values, single = batch.cache.keys[layer], batch.cache.values[layer], batch.num_single
+        if single == len(batch.spans):
+            return self._paged_decode(q_THD, keys, values, batch.tables_SN, batch.contexts_S)
+        out_THD = torch.empty_like(q_THD)
+        if single:
+            tables_SN, contexts_S = batch.tables_SN[:single], batch.contexts_S[:single]
+            out_THD[:single] = self._paged_decode(q_THD[:single], keys, values, tables_SN, contexts_S)
+        for sequence in range(single, len(batch.spans)):
+            attend_span(q_THD, batch, layer, sequence, out_THD)
+        return out_THD
+
+    def silu_mul(self, gate_up_T2F: torch.Tensor) -> torch.Tensor:
+        return self._silu_mul(gate_up_T2F)

@@ -1,0 +1,141 @@
+// Owns what the kernels know of the processor: loading values as fp32 lanes, and the dot products of bf16 rows.
+#pragma once
+
+#include <ATen/Dispatch.h>
+#include <ATen/cpu/vec/functional.h>
+#include <ATen/cpu/vec/vec.h>
+#include <c10/util/BFloat16.h>
+
+#include <algorithm>
+#include <array>
+#ifdef __AVX512BF16__
+#include <immintrin.h>
+#endif
+
+// Compiles the body for each dtype that a model may have on a CPU, as scalar_t.
+#define LLAMA2_DISPATCH(TYPE, NAME, ...) \
+  AT_DISPATCH_SWITCH(TYPE, NAME, AT_DISPATCH_CASE(at::kFloat, __VA_ARGS__) AT_DISPATCH_CASE(at::kBFloat16, __VA_ARGS__))
+
+namespace llama2 {
+
+using at::BFloat16;
+using Floats = at::vec::Vectorized<float>;
+constexpr int64_t kFloats = Floats::size();
+
+inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+// Values as fp32, whole registers or the first `count`; lanes beyond are 0.
+inline Floats load(const float* from) { return Floats::loadu(from); }
+inline Floats load(const float* from, int64_t count) { return Floats::loadu(from, count); }
+
+inline Floats load(const BFloat16* from) {
+  Floats result;
+  at::vec::load_to_float<BFloat16>(from, result);
+  return result;
+}
+inline Floats load(const BFloat16* from, int64_t count) {
+  BFloat16 values[kFloats] = {};
+  std::copy(from, from + count, values);
+  return load(values);
+}
+
+inline void store(float* to, const Floats& values, int64_t count = kFloats) { values.store(to, count); }
+inline void store(BFloat16* to, const Floats& values, int64_t count = kFloats) {
+  at::vec::convert_from_float<BFloat16>(values, values).store(to, count);
+}
+
+// Calls `step(i)` for every whole register below `size`, then `step(i, count)` for what is left.
+template <typename Step>
+inline void for_lanes(int64_t size, const Step& step) {
+  int64_t i = 0;
+  for (; i + kFloats <= size; i += kFloats) step(i);
+  if (i < size) step(i, size - i);
+}
+
+inline float sum(const Floats& values) {
+  return at::vec::vec_reduce_all<float>([](const Floats& a, const Floats& b) { return a + b; }, values);
+}
+
+// A register of T values, and sums of products of two such, in fp32.
+template <typename T>
+struct Lanes;
+
+template <>
+struct Lanes<float> {
+  using Values = Floats;
+  using Sum = Floats;
+  static constexpr int64_t kCount = kFloats;
+
+  static Values load(const float* from) { return Floats::loadu(from); }
+  static Values load(const float* from, int64_t count) { return Floats::loadu(from, count); }
+  static Sum zero() { return Floats(0.f); }
+  static Sum add_products(const Sum& sum, const Values& a, const Values& b) { return at::vec::fmadd(a, b, sum); }
+  static std::array<float, 4> totals(const Sum& a, const Sum& b, const Sum& c, const Sum& d) {
+    return {sum(a), sum(b), sum(c), sum(d)};
+  }
+};
+
+#ifdef __AVX512BF16__
+template <>
+struct Lanes<BFloat16> {
+  using Values = __m512bh;
+  using Sum = __m512;
+  static constexpr int64_t kCount = 32;
+
+  static Values load(const BFloat16* from) { return (__m512bh)_mm512_loadu_si512(from); }
+  static Values load(const BFloat16* from, int64_t count) {
+    return (__m512bh)_mm512_maskz_loadu_epi16((__mmask32(1) << count) - 1, from);
+  }
+  static Sum zero() { return _mm512_setzero_ps(); }
+  static Sum add_products(Sum sum, Values a, Values b) { return _mm512_dpbf16_ps(sum, a, b); }
+  static std::array<float, 4> totals(Sum a, Sum b, Sum c, Sum d) {
+    auto halve = [](Sum x) { return _mm256_add_ps(_mm512_castps512_ps256(x), _mm512_extractf32x8_ps(x, 1)); };
+    const __m256 quads = _mm256_hadd_ps(_mm256_hadd_ps(halve(a), halve(b)), _mm256_hadd_ps(halve(c), halve(d)));
+    std::array<float, 4> result;
+    _mm_storeu_ps(result.data(), _mm_add_ps(_mm256_castps256_ps128(quads), _mm256_extractf128_ps(quads, 1)));
+    return result;
+  }
+};
+#else
+template <>
+struct Lanes<BFloat16> {
+  using Values = std::array<Floats, 2>;
+  using Sum = Floats;
+  static constexpr int64_t kCount = 2 * kFloats;
+
+  static Values load(const BFloat16* from) { return {llama2::load(from), llama2::load(from + kFloats)}; }
+  static Values load(const BFloat16* from, int64_t count) {
+    BFloat16 values[kCount] = {};
+    std::copy(from, from + count, values);
+    return load(values);
+  }
+  static Sum zero() { return Floats(0.f); }
+  static Sum add_products(const Sum& sum, const Values& a, const Values& b) {
+    return at::vec::fmadd(a[1], b[1], at::vec::fmadd(a[0], b[0], sum));
+  }
+  static std::array<float, 4> totals(const Sum& a, const Sum& b, const Sum& c, const Sum& d) {
+    return Lanes<float>::totals(a, b, c, d);
+  }
+};
+#endif
+
+// sums[m][n] += the products of xs[m] and ys[n], rows of `size` values.
+template <typename T, int M, int N, typename Ahead>
+inline void dot(const T* const (&xs)[M], const T* const (&ys)[N], int64_t size, typename Lanes<T>::Sum (&sums)[M][N],
+                const Ahead& ahead) {
+  using L = Lanes<T>;
+  auto step = [&](int64_t i, auto... count) {
+    typename L::Values x[M];
+    for (int m = 0; m < M; m++) x[m] = L::load(xs[m] + i, count...);
+    for (int n = 0; n < N; n++) {
+      ahead(ys[n] + i);
+      const auto y = L::load(ys[n] + i, count...);
+      for (int m = 0; m < M; m++) sums[m][n] = L::add_products(sums[m][n], x[m], y);
+    }
+  };
+  int64_t i = 0;
+  for (; i + L::kCount <= size; i += L::kCount) step(i);
+  if (i < size) step(i, size - i);
+}
+
+}  // namespace llama2

@@ -1,0 +1,70 @@
+"""Owns the arithmetic in plain PyTorch: for any device and dtype, and what every other implementation must equal."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as functional
+
+from llama2.batch import Batch
+
+
+class PlainKernels:
+    """See `llama2.kernels.Kernels`."""
+
+    def linear(self, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+        return functional.linear(x, weight)
+
+    def add_rms_norm(
+        self, x_TC: torch.Tensor, branch_TC: torch.Tensor | None, weight_C: torch.Tensor, eps: float
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        if branch_TC is not None:
+            x_TC = x_TC + branch_TC
+        return x_TC, functional.rms_norm(x_TC, weight_C.shape, weight_C, eps)
+
+    def rotate_and_store(self, qkv_TX: torch.Tensor, rope_TD2: torch.Tensor, batch: Batch, layer: int) -> torch.Tensor:
+        kv_heads, head_dim = batch.cache.keys[layer].shape[2:]
+        heads_THD = qkv_TX.unflatten(-1, (-1, head_dim))
+        q_THD, k_TKD, v_TKD = heads_THD.tensor_split((-2 * kv_heads, -kv_heads), dim=1)
+        batch.cache.write(layer, _rotate(k_TKD, rope_TD2), v_TKD, batch.slots_T)
+        return _rotate(q_THD, rope_TD2)
+
+    def attend(self, q_THD: torch.Tensor, batch: Batch, layer: int) -> torch.Tensor:
+        out_THD = torch.empty_like(q_THD)
+        for sequence in range(len(batch.spans)):
+            attend_span(q_THD, batch, layer, sequence, out_THD)
+        return out_THD
+
+    def silu_mul(self, gate_up_T2F: torch.Tensor) -> torch.Tensor:
+        gate_TF, up_TF = gate_up_T2F.chunk(2, dim=-1)
+        return functional.silu(gate_TF) * up_TF
+
+
+def _rotate(x_THD: torch.Tensor, rope_TD2: torch.Tensor) -> torch.Tensor:
+    even, odd = x_THD.float().unflatten(-1, (-1, 2)).unbind(-1)
+    cos, sin = rope_TD2[:, None].unbind(-1)
+    return torch.stack((even * cos - odd * sin, even * sin + odd * cos), dim=-1).flatten(-2).type_as(x_THD)
+
+
+def attend_span(q_THD: torch.Tensor, batch: Batch, layer: int, sequence: int, out_THD: torch.Tensor) -> None:
+    """Attention of one sequence's T newest positions over its L, by PyTorch's own kernel, into its rows of `out_THD`.
+
+    A single query row takes the heads of a group as rows, so that a key head is read once for all of them and never
+    repeated: on a CPU, SDPA's own `enable_gqa` takes a path several times slower.
+    """
+    span, heads, kv_heads = batch.spans[sequence], q_THD.shape[1], batch.cache.keys[layer].shape[2]
+    rows = slice(span.row, span.row + span.length)
+    k_LKD, v_LKD = batch.cache.read(layer, batch.tables_SN[sequence], span.context)
+    k_K1LD, v_K1LD = k_LKD.transpose(0, 1)[:, None], v_LKD.transpose(0, 1)[:, None]
+    q_KGTD = q_THD[rows].unflatten(1, (kv_heads, -1)).permute(1, 2, 0, 3)
+    if span.length == 1:
+        out_KGTD = functional.scaled_dot_product_attention(q_KGTD.transpose(1, 2), k_K1LD, v_K1LD).transpose(1, 2)
+    else:
+        group = (-1, heads // kv_heads, -1, -1)
+        mask_TL = None
+        if span.context > span.length:
+            mask_TL = torch.ones(span.length, span.context, dtype=torch.bool, device=q_THD.device)
+            mask_TL = mask_TL.tril(span.context - span.length)
+        out_KGTD = functional.scaled_dot_product_attention(
+            q_KGTD, k_K1LD.expand(group), v_K1LD.expand(group), mask_TL, is_causal=mask_TL is None
+        )
+    out_THD[rows] = out_KGTD.permute(2, 0, 1, 3).flatten(1, 2)

@@ -1,0 +1,222 @@
+"""The C++ operators compute what plain PyTorch computes, and a row's bits do not depend on its company."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+
+from llama2.batch import Batch, Span
+from llama2.config import ModelArgs
+from llama2.kernels import choose_kernels, cpu_library
+from llama2.kernels.cpu import MAX_STREAMED_ROWS, CpuKernels
+from llama2.kernels.plain import PlainKernels
+from llama2.kv_cache import KVCache
+
+DTYPES = [torch.float32, torch.bfloat16]
+# Relative to values near 1: fp32 sums in another order, and bf16 rounds to 8 bits.
+TOLERANCE = {torch.float32: 2e-5, torch.bfloat16: 2e-2}
+NUM_BLOCKS, BLOCK_SIZE = 64, 16
+
+PLAIN = PlainKernels()
+
+
+@pytest.fixture(autouse=True)
+def deterministic() -> Iterator[None]:
+    torch.manual_seed(0)
+    with torch.inference_mode():
+        yield
+
+
+def kernels(dtype: torch.dtype) -> CpuKernels:
+    assert cpu_library.load_library(), "the tests need a C++ compiler"
+    return CpuKernels(dtype)
+
+
+def cache(*, kv_heads: int, head_dim: int, dtype: torch.dtype) -> KVCache:
+    args = ModelArgs(
+        dim=8, n_layers=1, n_heads=kv_heads, n_kv_heads=kv_heads, head_dim=head_dim, hidden_dim=8, vocab_size=8
+    )
+    made = KVCache(
+        args,
+        num_blocks=NUM_BLOCKS,
+        block_size=BLOCK_SIZE,
+        n_kv_heads=kv_heads,
+        dtype=dtype,
+        device=torch.device("cpu"),
+    )
+    made.keys[0].normal_()
+    made.values[0].normal_()
+    return made
+
+
+def batch(spans: list[tuple[int, int]], cache: KVCache) -> Batch:
+    """Sequences of (length, context), each on blocks of its own in shuffled order."""
+    free = iter(torch.randperm(NUM_BLOCKS).tolist())
+    tables = [[next(free) for _ in range(-(-context // BLOCK_SIZE))] for _, context in spans]
+    width = max(map(len, tables))
+    starts = [sum(length for length, _ in spans[:index]) for index in range(len(spans) + 1)]
+    positions = [
+        (table, position)
+        for (length, context), table in zip(spans, tables, strict=True)
+        for position in range(context - length, context)
+    ]
+    return Batch(
+        positions_T=torch.tensor([position for _, position in positions]),
+        slots_T=torch.tensor(
+            [table[position // BLOCK_SIZE] * BLOCK_SIZE + position % BLOCK_SIZE for table, position in positions]
+        ),
+        query_starts_S1=torch.tensor(starts, dtype=torch.int32),
+        contexts_S=torch.tensor([context for _, context in spans], dtype=torch.int32),
+        tables_SN=torch.tensor([table + [0] * (width - len(table)) for table in tables], dtype=torch.int32),
+        spans=tuple(
+            Span(row=row, length=length, context=context) for row, (length, context) in zip(starts, spans, strict=False)
+        ),
+        num_single=sum(length == 1 for length, _ in spans),
+        cache=cache,
+    )
+
+
+def assert_near(actual: torch.Tensor, expected: torch.Tensor) -> None:
+    assert actual.dtype == expected.dtype
+    tolerance = TOLERANCE[actual.dtype]
+    torch.testing.assert_close(actual.float(), expected.float(), atol=tolerance, rtol=tolerance)
+
+
+def test_it_is_what_a_cpu_gets() -> None:
+    kernels(torch.bfloat16)
+    assert isinstance(choose_kernels(torch.device("cpu"), torch.bfloat16), CpuKernels)
+
+
+@pytest.mark.parametrize("rows", [0, 1, 2, 3, 4, 7, 32, MAX_STREAMED_ROWS, MAX_STREAMED_ROWS + 1])
+@pytest.mark.parametrize(("inputs", "outputs"), [(64, 64), (72, 100), (30, 7), (576, 1001)])
+def test_linear(rows: int, inputs: int, outputs: int) -> None:
+    x, weight = torch.randn(rows, inputs).bfloat16(), (torch.randn(outputs, inputs) / inputs**0.5).bfloat16()
+    assert_near(kernels(torch.bfloat16).linear(x, weight), PLAIN.linear(x.float(), weight.float()).bfloat16())
+
+
+def test_linear_gives_a_row_the_same_bits_in_any_company() -> None:
+    x, weight = torch.randn(MAX_STREAMED_ROWS, 200).bfloat16(), torch.randn(300, 200).bfloat16()
+    together = kernels(torch.bfloat16).linear(x, weight)
+    alone = torch.cat([kernels(torch.bfloat16).linear(row[None].contiguous(), weight) for row in x])
+    assert torch.equal(together, alone)
+
+
+def test_linear_refuses_what_it_cannot_compute() -> None:
+    linear = torch.ops.llama2_cpu.linear
+    x, weight = torch.randn(2, 8).bfloat16(), torch.randn(3, 8).bfloat16()
+    for wrong in [(x.float(), weight), (x, weight[:, :4]), (x, torch.randn(8, 3).bfloat16().t())]:
+        with pytest.raises(RuntimeError, match="linear"):
+            linear(*wrong)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", [(1, 64), (3, 72), (40, 601)])
+@pytest.mark.parametrize("with_branch", [True, False])
+def test_add_rms_norm(dtype: torch.dtype, shape: tuple[int, int], with_branch: bool) -> None:
+    x, weight = torch.randn(shape).to(dtype), (1 + 0.1 * torch.randn(shape[1])).to(dtype)
+    branch = torch.randn(shape).to(dtype) if with_branch else None
+    expected_x, expected = PLAIN.add_rms_norm(x, branch, weight, 1e-5)
+    actual_x, actual = kernels(dtype).add_rms_norm(x.clone(), branch, weight, 1e-5)
+    assert torch.equal(actual_x, expected_x)
+    assert_near(actual, expected)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("kv_heads", "group", "head_dim"), [(1, 1, 64), (3, 3, 64), (2, 5, 24), (8, 1, 6)])
+def test_rotate_and_store(dtype: torch.dtype, kv_heads: int, group: int, head_dim: int) -> None:
+    heads = kv_heads * group
+    mine = cache(kv_heads=kv_heads, head_dim=head_dim, dtype=dtype)
+    steps = batch([(1, 1), (1, 30), (17, 40)], mine)
+    qkv, rope = torch.randn(19, (heads + 2 * kv_heads) * head_dim).to(dtype), torch.randn(19, head_dim // 2, 2)
+    actual = kernels(dtype).rotate_and_store(qkv, rope, steps, 0)
+    keys, values = mine.keys[0].clone(), mine.values[0].clone()
+    expected = PLAIN.rotate_and_store(qkv, rope, steps, 0)
+    assert_near(actual, expected)
+    assert_near(keys, mine.keys[0])
+    assert torch.equal(values, mine.values[0])
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("width", [16, 30, 1000])
+def test_silu_mul(dtype: torch.dtype, width: int) -> None:
+    gate_up = 3 * torch.randn(5, 2 * width).to(dtype)
+    gate_up[0, :2] = torch.tensor([-100.0, 100.0])
+    assert_near(kernels(dtype).silu_mul(gate_up), PLAIN.silu_mul(gate_up.float()).to(dtype))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(
+    ("kv_heads", "group", "head_dim"), [(3, 3, 64), (1, 7, 64), (2, 4, 128), (2, 1, 24), (8, 8, 6)]
+)
+@pytest.mark.parametrize("spans", [[(1, 1), (1, 33), (1, 256), (1, 257)], [(1, 600)], [(1, 20), (5, 5), (30, 100)]])
+def test_attend(dtype: torch.dtype, kv_heads: int, group: int, head_dim: int, spans: list[tuple[int, int]]) -> None:
+    steps = batch(spans, cache(kv_heads=kv_heads, head_dim=head_dim, dtype=dtype))
+    q = torch.randn(len(steps.positions_T), kv_heads * group, head_dim).to(dtype)
+    assert_near(kernels(dtype).attend(q, steps, 0), PLAIN.attend(q, steps, 0))
+
+
+def test_attend_gives_a_sequence_the_same_bits_in_any_company() -> None:
+    shared = cache(kv_heads=2, head_dim=64, dtype=torch.bfloat16)
+    steps = batch([(1, 5), (1, 700), (1, 100)], shared)
+    q = torch.randn(3, 6, 64).bfloat16()
+    together = kernels(torch.bfloat16).attend(q, steps, 0)
+    for row in range(3):
+        one = slice(row, row + 1)
+        alone = torch.ops.llama2_cpu.paged_decode(
+            q[one], shared.keys[0], shared.values[0], steps.tables_SN[one], steps.contexts_S[one]
+        )
+        assert torch.equal(alone, together[one])
+
+
+def test_scores_that_differ_by_hundreds_do_not_overflow() -> None:
+    mine = cache(kv_heads=1, head_dim=16, dtype=torch.float32)
+    mine.keys[0].mul_(200)
+    steps = batch([(1, 400)], mine)
+    q = torch.randn(1, 2, 16)
+    actual = kernels(torch.float32).attend(q, steps, 0)
+    assert actual.isfinite().all()
+    torch.testing.assert_close(actual, PLAIN.attend(q, steps, 0), atol=1e-3, rtol=1e-3)
+
+
+AVX2 = """
+import sys, torch
+from pathlib import Path
+from torch.utils import cpp_extension
+sources = [str(file) for file in Path(sys.argv[1]).glob("*.cpp")]
+flags = ["-O1", "-march=x86-64-v3", "-fopenmp", "-DCPU_CAPABILITY=AVX2", "-DCPU_CAPABILITY_AVX2"]
+cpp_extension.load("llama2_cpu", sources, extra_cflags=flags, build_directory=sys.argv[2], is_python_module=False)
+torch.manual_seed(0)
+x, weight = torch.randn(6, 70).bfloat16(), torch.randn(9, 70).bfloat16()
+torch.testing.assert_close(torch.ops.llama2_cpu.linear(x, weight), x @ weight.t(), atol=0.1, rtol=0.02)
+"""
+
+
+@pytest.mark.skipif(not torch.backends.cpu.get_cpu_capability().startswith("AVX"), reason="needs an x86 CPU")
+def test_a_processor_without_avx512_computes_the_same(tmp_path: Path) -> None:
+    environ = {**os.environ, "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
+    command = [sys.executable, "-c", AVX2, str(cpu_library.SOURCES), str(tmp_path)]
+    done = subprocess.run(command, env=environ, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+
+
+def test_without_a_compiler_plain_pytorch_does_the_work(tmp_path: Path) -> None:
+    code = (
+        "import logging, torch; logging.basicConfig(); from llama2.kernels import choose_kernels\n"
+        "print(type(choose_kernels(torch.device('cpu'), torch.bfloat16)).__name__)"
+    )
+    environ = {**os.environ, "XDG_CACHE_HOME": str(tmp_path), "CXX": "/nonexistent/c++"}
+    done = subprocess.run([sys.executable, "-c", code], env=environ, capture_output=True, text=True)
+    assert done.stdout.strip() == "PlainKernels", done.stderr
+    assert "decoding is slower" in done.stderr
+
+
+def test_the_second_start_compiles_nothing() -> None:
+    kernels(torch.bfloat16)
+    code = "from llama2.kernels import cpu_library as c; c._compile = None; assert c.load_library()"
+    subprocess.run([sys.executable, "-c", code], check=True)
