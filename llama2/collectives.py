@@ -20,6 +20,8 @@ from typing import Any, Protocol
 import torch
 import torch.distributed as dist
 
+from llama2.kernels.cpu_library import load_library
+
 SLOT_BYTES = 1 << 20
 LINE_BYTES = 64
 LINE = LINE_BYTES // 8
@@ -111,7 +113,9 @@ class SharedMemoryCollectives:
         self._operation = 0
         header_bytes = world_size * LINE_BYTES
         self._header = memoryview(mapping)[:header_bytes].cast("q")
-        self._slots = torch.frombuffer(mapping, dtype=torch.uint8, offset=header_bytes).view(2, world_size, SLOT_BYTES)
+        self._mapping = torch.frombuffer(mapping, dtype=torch.uint8)
+        self._slots = self._mapping[header_bytes:].view(2, world_size, SLOT_BYTES)
+        self._all_reduce = torch.ops.llama2_cpu.all_reduce.default if load_library() else None
 
     @staticmethod
     def mapping_bytes(world_size: int) -> int:
@@ -148,6 +152,12 @@ class SharedMemoryCollectives:
 
     def all_reduce(self, x: torch.Tensor) -> torch.Tensor:
         flat = x.view(-1)
+        if self._all_reduce is not None and x.dtype in (torch.float32, torch.bfloat16):
+            sizes = (self.rank, self.world_size, SLOT_BYTES, self._operation)
+            self._operation = self._all_reduce(flat, self._mapping, *sizes, self._stall_seconds)
+            if self._operation < 0:
+                raise self._why(-self._operation)
+            return x
         step = SLOT_BYTES // flat.element_size()
         for start in range(0, flat.numel(), step):
             part = flat[start : start + step]
@@ -209,10 +219,7 @@ class SharedMemoryCollectives:
             self._await(other, self._operation, idle=False)
             size = self._header[other * LINE + 1 + buffer]
             if nbytes is not None and size != nbytes:
-                raise LockstepError(
-                    f"rank {other} brought {size} bytes to operation {self._operation}, "
-                    f"where rank {self.rank} brought {nbytes}: it is out of step"
-                )
+                raise self._out_of_step(other, self._operation)
 
     def _await(self, other: int, operation: int, *, idle: bool) -> None:
         """Spin until rank `other` has contributed to `operation`; an idle wait sleeps, and has no end."""
@@ -226,10 +233,31 @@ class SharedMemoryCollectives:
             elif not idle and spins % 10000 == 0:
                 deadline = deadline or time.monotonic() + self._stall_seconds
                 if time.monotonic() > deadline:
-                    raise LockstepError(
-                        f"rank {other} stands at operation {self._header[flag]} and did not reach operation "
-                        f"{operation}, where rank {self.rank} waits, in {self._stall_seconds:.0f} s"
-                    )
+                    raise self._stalled(other, operation)
+
+    def _why(self, operation: int) -> LockstepError:
+        """What is wrong at an operation that was given up."""
+        for other in range(self.world_size):
+            if self._header[other * LINE] < operation:
+                return self._stalled(other, operation)
+        mine = self._header[self.rank * LINE + 1 + operation % 2]
+        sizes = [self._header[other * LINE + 1 + operation % 2] for other in range(self.world_size)]
+        return self._out_of_step(
+            next((other for other, size in enumerate(sizes) if size != mine), self.rank), operation
+        )
+
+    def _stalled(self, other: int, operation: int) -> LockstepError:
+        return LockstepError(
+            f"rank {other} stands at operation {self._header[other * LINE]} and did not reach operation "
+            f"{operation}, where rank {self.rank} waits, in {self._stall_seconds:.0f} s"
+        )
+
+    def _out_of_step(self, other: int, operation: int) -> LockstepError:
+        theirs, mine = (self._header[rank * LINE + 1 + operation % 2] for rank in (other, self.rank))
+        return LockstepError(
+            f"rank {other} brought {theirs} bytes to operation {operation}, "
+            f"where rank {self.rank} brought {mine}: it is out of step"
+        )
 
 
 def connect(device: torch.device) -> Collectives:

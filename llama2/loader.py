@@ -12,8 +12,10 @@ import torch
 import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.device_mesh import DeviceMesh
+from tqdm import tqdm
 
 from llama2.checkpoint.dcp import DcpFolder
+from llama2.checkpoint.mapped import MappedReader
 from llama2.collectives import Collectives
 from llama2.kernels import choose_kernels
 from llama2.model import Transformer
@@ -41,7 +43,15 @@ def load_model(
         model = Transformer(checkpoint.args, choose_kernels(device, dtype))
     at_rest = allocate(model, mesh, dtype=dtype, device=device)
     try:
-        dcp.load(at_rest, checkpoint_id=checkpoint.folder)
+        with tqdm(
+            total=sum(parameter.nbytes for parameter in model.parameters()),
+            desc="loading",
+            unit="B",
+            unit_scale=True,
+            delay=2,
+            disable=collectives.rank != 0,
+        ) as bar:
+            dcp.load(at_rest, storage_reader=MappedReader(checkpoint.folder, bar.update))
     except CheckpointException as error:  # a BaseException: it would pass every handler above
         failure = next(iter(error.failures.values()))[0]
         raise ValueError(f"checkpoint {checkpoint.folder} cannot be loaded: {failure}") from error

@@ -18,6 +18,7 @@ from torch.distributed.tensor import DTensor, Placement, Replicate, Shard
 
 from llama2.collectives import Collectives
 from llama2.config import ModelArgs
+from llama2.memory import empty
 from llama2.model import RowLinear, Transformer, VocabEmbedding, VocabProjection
 from llama2.splits import chunk, mesh_shape, split
 
@@ -84,23 +85,29 @@ def allocate(model: Transformer, mesh: DeviceMesh, *, dtype: torch.dtype, device
     fills them, fills the model.
     """
     shapes = model.args.parameter_shapes()
+    shares: dict[str, dict[str, tuple[int, ...]]] = {}
+    for name, _ in model.named_parameters():
+        path, leaf = name.rsplit(".", 1)
+        *prefix, kind = path.split(".")
+        at_rest_names = [".".join((*prefix, part, leaf)) for part in FUSED.get(kind, (kind,))]
+        shares[name] = {part: _local_shape(shapes[part], _placements(part), mesh) for part in at_rest_names}
+    # One piece of memory for all, in which each begins at a cache line's border.
+    line = 64 // dtype.itemsize
+    sizes = [sum(map(math.prod, share.values())) for share in shares.values()]
+    memory = empty(sum(size + -size % line for size in sizes), dtype=dtype, device=device)
     at_rest: dict[str, DTensor] = {}
-    for name, _ in list(model.named_parameters()):
-        path, _, leaf = name.rpartition(".")
-        prefix, dot, kind = path.rpartition(".")
-        parts = FUSED.get(kind, (kind,))
-        locals_ = [_local_shape(shapes[f"{prefix}{dot}{part}.{leaf}"], PLAN[part], mesh) for part in parts]
-        columns = math.prod(locals_[0][1:]) if kind == "wo" else locals_[0][-1]
-        rows = [math.prod(shape) // columns for shape in locals_]
-        value = torch.empty(sum(rows), columns, dtype=dtype, device=device)
-        for part, shape, view in zip(parts, locals_, value.split(rows), strict=True):
-            whole = torch.Size(shapes[f"{prefix}{dot}{part}.{leaf}"])
-            at_rest[f"{prefix}{dot}{part}.{leaf}"] = DTensor.from_local(
-                view.view(shape), mesh, PLAN[part], run_check=False, shape=whole, stride=_strides(whole)
+    for (name, share), size, piece in zip(
+        shares.items(), sizes, memory.split([size + -size % line for size in sizes]), strict=True
+    ):
+        values = piece[:size]
+        for (part, local), view in zip(share.items(), values.split(list(map(math.prod, share.values()))), strict=True):
+            whole = torch.Size(shapes[part])
+            at_rest[part] = DTensor.from_local(
+                view.view(local), mesh, _placements(part), run_check=False, shape=whole, stride=_strides(whole)
             )
-        if len(locals_[0]) == 1:
-            value = value[0]
-        setattr(model.get_submodule(path), leaf, nn.Parameter(value, requires_grad=False))
+        path, leaf = name.rsplit(".", 1)
+        in_flight = _in_flight_shape(name, next(iter(share.values())))
+        setattr(model.get_submodule(path), leaf, nn.Parameter(values.view(in_flight), requires_grad=False))
     return at_rest
 
 
@@ -115,6 +122,17 @@ def connect(model: Transformer, mesh: DeviceMesh, collectives: Collectives) -> N
             module.first = sum(vocab_sizes[: collectives.rank])
         elif isinstance(module, VocabProjection):
             module.sizes = tuple(vocab_sizes)
+
+
+def _placements(name: str) -> tuple[Placement, Placement]:
+    return PLAN[name.split(".")[-2]]
+
+
+def _in_flight_shape(name: str, local: tuple[int, ...]) -> tuple[int, ...]:
+    """Matrices have two axes: the outputs, of however many fused parameters, and the inputs."""
+    if len(local) == 1:
+        return local
+    return (local[0], math.prod(local[1:])) if name.endswith("wo.weight") else (-1, local[-1])
 
 
 def _local_shape(shape: tuple[int, ...], placements: tuple[Placement, ...], mesh: DeviceMesh) -> tuple[int, ...]:

@@ -26,11 +26,14 @@ FLOORS = {
     "llama2.checkpoint.convert": 3,
     "llama2.loader": 2,
     "llama2.engine.runner": 2,
+    "llama2.engine.graphs": 2,
+    "llama2.engine.inputs": 2,
     "llama2.engine.scheduler": 2,
     "llama2.engine.lockstep": 2,
     "llama2.engine.prompt_scores": 2,
     "llama2.model": 1,
     "llama2.kernels": 1,
+    "llama2.collectives": 1,
     "llama2.parallel": 1,
     "llama2.chat": 1,
     "llama2.tools": 1,
@@ -47,7 +50,7 @@ FLOORS = {
     "llama2.text_stream": 0,
     "llama2.kv_cache": 0,
     "llama2.batch": 0,
-    "llama2.collectives": 0,
+    "llama2.memory": 0,
     "llama2.engine.sequence": 0,
 }
 

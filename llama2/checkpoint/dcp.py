@@ -39,6 +39,8 @@ if TYPE_CHECKING:
 
 METADATA_FILE = ".metadata"
 
+_ALIGNMENT = 64
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Chunk:
@@ -236,6 +238,8 @@ class _ChunkWriter(dcp.FileSystemWriter):
             with _without_checksums(), io.BufferedWriter(_SmallWrites(path, "wb")) as stream:
                 with _writing_back(stream.fileno()):
                     for item in plan.items:
+                        # torch.save puts values on such a border of what it writes: so they are on one of the file.
+                        stream.write(bytes(-stream.tell() % _ALIGNMENT))
                         start = stream.tell()
                         torch.save(planner.resolve_data(item), stream)
                         length = stream.tell() - start

@@ -96,3 +96,24 @@ def stay_away() -> None:
 def test_a_rank_that_does_not_come_is_named() -> None:
     with pytest.raises(RuntimeError, match="rank 1 stands at operation 0 and did not reach operation 1, where rank 0"):
         run_ranks(2, stay_away)
+
+
+def sums_both_ways() -> list[bool]:
+    """The C++ operator and the Python that stands in for it, on the same mapping in turns."""
+    group = SharedMemoryCollectives.connect()
+    operator = group._all_reduce
+    assert operator is not None
+    same = []
+    for dtype in (torch.float32, torch.bfloat16):
+        for count in (1, 100, SLOT_BYTES):
+            x = torch.randn(count, generator=torch.Generator().manual_seed(group.rank)).to(dtype)
+            group._all_reduce = operator
+            fast = group.all_reduce(x.clone())
+            group._all_reduce = None
+            same.append(torch.equal(fast, group.all_reduce(x.clone())))
+    return same
+
+
+def test_without_a_compiler_the_ranks_get_the_same_bits() -> None:
+    for same in run_ranks(2, sums_both_ways):
+        assert all(same)
