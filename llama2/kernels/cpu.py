@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from llama2.batch import Batch
-from llama2.kernels.plain import PlainKernels, attend_span
+from llama2.kernels.plain import PlainKernels
 
 # Up to so many rows the weight's way through memory is what counts; beyond, oneDNN's blocked products win.
 MAX_STREAMED_ROWS = 64
@@ -21,7 +21,7 @@ class CpuKernels(PlainKernels):
         self._linear = operators.linear.default
         self._add_rms_norm = operators.add_rms_norm.default
         self._rotate_and_store = operators.rotate_and_store.default
-        self._paged_decode = operators.paged_decode.default
+        self._paged_attention = operators.paged_attention.default
         self._silu_mul = operators.silu_mul.default
 
     def linear(self, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
@@ -39,16 +39,15 @@ class CpuKernels(PlainKernels):
         return self._rotate_and_store(qkv_TX, rope_TD2, batch.slots_T, cache.keys[layer], cache.values[layer])
 
     def attend(self, q_THD: torch.Tensor, batch: Batch, layer: int) -> torch.Tensor:
-        keys, values, single = batch.cache.keys[layer], batch.cache.values[layer], batch.num_single
-        if single == len(batch.spans):
-            return self._paged_decode(q_THD, keys, values, batch.tables_SN, batch.contexts_S)
-        out_THD = torch.empty_like(q_THD)
-        if single:
-            tables_SN, contexts_S = batch.tables_SN[:single], batch.contexts_S[:single]
-            out_THD[:single] = self._paged_decode(q_THD[:single], keys, values, tables_SN, contexts_S)
-        for sequence in range(single, len(batch.spans)):
-            attend_span(q_THD, batch, layer, sequence, out_THD)
-        return out_THD
+        cache = batch.cache
+        return self._paged_attention(
+            q_THD,
+            cache.keys[layer],
+            cache.values[layer],
+            batch.tables_SN,
+            batch.query_starts_S1,
+            batch.contexts_S,
+        )
 
     def silu_mul(self, gate_up_T2F: torch.Tensor) -> torch.Tensor:
         return self._silu_mul(gate_up_T2F)

@@ -1,8 +1,8 @@
-// Owns decoding's attention: one query row per sequence, over keys and values where they lie in the paged cache.
+// Owns attention over keys and values where they lie in the paged cache, for decoding and prefill alike.
 //
-// The context is cut into parts of a fixed length, each with a softmax of its own, and the parts are merged (FlashDecoding,
-// arXiv:2311.01282 and https://crfm.stanford.edu/2023/10/12/flashdecoding.html). The cuts depend on nothing else, so that
-// a sequence gets the same bits in whatever company and with however many threads.
+// The context is cut into parts of a fixed length, each with a softmax of its own, and the parts are merged
+// (FlashDecoding, https://crfm.stanford.edu/2023/10/12/flashdecoding.html). The cuts depend on nothing else, and neither
+// does the order of any sum: a row gets the same bits in whatever company and with however many threads.
 #include <ATen/ATen.h>
 #include <ATen/Parallel.h>
 #include <torch/library.h>
@@ -15,29 +15,36 @@
 namespace llama2 {
 namespace {
 
-constexpr int64_t kPart = 256;  // positions
-constexpr int64_t kRun = 32;    // positions whose scores are at hand at once
+constexpr int64_t kPart = 256;    // positions with a softmax of their own
+constexpr int64_t kRun = 32;      // positions whose scores are at hand at once
+constexpr int64_t kQueries = 12;  // queries that share what is read of a key head; at most, where a group is not larger
 
-// What the tasks of one call have in common. queries (B, H, D), caches (blocks, block size, K, D), tables (B, N).
+// What the tasks of one call have in common. queries (T, H, D), caches (blocks, block size, K, D), tables (S, N).
 template <typename T>
 struct Problem {
   const T *queries, *keys, *values;
   const int32_t* tables;
   int64_t table_width, block_size, heads, kv_heads, head_dim;
 
-  int64_t group() const { return heads / kv_heads; }
   int64_t offset(int64_t sequence, int64_t position, int64_t kv_head) const {
     const int64_t block = tables[sequence * table_width + position / block_size];
     return ((block * block_size + position % block_size) * kv_heads + kv_head) * head_dim;
   }
 };
 
-// One part of one sequence's context, for the query heads that share a key head.
+// Rows [row, row + rows) of a sequence, of which the first sees `context` positions and each next one more; of them the
+// heads [head, head + heads), which share a key head; and of their contexts the positions [begin, end).
 struct Part {
-  int64_t sequence, kv_head, begin, end;
+  int64_t sequence, row, rows, context, head, heads, begin, end;
+
+  int64_t queries() const { return rows * heads; }
+  // How many positions from `first` on query q sees, at most `count`.
+  int64_t visible(int64_t q, int64_t first, int64_t count) const {
+    return std::clamp<int64_t>(context + q / heads - first, 0, count);
+  }
 };
 
-// A head's weighted sum of values, relative to its highest score, and the sum of its weights.
+// A query's highest score, and the sum of its weights relative to that.
 struct Softmax {
   float highest = -std::numeric_limits<float>::infinity(), weights = 0.f;
 
@@ -49,134 +56,186 @@ struct Softmax {
   }
 };
 
-// Scores of positions for G query heads, unscaled: scores[g][p] = query[g] · key[p].
-template <int G, typename T>
-inline void score(const T* query, const T* keys, const int64_t* offsets, int64_t count, int64_t dim,
-                  float (&scores)[G][kRun]) {
+// The unscaled scores of `count` positions for N queries: scores[n][p] = queries[n] · key[p].
+template <int N, typename T>
+inline void score(const T* const (&queries)[N], const T* keys, const int64_t* offsets, int64_t count, int64_t dim,
+                  float (*scores)[kRun]) {
   using L = Lanes<T>;
-  const T* queries[G];
-  for (int g = 0; g < G; g++) queries[g] = query + g * dim;
   for (int64_t p = 0; p < count; p += 4) {
-    const T* four[4];  // the last ones again where fewer are left: their scores are not looked at
+    const T* four[4];  // the last one again where fewer are left: what comes of it is not looked at
     for (int i = 0; i < 4; i++) four[i] = keys + offsets[std::min(p + i, count - 1)];
-    typename L::Sum sums[G][4];
+    typename L::Sum sums[N][4];
     for (auto& row : sums)
       for (auto& one : row) one = L::zero();
     dot(queries, four, dim, sums, [](const T*) {});
-    for (int g = 0; g < G; g++) {
-      const auto totals = L::totals(sums[g][0], sums[g][1], sums[g][2], sums[g][3]);
-      std::copy(totals.begin(), totals.end(), scores[g] + p);
+    for (int n = 0; n < N; n++) {
+      const auto totals = L::totals(sums[n][0], sums[n][1], sums[n][2], sums[n][3]);
+      std::copy(totals.begin(), totals.end(), scores[n] + p);
     }
   }
 }
 
-// out[g] = out[g] * shrink[g] + the weighted sum of the values.
-template <int G, typename T>
-inline void add_values(const float (&weights)[G][kRun], const float (&shrink)[G], const T* values,
-                       const int64_t* offsets, int64_t count, int64_t dim, float* out) {
-  for_lanes(dim, [&](int64_t d, auto... lanes) {
-    Floats totals[G];
-    for (int g = 0; g < G; g++) totals[g] = load(out + g * dim + d, lanes...) * Floats(shrink[g]);
-    for (int64_t p = 0; p < count; p++) {
-      const auto value = load(values + offsets[p] + d, lanes...);
-      for (int g = 0; g < G; g++) totals[g] = at::vec::fmadd(Floats(weights[g][p]), value, totals[g]);
-    }
-    for (int g = 0; g < G; g++) store(out + g * dim + d, totals[g], lanes...);
-  });
+// out[n] = out[n] * shrink[n] + the weighted sum of the values, for N queries; C registers of features at a time.
+template <int N, int C, typename T, typename... Lanes>
+inline void add_values(const float (*weights)[kRun], const float* shrink, const T* values, const int64_t* offsets,
+                       int64_t count, int64_t dim, float* out, Lanes... lanes) {
+  Floats totals[N][C];
+  for (int n = 0; n < N; n++)
+    for (int c = 0; c < C; c++) totals[n][c] = load(out + n * dim + c * kFloats, lanes...) * Floats(shrink[n]);
+  for (int64_t p = 0; p < count; p++) {
+    Floats value[C];
+    for (int c = 0; c < C; c++) value[c] = load(values + offsets[p] + c * kFloats, lanes...);
+    for (int n = 0; n < N; n++)
+      for (int c = 0; c < C; c++) totals[n][c] = at::vec::fmadd(Floats(weights[n][p]), value[c], totals[n][c]);
+  }
+  for (int n = 0; n < N; n++)
+    for (int c = 0; c < C; c++) store(out + n * dim + c * kFloats, totals[n][c], lanes...);
 }
 
-// G heads of the group, of which the first is `head`. out (G, D), softmax (G).
-template <int G, typename T>
-void attend(const Problem<T>& problem, const Part& part, int64_t head, float* out, Softmax* softmax) {
-  const int64_t dim = problem.head_dim;
-  const Floats scale(1.f / std::sqrt(static_cast<float>(dim)));
-  const T* query = problem.queries + (part.sequence * problem.heads + part.kv_head * problem.group() + head) * dim;
+template <int N, typename T>
+inline void add_values(const float (*weights)[kRun], const float* shrink, const T* values, const int64_t* offsets,
+                       int64_t count, int64_t dim, float* out) {
+  int64_t d = 0;
+  for (; d + 2 * kFloats <= dim; d += 2 * kFloats)
+    add_values<N, 2>(weights, shrink, values + d, offsets, count, dim, out + d);
+  for (; d + kFloats <= dim; d += kFloats) add_values<N, 1>(weights, shrink, values + d, offsets, count, dim, out + d);
+  if (d < dim) add_values<N, 1>(weights, shrink, values + d, offsets, count, dim, out + d, dim - d);
+}
+
+// Calls `step(first, N)` with N as a constant: fours, then what is left.
+template <typename Step>
+inline void by_four(int64_t size, const Step& step) {
+  int64_t i = 0;
+  for (; i + 4 <= size; i += 4) step(i, std::integral_constant<int, 4>());
+  switch (size - i) {
+    case 3: step(i, std::integral_constant<int, 3>()); break;
+    case 2: step(i, std::integral_constant<int, 2>()); break;
+    case 1: step(i, std::integral_constant<int, 1>()); break;
+  }
+}
+
+// Scores become weights, relative to the query's highest score so far; returns the factor for what was summed before.
+inline float weigh(float* scores, int64_t visible, int64_t count, float scale, Softmax& softmax) {
+  std::fill(scores + visible, scores + count, -std::numeric_limits<float>::infinity());
+  if (visible == 0) {
+    std::fill(scores, scores + count, 0.f);
+    return 1.f;
+  }
+  for_lanes(count, [&](int64_t p, auto... lanes) { store(scores + p, load(scores + p, lanes...) * Floats(scale), lanes...); });
+  const float shrink = softmax.raise(*std::max_element(scores, scores + visible));
+  const Floats highest(softmax.highest);
+  for_lanes(count, [&](int64_t p, auto... lanes) {
+    store(scores + p, (load(scores + p, lanes...) - highest).exp_u20(), lanes...);
+  });
+  std::fill(scores + visible, scores + count, 0.f);
+  softmax.weights = softmax.weights * shrink + std::accumulate(scores, scores + visible, 0.f);
+  return shrink;
+}
+
+// out (queries, D) and softmax (queries) of one part.
+template <typename T>
+void attend(const Problem<T>& problem, const Part& part, float* out, Softmax* softmax) {
+  const int64_t dim = problem.head_dim, kv_head = part.head / (problem.heads / problem.kv_heads);
+  const float scale = 1.f / std::sqrt(static_cast<float>(dim));
+  auto query = [&](int64_t q) {
+    return problem.queries + ((part.row + q / part.heads) * problem.heads + part.head + q % part.heads) * dim;
+  };
   int64_t offsets[kRun];
-  float scores[G][kRun], shrink[G];
-  std::fill(out, out + G * dim, 0.f);
+  float scores[kQueries][kRun], shrink[kQueries];
+  std::fill(out, out + part.queries() * dim, 0.f);
   for (int64_t first = part.begin; first < part.end; first += kRun) {
     const int64_t count = std::min(kRun, part.end - first);
-    for (int64_t p = 0; p < count; p++) offsets[p] = problem.offset(part.sequence, first + p, part.kv_head);
-    score<G>(query, problem.keys, offsets, count, dim, scores);
-    for (int g = 0; g < G; g++) {
-      float* weights = scores[g];
-      for_lanes(count, [&](int64_t p, auto... lanes) { store(weights + p, load(weights + p, lanes...) * scale, lanes...); });
-      shrink[g] = softmax[g].raise(*std::max_element(weights, weights + count));
-      const Floats highest(softmax[g].highest);
-      for_lanes(count, [&](int64_t p, auto... lanes) {
-        store(weights + p, (load(weights + p, lanes...) - highest).exp_u20(), lanes...);
-      });
-      softmax[g].weights = softmax[g].weights * shrink[g] + std::accumulate(weights, weights + count, 0.f);
-    }
-    add_values<G>(scores, shrink, problem.values, offsets, count, dim, out);
+    for (int64_t p = 0; p < count; p++) offsets[p] = problem.offset(part.sequence, first + p, kv_head);
+    by_four(part.queries(), [&](int64_t q, auto n) {
+      const T* queries[n];
+      for (int i = 0; i < n; i++) queries[i] = query(q + i);
+      score(queries, problem.keys, offsets, count, dim, scores + q);
+    });
+    for (int64_t q = 0; q < part.queries(); q++)
+      shrink[q] = weigh(scores[q], part.visible(q, first, count), count, scale, softmax[q]);
+    by_four(part.queries(), [&](int64_t q, auto n) {
+      add_values<n>(scores + q, shrink + q, problem.values, offsets, count, dim, out + q * dim);
+    });
   }
 }
 
-// All heads of the group, four at a time: their sums stay in registers. out (group, D), softmax (group).
+// Merges the `count` parts of one query into `to` (D); from one part to the next it is `stride` queries.
 template <typename T>
-void attend_group(const Problem<T>& problem, const Part& part, float* out, Softmax* softmax) {
-  const int64_t group = problem.group(), dim = problem.head_dim;
-  int64_t head = 0;
-  for (; head + 4 <= group; head += 4) attend<4>(problem, part, head, out + head * dim, softmax + head);
-  switch (group - head) {
-    case 3: attend<3>(problem, part, head, out + head * dim, softmax + head); break;
-    case 2: attend<2>(problem, part, head, out + head * dim, softmax + head); break;
-    case 1: attend<1>(problem, part, head, out + head * dim, softmax + head); break;
-  }
-}
-
-// Merge the parts of one head into `to` (D); from one part to the next it is `heads` heads.
-template <typename T>
-void merge(const float* outs, const Softmax* softmaxes, int64_t parts, int64_t heads, int64_t dim, T* to) {
+void merge(const float* outs, const Softmax* softmaxes, int64_t count, int64_t stride, int64_t dim, T* to) {
   Softmax all;
-  for (int64_t i = 0; i < parts; i++) all.raise(softmaxes[i * heads].highest);
-  for (int64_t i = 0; i < parts; i++)
-    all.weights += softmaxes[i * heads].weights * std::exp(softmaxes[i * heads].highest - all.highest);
+  for (int64_t i = 0; i < count; i++) all.raise(softmaxes[i * stride].highest);
+  for (int64_t i = 0; i < count; i++)
+    all.weights += softmaxes[i * stride].weights * std::exp(softmaxes[i * stride].highest - all.highest);
   for_lanes(dim, [&](int64_t d, auto... lanes) {
     Floats total(0.f);
-    for (int64_t i = 0; i < parts; i++) {
-      const Floats share(std::exp(softmaxes[i * heads].highest - all.highest) / all.weights);
-      total = at::vec::fmadd(share, load(outs + i * heads * dim + d, lanes...), total);
+    for (int64_t i = 0; i < count; i++) {
+      const Floats share(std::exp(softmaxes[i * stride].highest - all.highest) / all.weights);
+      total = at::vec::fmadd(share, load(outs + i * stride * dim + d, lanes...), total);
     }
     store(to + d, total, lanes...);
   });
 }
 
-// queries (B, H, D), one row per sequence; keys, values (blocks, block size, K, D); tables (B, N) int32, the blocks;
-// contexts (B) int32, the positions that the row sees, its own included. Returns (B, H, D).
-at::Tensor paged_decode(const at::Tensor& queries, const at::Tensor& keys, const at::Tensor& values,
-                        const at::Tensor& tables, const at::Tensor& contexts) {
-  TORCH_CHECK(queries.is_contiguous() && keys.is_contiguous() && values.is_contiguous() && tables.is_contiguous());
-  const int64_t batch = queries.size(0), heads = queries.size(1), dim = queries.size(2), kv_heads = keys.size(2);
-  const int64_t group = heads / kv_heads;
+// queries (T, H, D); keys, values (blocks, block size, K, D); tables (S, N), contexts (S) and starts (S + 1), int32:
+// sequence s has the rows [starts[s], starts[s + 1]), sees contexts[s] positions at the last of them and one less at each
+// before, and finds them in the blocks of tables[s]. Returns (T, H, D).
+at::Tensor paged_attention(const at::Tensor& queries, const at::Tensor& keys, const at::Tensor& values,
+                           const at::Tensor& tables, const at::Tensor& starts, const at::Tensor& contexts) {
+  TORCH_CHECK(queries.is_contiguous() && keys.is_contiguous() && values.is_contiguous() && tables.is_contiguous(),
+              "paged_attention takes contiguous tensors");
+  const int64_t heads = queries.size(1), dim = queries.size(2), kv_heads = keys.size(2), group = heads / kv_heads;
+  const auto* start = starts.const_data_ptr<int32_t>();
   const auto* context = contexts.const_data_ptr<int32_t>();
-  // Key heads innermost: they lie side by side, so that a thread finds the next one's cache lines fetched already.
+
+  // A tile is the rows and heads of a part. Its parts lie one after the other; heads innermost: key heads lie side by
+  // side, so that a thread finds the cache lines of the next fetched already.
+  struct Tile {
+    Part first;
+    int64_t part, count;
+  };
+  std::vector<Tile> tiles;
   std::vector<Part> parts;
-  std::vector<int64_t> first_part{0};  // of each sequence, and the end
-  for (int64_t sequence = 0; sequence < batch; sequence++) {
-    for (int64_t begin = 0; begin < context[sequence]; begin += kPart)
-      for (int64_t kv_head = 0; kv_head < kv_heads; kv_head++)
-        parts.push_back({sequence, kv_head, begin, std::min<int64_t>(begin + kPart, context[sequence])});
-    first_part.push_back(parts.size());
+  std::vector<int64_t> place{0};  // of each part's first query among all of them, and the end
+  for (int64_t sequence = 0; sequence < contexts.size(0); sequence++) {
+    const int64_t rows = start[sequence + 1] - start[sequence];
+    const int64_t heads_at_once = std::min(group, kQueries), rows_at_once = std::max<int64_t>(1, kQueries / group);
+    for (int64_t row = 0; row < rows; row += rows_at_once) {
+      const int64_t some = std::min(rows_at_once, rows - row), seen = context[sequence] - rows + row + 1;
+      const int64_t last = seen + some - 1, cuts = ceil_div(last, kPart), slices = kv_heads * ceil_div(group, heads_at_once);
+      const int64_t first_part = parts.size();
+      for (int64_t begin = 0; begin < last; begin += kPart)
+        for (int64_t kv_head = 0; kv_head < kv_heads; kv_head++)
+          for (int64_t head = 0; head < group; head += heads_at_once) {
+            parts.push_back({sequence, start[sequence] + row, some, seen, kv_head * group + head,
+                             std::min(heads_at_once, group - head), begin, std::min(begin + kPart, last)});
+            place.push_back(place.back() + parts.back().queries());
+          }
+      for (int64_t slice = 0; slice < slices; slice++)
+        tiles.push_back({parts[first_part + slice], first_part + slice, cuts});
+    }
   }
-  auto outs = at::empty({static_cast<int64_t>(parts.size()), group, dim}, queries.options().dtype(at::kFloat));
+  auto outs = at::empty({place.back(), dim}, queries.options().dtype(at::kFloat));
   auto* out = outs.mutable_data_ptr<float>();
-  std::vector<Softmax> softmaxes(parts.size() * group);
+  std::vector<Softmax> softmaxes(place.back());
   auto result = at::empty_like(queries);
-  LLAMA2_DISPATCH(queries.scalar_type(), "paged_decode", [&] {
+  LLAMA2_DISPATCH(queries.scalar_type(), "paged_attention", [&] {
     const Problem<scalar_t> problem{
         queries.const_data_ptr<scalar_t>(), keys.const_data_ptr<scalar_t>(), values.const_data_ptr<scalar_t>(),
         tables.const_data_ptr<int32_t>(), tables.size(1), keys.size(1), heads, kv_heads, dim};
     at::parallel_for(0, parts.size(), 1, [&](int64_t begin, int64_t end) {
-      for (int64_t i = begin; i < end; i++)
-        attend_group(problem, parts[i], out + i * group * dim, softmaxes.data() + i * group);
+      for (int64_t i = begin; i < end; i++) attend(problem, parts[i], out + place[i] * dim, &softmaxes[place[i]]);
     });
     auto* to = result.mutable_data_ptr<scalar_t>();
-    for (int64_t sequence = 0; sequence < batch; sequence++)
-      for (int64_t head = 0; head < heads; head++) {
-        const int64_t first = first_part[sequence] * group + head, count = first_part[sequence + 1] - first_part[sequence];
-        merge(out + first * dim, softmaxes.data() + first, count / kv_heads, heads, dim, to + (sequence * heads + head) * dim);
+    at::parallel_for(0, tiles.size(), 64, [&](int64_t begin, int64_t end) {
+      for (int64_t i = begin; i < end; i++) {
+        const auto& [part, first, count] = tiles[i];
+        // Every cut of a tile has the same slices: the next one's queries are as far as those of all slices together.
+        const int64_t stride = part.rows * heads;
+        for (int64_t q = 0; q < part.queries(); q++)
+          merge(out + (place[first] + q) * dim, &softmaxes[place[first] + q], count, stride, dim,
+                to + ((part.row + q / part.heads) * heads + part.head + q % part.heads) * dim);
       }
+    });
   });
   return result;
 }
@@ -184,8 +243,10 @@ at::Tensor paged_decode(const at::Tensor& queries, const at::Tensor& keys, const
 }  // namespace
 
 TORCH_LIBRARY_FRAGMENT(llama2_cpu, library) {
-  library.def("paged_decode(Tensor queries, Tensor keys, Tensor values, Tensor tables, Tensor contexts) -> Tensor");
+  library.def(
+      "paged_attention(Tensor queries, Tensor keys, Tensor values, Tensor tables, Tensor starts, Tensor contexts) "
+      "-> Tensor");
 }
-TORCH_LIBRARY_IMPL(llama2_cpu, CPU, library) { library.impl("paged_decode", &paged_decode); }
+TORCH_LIBRARY_IMPL(llama2_cpu, CPU, library) { library.impl("paged_attention", &paged_attention); }
 
 }  // namespace llama2

@@ -152,26 +152,31 @@ def test_silu_mul(dtype: torch.dtype, width: int) -> None:
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(
-    ("kv_heads", "group", "head_dim"), [(3, 3, 64), (1, 7, 64), (2, 4, 128), (2, 1, 24), (8, 8, 6)]
+    ("kv_heads", "group", "head_dim"), [(3, 3, 64), (1, 7, 64), (1, 15, 40), (2, 4, 128), (2, 1, 24), (8, 8, 6)]
 )
-@pytest.mark.parametrize("spans", [[(1, 1), (1, 33), (1, 256), (1, 257)], [(1, 600)], [(1, 20), (5, 5), (30, 100)]])
+@pytest.mark.parametrize("spans", [[(1, 1), (1, 33), (1, 256), (1, 257)], [(1, 600)], [(1, 20), (5, 5), (30, 300)]])
 def test_attend(dtype: torch.dtype, kv_heads: int, group: int, head_dim: int, spans: list[tuple[int, int]]) -> None:
     steps = batch(spans, cache(kv_heads=kv_heads, head_dim=head_dim, dtype=dtype))
     q = torch.randn(len(steps.positions_T), kv_heads * group, head_dim).to(dtype)
     assert_near(kernels(dtype).attend(q, steps, 0), PLAIN.attend(q, steps, 0))
 
 
-def test_attend_gives_a_sequence_the_same_bits_in_any_company() -> None:
+def test_attend_gives_a_row_the_same_bits_in_any_company() -> None:
+    """Alone, among others, and as one of a prompt's many rows."""
     shared = cache(kv_heads=2, head_dim=64, dtype=torch.bfloat16)
-    steps = batch([(1, 5), (1, 700), (1, 100)], shared)
-    q = torch.randn(3, 6, 64).bfloat16()
+    steps = batch([(1, 5), (1, 300), (400, 400)], shared)
+    q = torch.randn(402, 6, 64).bfloat16()
     together = kernels(torch.bfloat16).attend(q, steps, 0)
-    for row in range(3):
-        one = slice(row, row + 1)
-        alone = torch.ops.llama2_cpu.paged_decode(
-            q[one], shared.keys[0], shared.values[0], steps.tables_SN[one], steps.contexts_S[one]
+    for row, sequence, context in [(0, 0, 5), (1, 1, 300), (2, 2, 1), (200, 2, 199), (289, 2, 288), (401, 2, 400)]:
+        alone = torch.ops.llama2_cpu.paged_attention(
+            q[row : row + 1],
+            shared.keys[0],
+            shared.values[0],
+            steps.tables_SN[sequence : sequence + 1].contiguous(),
+            torch.tensor([0, 1], dtype=torch.int32),
+            torch.tensor([context], dtype=torch.int32),
         )
-        assert torch.equal(alone, together[one])
+        assert torch.equal(alone[0], together[row]), row
 
 
 def test_scores_that_differ_by_hundreds_do_not_overflow() -> None:
