@@ -15,12 +15,13 @@ from llama2.engine.sequence import FinishReason, Output, Request, TokenLogprobs
 
 @dataclass(slots=True, kw_only=True)
 class Progress:
-    """One reply so far. `prompt_logprobs` are with the first reply to a prompt alone."""
+    """One reply so far. `prompt_logprobs` and `cached_tokens` are with the first reply to a prompt alone."""
 
     text: str = ""
     token_ids: list[int] = field(default_factory=list)
     logprobs: list[TokenLogprobs] = field(default_factory=list)
     prompt_logprobs: list[TokenLogprobs | None] = field(default_factory=list)
+    cached_tokens: int = 0
     finish_reason: FinishReason | None = None
 
     @property
@@ -32,6 +33,7 @@ class Progress:
         self.token_ids += output.token_ids
         self.logprobs += output.logprobs
         self.prompt_logprobs += output.prompt_logprobs
+        self.cached_tokens += output.cached_tokens
         self.finish_reason = output.finish_reason
 
 

@@ -60,10 +60,12 @@ class LlamaHandler:
         from handler.native import NativeApi
         from handler.openai_api import OpenAiApi, Served
         from handler.transport import Transport
+        from handler.wire import read_in_large_pieces
         from llama2.chat import encode_dialog
         from llama2.engine.engine import Engine
         from llama2.grammar import GrammarCompiler
 
+        read_in_large_pieces()
         folder = Path(context.system_properties["model_dir"])
         config = HandlerConfig.from_settings(context.model_yaml_config, base=folder, environ=os.environ)
         self._engine = Engine.from_checkpoint(

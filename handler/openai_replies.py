@@ -117,8 +117,7 @@ class GenerationFormat(ABC):
         """Every choice, whole."""
 
     def whole(self, progress: Sequence[Progress]) -> str:
-        num_tokens = sum(reply.num_tokens for reply in progress)
-        usage = _usage(self.generation.num_prompt_tokens, num_tokens)
+        usage = _usage(self.generation.num_prompt_tokens, progress)
         if not self.stream:
             return to_json(self._reply(self.kind, self.choices(progress)) | {"usage": usage}) + "\n"
         last = _event(self._reply(self.chunk_kind, []) | {"usage": usage}) if self._includes_usage else ""
@@ -135,7 +134,7 @@ class GenerationFormat(ABC):
         options = self.generation.body.stream_options
         if options is not None and options.continuous_usage_stats:
             prompt = self.generation.prompts[index // self.generation.n]
-            chunk["usage"] = _usage(len(prompt.ids), progress.num_tokens)
+            chunk["usage"] = _usage(len(prompt.ids), [progress])
         return _event(chunk)
 
     @property
@@ -162,9 +161,11 @@ def _event(value: Any) -> str:
     return f"data: {to_json(value)}\n\n"
 
 
-def _usage(prompt_tokens: int, completion_tokens: int) -> dict[str, int]:
+def _usage(prompt_tokens: int, progress: Sequence[Progress]) -> dict[str, Any]:
+    completion_tokens = sum(reply.num_tokens for reply in progress)
     return {
         "prompt_tokens": prompt_tokens,
         "completion_tokens": completion_tokens,
         "total_tokens": prompt_tokens + completion_tokens,
+        "prompt_tokens_details": {"cached_tokens": sum(reply.cached_tokens for reply in progress)},
     }

@@ -1,7 +1,7 @@
 """Owns the traffic between TorchServe's polls and the engine: who is live, what is news, who has left.
 
 TorchServe calls again and again with all live requests (`continuousBatching`). New ids are submitted, missing ids are
-clients that left, and what the engine has ready within `POLL_SECONDS` goes back: for each request a piece of its reply
+clients that left, and what the engine has ready within a moment goes back: for each request a piece of its reply
 and a criterion, False for "more to come", True for "this was the last piece", None for "a whole reply, nothing was sent
 before". Only that last kind can carry a status, so a body is judged before its first reply. Accepted requests get an
 empty first piece: from then on TorchServe notices when their client leaves.
@@ -26,7 +26,12 @@ from llama2.engine.sequence import Output, Request
 
 logger = logging.getLogger(__name__)
 
+# How long a poll waits for the engine's news: at least so many seconds, and while nobody is new for so much of the time
+# that passed between the last two. A poll takes time from the engine, on every rank, and whoever comes meanwhile could
+# not begin before its step ends.
 POLL_SECONDS = 0.01
+PART_OF_STEP = 0.8
+LONGEST_STEP_SECONDS = 0.25
 # How long everybody waits for what a new call needs first: an error that comes later has no status of its own.
 PREPARE_SECONDS = 0.05
 # TorchServe calls again within milliseconds while anybody is live, and not at all once the last client has left. After
@@ -69,6 +74,8 @@ class Transport:
         self._lock = threading.Lock()
         self._last_poll = time.monotonic()
         self._looks = 0  # since then
+        self._last_news = time.monotonic()
+        self._step_seconds = 0.0  # from the news before these, if that was a step's time
 
     def poll(self, data: list[dict[str, Any]], context: Any) -> list[str]:
         """One exchange. `context` is TorchServe's: request ids and headers in, statuses and criteria out."""
@@ -84,7 +91,12 @@ class Transport:
                     except Exception as error:
                         refusals[call_id] = _as_request_error(error)
             failures = self._begin_prepared()
-            for output in self._engine.poll(0 if refusals or failures else POLL_SECONDS):
+            is_new = self._preparing or any(call_id not in self._started for call_id in call_ids)
+            patience = 0 if refusals or failures else POLL_SECONDS if is_new else self._patience()
+            outputs = self._engine.poll(patience)
+            if outputs:
+                self._note_news()
+            for output in outputs:
                 self._take(output)
             replies = [
                 _refusal(index, refusals[call_id], context)
@@ -106,6 +118,17 @@ class Transport:
             if time.monotonic() - self._last_poll > SILENCE_SECONDS:
                 for call in self._calls.values():
                     self._leave(call)
+
+    # ---- the engine's rhythm ----
+
+    def _note_news(self) -> None:
+        seconds = time.monotonic() - self._last_news
+        self._last_news += seconds
+        self._step_seconds = seconds if seconds <= LONGEST_STEP_SECONDS else 0.0
+
+    def _patience(self) -> float:
+        """Until shortly before the next news, if they take as long as the last: then there is a poll for who came."""
+        return max(POLL_SECONDS, self._last_news + PART_OF_STEP * self._step_seconds - time.monotonic())
 
     # ---- one call ----
 

@@ -17,6 +17,7 @@ import time
 import urllib.request
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import fire
 import yaml
@@ -95,7 +96,16 @@ def _run(what: str, *arguments: object) -> None:
 
 
 def _write_config(tp: int | None, converted: Path) -> Path:
-    """The repository's model-config.yaml with this machine's degree, device and threads, in build/."""
+    settings = local_settings(tp)
+    settings["handler"]["converted_ckpt_dir"] = str(converted)
+    BUILD.mkdir(exist_ok=True)
+    path = BUILD / "model-config.yaml"
+    path.write_text(yaml.safe_dump(settings, sort_keys=False))
+    return path
+
+
+def local_settings(tp: int | None) -> dict[str, Any]:
+    """The repository's model-config.yaml with this machine's degree, device and threads."""
     settings = yaml.safe_load((ROOT / "model-config.yaml").read_text())
     gpus = _count_gpus() if settings.get("deviceType") == "gpu" else 0
     ranks = tp or min(2, gpus) or 2
@@ -105,11 +115,7 @@ def _write_config(tp: int | None, converted: Path) -> Path:
     cores = len(os.sched_getaffinity(0))
     settings["deviceType"] = "gpu" if on_gpu else "cpu"
     settings["torchrun"] |= {"nproc-per-node": ranks, "OMP_NUMBER_THREADS": max(1, cores // ranks)}
-    settings["handler"]["converted_ckpt_dir"] = str(converted)
-    BUILD.mkdir(exist_ok=True)
-    path = BUILD / "model-config.yaml"
-    path.write_text(yaml.safe_dump(settings, sort_keys=False))
-    return path
+    return settings
 
 
 def _count_gpus() -> int:

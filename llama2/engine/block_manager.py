@@ -48,26 +48,25 @@ class BlockManager:
     def num_free(self) -> int:
         return len(self._free)
 
-    def can_grow(self, sequence: Sequence, num_tokens: int) -> bool:
-        """Would `grow` with the same arguments succeed now?"""
-        return self._num_missing(sequence, num_tokens) <= len(self._free)
-
     def grow(self, sequence: Sequence, num_tokens: int) -> bool:
         """Extend the sequence's block table until it holds `num_tokens` positions; a table never shrinks here.
 
         The positions from num_computed on will be written: a shared block that holds some is replaced by a copy.
         Returns False, and changes nothing, when too few blocks are free.
         """
-        if not self.can_grow(sequence, num_tokens):
+        table = sequence.block_table
+        place = self._shared_place(sequence)
+        num_more = -(-num_tokens // self.block_size) - len(table)
+        if num_more <= 0 and place is None:
+            return True  # as in most steps of most sequences
+        if max(0, num_more) + (place is not None) > len(self._free):
             return False
-        if self._writes_shared(sequence):
-            place = sequence.num_computed // self.block_size
-            shared = sequence.block_table[place]
-            sequence.block_table[place] = self._take()
-            self._copies.append((shared, sequence.block_table[place]))
+        if place is not None:
+            shared, table[place] = table[place], self._take()
+            self._copies.append((shared, table[place]))
             self._give_back(shared)
-        for _ in range(self._num_missing(sequence, num_tokens)):
-            sequence.block_table.append(self._take())
+        for _ in range(num_more):
+            table.append(self._take())
         return True
 
     def adopt_prefix(self, sequence: Sequence) -> bool:
@@ -85,7 +84,7 @@ class BlockManager:
         for block in prefix:
             self._free.pop(block, None)
         self.share(prefix)
-        sequence.block_table = prefix
+        sequence.block_table = array("i", prefix)
         sequence.num_computed = len(prefix) * self.block_size
         return True
 
@@ -99,7 +98,7 @@ class BlockManager:
                 self._block_of[digest] = block
                 self._digest_of[block] = digest
 
-    def share(self, block_table: list[int]) -> None:
+    def share(self, block_table: Iterable[int]) -> None:
         """One more sequence holds these blocks."""
         for block in block_table:
             self._num_holders[block] += 1
@@ -163,14 +162,10 @@ class BlockManager:
             digests.append(hashlib.blake2b(parent + tokens.tobytes(), digest_size=32).digest())
         return digests[place]
 
-    def _num_missing(self, sequence: Sequence, num_tokens: int) -> int:
-        grown = max(0, math.ceil(num_tokens / self.block_size) - len(sequence.block_table))
-        return grown + self._writes_shared(sequence)
-
-    def _writes_shared(self, sequence: Sequence) -> bool:
-        """Will the sequence's next position fall into a block that others hold, too?"""
-        place = sequence.num_computed // self.block_size
-        return place < len(sequence.block_table) and self._num_holders[sequence.block_table[place]] > 1
+    def _shared_place(self, sequence: Sequence) -> int | None:
+        """Where in its table the sequence's next position falls, if that is a block that others hold, too."""
+        table, place = sequence.block_table, sequence.num_computed // self.block_size
+        return place if place < len(table) and self._num_holders[table[place]] > 1 else None
 
     def _take(self) -> int:
         block, _ = self._free.popitem(last=False)

@@ -392,6 +392,7 @@ class Engine:
             token_ids=(token_id,),
             logprobs=() if sampled.logprobs is None else (sampled.logprobs,),
             prompt_logprobs=prompt_logprobs,
+            cached_tokens=(sequence.num_cached or 0) if sequence.num_generated == 1 else 0,
             finish_reason=reason,
         )
 

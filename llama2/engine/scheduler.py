@@ -11,12 +11,13 @@ arrival serves the decodes first, and whom it preempts it has not placed yet.
 from __future__ import annotations
 
 import logging
+from array import array
 from collections import OrderedDict
 from collections.abc import Mapping
 from dataclasses import dataclass
 from itertools import chain
 from types import MappingProxyType
-from typing import Literal
+from typing import Any, Literal, NamedTuple
 
 from llama2.config import EngineConfig
 from llama2.engine.block_manager import BlockManager
@@ -27,18 +28,18 @@ logger = logging.getLogger(__name__)
 Logits = Literal["none", "last", "all"]
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Chunk:
+class Chunk(NamedTuple):
     """Consecutive tokens of one sequence, at positions start, start + 1, … of its KV cache.
 
-    `key` is the sequence's arrival. `block_table` reaches exactly to the end of the chunk, in blocks. `logits` says at
-    which of its tokens they are wanted: at none, at the last, or at all.
+    `key` is the sequence's arrival. `block_table` reaches exactly to the end of the chunk, in blocks; it is a copy, 32
+    bits each, that nobody writes into. `logits` says at which of its tokens they are wanted: at none, at the last, or
+    at all.
     """
 
     key: int
     start: int
     token_ids: tuple[int, ...]
-    block_table: tuple[int, ...]
+    block_table: array[int]
     logits: Logits
 
 
@@ -52,6 +53,11 @@ class Plan:
     step: int
     chunks: tuple[Chunk, ...]
     copies: tuple[tuple[int, int], ...] = ()
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        # One plan is sent in every step. With tables as plain bytes, pickle never leaves its C code.
+        rows = [(*chunk[:3], chunk.block_table.tobytes(), chunk.logits) for chunk in self.chunks]
+        return _plan_of, (self.step, rows, self.copies)
 
 
 class Scheduler:
@@ -205,6 +211,8 @@ class Scheduler:
         else a long prompt would be prefilled in vain, preempted and started again while older ones fill the cache.
         """
         chunks: list[Chunk] = []
+        if not self._waiting or len(self._running) >= self._config.max_batch_size:
+            return chunks
         places = self._config.max_batch_size - sum(1 + sequence.num_forks for sequence in self._running.values())
         while self._waiting and budget > 0:
             sequence = next(iter(self._waiting.values()))
@@ -213,6 +221,8 @@ class Scheduler:
                 break
             self.num_prompt_tokens += len(sequence.token_ids)
             self.num_cached_tokens += sequence.num_computed
+            if sequence.num_cached is None:
+                sequence.num_cached = sequence.num_computed
             del self._waiting[sequence.arrival]
             self._running[sequence.arrival] = sequence
             sequence.status = Status.RUNNING
@@ -262,6 +272,14 @@ def _chunk(sequence: Sequence, length: int) -> Chunk:
         key=sequence.arrival,
         start=sequence.num_computed,
         token_ids=tuple(sequence.token_ids[sequence.num_computed : end]),
-        block_table=tuple(sequence.block_table),
+        block_table=sequence.block_table[:],
         logits=logits,
     )
+
+
+def _plan_of(
+    step: int, rows: list[tuple[int, int, tuple[int, ...], bytes, Logits]], copies: tuple[tuple[int, int], ...]
+) -> Plan:
+    """The plan that was pickled."""
+    chunks = tuple(Chunk(key, start, ids, array("i", table), logits) for key, start, ids, table, logits in rows)
+    return Plan(step=step, chunks=chunks, copies=copies)

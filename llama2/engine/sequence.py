@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import enum
 import math
+from array import array
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol
@@ -152,7 +153,8 @@ class Output:
     """What reply `index` of a request gained since its last Output. `finish_reason` is set on its last one, once.
 
     `prompt_logprobs`, where they were asked for, come whole with the first Output of reply 0: one for each position of
-    the prompt, None for the first, before which there is nothing.
+    the prompt, None for the first, before which there is nothing. So do `cached_tokens`: how many of its tokens did not
+    have to be computed.
     """
 
     request_id: str
@@ -161,6 +163,7 @@ class Output:
     token_ids: tuple[int, ...] = ()
     logprobs: tuple[TokenLogprobs, ...] = ()
     prompt_logprobs: tuple[TokenLogprobs | None, ...] = ()
+    cached_tokens: int = 0
     finish_reason: FinishReason | None = None
 
 
@@ -188,7 +191,8 @@ class Sequence:
     Invariant: the KV cache holds positions [0, num_computed) of `token_ids`, in the blocks of `block_table`.
     A preempted sequence keeps its tokens, gives its blocks back and starts again at num_computed = 0.
     `num_forks` more sequences will come of this one, with the arrivals that follow its own. `block_digests` are the
-    block manager's names for the full blocks of `token_ids`, as far as it has needed them.
+    block manager's names for the full blocks of `token_ids`, as far as it has needed them. `num_cached` of its tokens
+    were in the cache when it was started first; None before.
     """
 
     request: Request
@@ -198,7 +202,8 @@ class Sequence:
     num_forks: int = 0
     matcher: Matcher | None = None
     num_computed: int = 0
-    block_table: list[int] = field(default_factory=list)
+    num_cached: int | None = None
+    block_table: array[int] = field(default_factory=lambda: array("i"))
     block_digests: list[bytes] = field(default_factory=list)
     status: Status = Status.WAITING
     finish_reason: FinishReason | None = None
@@ -220,7 +225,7 @@ class Sequence:
         forks = [Sequence.of(self.request, self.arrival + index) for index in range(1, self.num_forks + 1)]
         for index, fork in enumerate(forks, start=1):
             fork.index, fork.num_forks = index, 0
-            fork.block_table = list(self.block_table)
+            fork.block_table = self.block_table[:]
             fork.block_digests = list(self.block_digests)
             fork.num_computed = self.num_prompt
             fork.status = self.status

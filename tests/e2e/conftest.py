@@ -4,11 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import re
-import shutil
-import socket
-import subprocess
-import sys
-import tempfile
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,10 +11,10 @@ from typing import Any
 
 import httpx
 import pytest
-import yaml
 
-from scripts.torchserve import Ports, TorchServe
-from tests.handler.support import ROOT, settings
+from scripts.temporary_server import temporary_server
+from scripts.torchserve import TorchServe
+from tests.handler.support import settings
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -62,28 +57,8 @@ class Served:
 @contextlib.contextmanager
 def serving(checkpoint: Path, config: Mapping[str, Any], environ: Mapping[str, str] | None = None) -> Iterator[Served]:
     """Archive and serve `checkpoint`, and stop it in the end."""
-    # A short path: worker sockets lie below it, and their names are limited to 107 bytes.
-    folder = Path(tempfile.mkdtemp(prefix="llama-e2e-"))
-    (folder / "model-config.yaml").write_text(yaml.safe_dump(dict(config)))
-    command = ["build_archive.py", "--checkpoint", str(checkpoint), "--config", str(folder / "model-config.yaml")]
-    subprocess.run([sys.executable, *command, "--model_store", str(folder / "store")], cwd=ROOT, check=True)
-    server = TorchServe(folder=folder / "server", ports=_free_ports())
-    try:
-        server.start(model_store=folder / "store", model="llama", settings=ROOT, environ=environ)
-        server.wait_ready("llama", timeout=120)
+    with temporary_server(checkpoint, config, environ) as server:
         yield Served(server=server)
-    finally:
-        server.stop()
-        shutil.rmtree(folder, ignore_errors=True)
-
-
-def _free_ports() -> Ports:
-    with contextlib.ExitStack() as stack:
-        probes = [stack.enter_context(socket.socket()) for _ in range(5)]
-        for probe in probes:
-            probe.bind(("127.0.0.1", 0))
-        names = ("inference", "management", "metrics", "grpc_inference", "grpc_management")
-        return Ports(**{name: probe.getsockname()[1] for name, probe in zip(names, probes, strict=True)})
 
 
 @pytest.fixture(scope="session")

@@ -64,6 +64,7 @@ class Server:
     tokenizer: Tokenizer
     api: OpenAiApi
     stats: FakeStats = field(default_factory=FakeStats)
+    cached_tokens: int = 0  # of every prompt
 
     def read(self, path: str, **body: Any) -> Format:
         """The format of a call, prepared."""
@@ -138,6 +139,7 @@ class Server:
             if request.params.logprobs is not None
             else (),
             prompt_logprobs=prompt_logprobs,
+            cached_tokens=self.cached_tokens if index == step == 0 else 0,
             finish_reason=finish_reason if is_end else None,
         )
 
@@ -153,6 +155,16 @@ class Server:
         """The text of prompt ids, special tokens spelled out."""
         spelling = {token_id: piece for piece, token_id in self.tokenizer.special_tokens.items()}
         return "".join(spelling.get(token_id) or self.tokenizer.token_bytes(token_id).decode() for token_id in ids)
+
+
+def usage(prompt_tokens: int, completion_tokens: int, *, cached_tokens: int = 0) -> dict[str, Any]:
+    """As a reply has it."""
+    return {
+        "prompt_tokens": prompt_tokens,
+        "completion_tokens": completion_tokens,
+        "total_tokens": prompt_tokens + completion_tokens,
+        "prompt_tokens_details": {"cached_tokens": cached_tokens},
+    }
 
 
 def make_server(folder: Path, *, tokenizer: Tokenizer | None = None, add_bos: bool = False, **handler: Any) -> Server:

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from tests.handler.openai_support import LOGPROB, SAID, USER, FakeGrammar, Server
+from tests.handler.openai_support import LOGPROB, SAID, USER, FakeGrammar, Server, usage
 
 PATH = "v1/chat/completions"
 WEATHER = {
@@ -39,7 +39,7 @@ def test_a_reply_has_openais_shape(server: Server) -> None:
                 "finish_reason": "stop",
             }
         ],
-        "usage": {"prompt_tokens": 21, "completion_tokens": 2, "total_tokens": 23},
+        "usage": usage(21, 2),
     }
 
 

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from tests.handler.openai_support import LOGPROB, FakeGrammar, Server, make_server
+from tests.handler.openai_support import LOGPROB, FakeGrammar, Server, make_server, usage
 
 PATH = "v1/completions"
 
@@ -21,7 +21,7 @@ def test_a_reply_has_openais_shape(server: Server) -> None:
         "model": "smol",
         "system_fingerprint": "fp_1",
         "choices": [{"index": 0, "text": "xy", "logprobs": None, "finish_reason": "stop"}],
-        "usage": {"prompt_tokens": 3, "completion_tokens": 2, "total_tokens": 5},
+        "usage": usage(3, 2),
     }
 
 
@@ -111,7 +111,7 @@ def test_n_replies_come_from_one_request_and_are_counted_through(server: Server)
     assert [(choice["index"], choice["text"]) for choice in reply["choices"]] == [
         *((0, "A0"), (1, "A1"), (2, "B0"), (3, "B1!")),
     ]
-    assert reply["usage"] == {"prompt_tokens": 2, "completion_tokens": 9, "total_tokens": 11}
+    assert reply["usage"] == usage(2, 9)
 
 
 def test_best_of_samples_more_than_it_shows_and_shows_the_likeliest(server: Server) -> None:
@@ -155,7 +155,7 @@ def test_echo_repeats_the_prompt_and_scores_it(server: Server) -> None:
         "top_logprobs": [None, {"a": -0.25, "Q": -2.0}, {"x": LOGPROB}],
         "text_offset": [0, 1, 2],
     }
-    assert reply["usage"] == {"prompt_tokens": 2, "completion_tokens": 1, "total_tokens": 3}
+    assert reply["usage"] == usage(2, 1)
 
 
 def test_echo_with_max_tokens_zero_scores_and_generates_nothing(server: Server) -> None:
@@ -231,7 +231,23 @@ def test_every_event_of_a_stream_names_the_same_reply(server: Server) -> None:
 def test_include_usage_adds_one_event_without_choices(server: Server) -> None:
     *events, last = server.stream(PATH, "xy", "z", prompt="p", n=2, stream_options={"include_usage": True})
     assert all(event["usage"] is None for event in events)
-    assert (last["choices"], last["usage"]) == (*([], {"prompt_tokens": 1, "completion_tokens": 3, "total_tokens": 4}),)
+    assert (last["choices"], last["usage"]) == (
+        *(
+            [],
+            usage(1, 3),
+        ),
+    )
+
+
+def test_usage_says_how_much_of_the_prompts_was_in_the_cache(server: Server) -> None:
+    """Once for each prompt, however many replies are made to it."""
+    server.cached_tokens = 2
+    reply = server.say(PATH, "A", "B", "C", "D", prompt=["abc", "abcd"], n=2)
+    assert reply["usage"] == usage(7, 4, cached_tokens=4)
+    options = {"include_usage": True, "continuous_usage_stats": True}
+    first, *_, last = server.stream(PATH, "xy", prompt="abc", stream_options=options)
+    assert first["usage"] == usage(3, 1, cached_tokens=2)
+    assert last["usage"] == usage(3, 2, cached_tokens=2)
 
 
 def test_continuous_usage_counts_on_every_event(server: Server) -> None:

@@ -4,6 +4,7 @@ import json
 import threading
 import time
 from collections.abc import Callable, Sequence
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -286,6 +287,32 @@ def test_a_refusal_is_not_kept_waiting_for_the_engine(worker: Worker) -> None:
     worker.poll(("a", {"say": ["x"]}))
     worker.poll(("b", {}))
     assert worker.engine.waits == [transport.POLL_SECONDS, 0]
+
+
+def test_a_poll_lasts_until_shortly_before_the_next_news_unless_somebody_is_new(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """News come at 1.00 s and 1.05 s; so the next are expected at 1.10 s, and the wait for them ends at 1.09 s."""
+    clock: Any = SimpleNamespace(now=0.0)
+    clock.monotonic = lambda: clock.now
+    monkeypatch.setattr(transport, "time", clock)
+    worker = Worker()
+
+    def wait(now: float, *arrivals: tuple[str, Any], news: bool = False) -> float:
+        clock.now = now
+        if news:
+            worker.engine.say("a/0", "x")
+        worker.poll(*arrivals)
+        return worker.engine.waits[-1]
+
+    least = transport.POLL_SECONDS
+    assert wait(0.9, ("a", {"say": ["x"], "stream": True})) == least
+    assert wait(1.0, news=True) == least, "what came before was no step"
+    assert wait(1.05, news=True) == least
+    assert wait(1.06) == pytest.approx(1.09 - 1.06)
+    assert wait(1.07, ("b", {"say": ["x"]})) == least
+    assert wait(1.08) == pytest.approx(1.09 - 1.08)
+    assert wait(1.3) == least, "they are late"
 
 
 def test_what_the_engine_refuses_is_a_400_and_the_rest_of_the_list_is_taken_back(worker: Worker) -> None:

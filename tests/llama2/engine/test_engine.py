@@ -189,6 +189,16 @@ def test_seedless_requests_repeat_with_the_engines_seed_and_differ_among_each_ot
     assert first != replies(4)
 
 
+def test_the_first_output_says_how_many_tokens_of_the_prompt_were_in_the_cache(engine: Engine) -> None:
+    prompt = tuple(range(100, 150))
+    several = Request(request_id="two", prompt_ids=prompt, params=GREEDY, n=2)
+    for one, cached in ((request("one", prompt=prompt), 0), (several, 48)):
+        engine.add(one)
+        outputs = drain(engine)[one.request_id]
+        assert outputs[0].cached_tokens == sum(output.cached_tokens for output in outputs) == cached
+    assert engine.stats().cached_tokens == 48
+
+
 def test_the_thread_serves_whoever_comes(served: Engine) -> None:
     assert served.poll(0.0) == []
     for name in ("a", "b"):

@@ -1,6 +1,7 @@
 """The scheduler drives a fake model whose every token depends on every earlier one, read through a paged cache."""
 
 import dataclasses
+import pickle
 import time
 from collections.abc import Callable
 from collections.abc import Sequence as Items
@@ -61,12 +62,13 @@ class Trial:
         max_step_tokens: int = 16,
         max_batch_size: int = 4,
         families: int = 1000,
+        prefix_cache: bool = True,
     ) -> None:
         """Prompts of one family begin alike: there are `families` of them, and requests belong to them in turn."""
         self.config = EngineConfig(
             max_batch_size=max_batch_size, max_step_tokens=max_step_tokens, block_size=block_size, max_seq_len=1024
         )
-        self.blocks = BlockManager(num_blocks, block_size)
+        self.blocks = BlockManager(num_blocks, block_size, prefix_cache=prefix_cache)
         self.scheduler = Scheduler(self.config, self.blocks)
         self.model = FakeModel(block_size)
         self.sequences: list[Sequence] = []
@@ -203,7 +205,7 @@ def test_the_youngest_is_preempted_and_recomputed_with_its_own_tokens() -> None:
     old, young = trial.add(6, max_new_tokens=8), trial.add(6, max_new_tokens=8)
     plan = trial.step_until(lambda: trial.preemptions == 1)
     assert shape(plan) == [(0, 8, 1)]
-    assert (young.status, young.num_computed, young.block_table) == (Status.WAITING, 0, [])
+    assert (young.status, young.num_computed, list(young.block_table)) == (Status.WAITING, 0, [])
     assert young.num_generated == 3
     trial.drain()
     assert old.token_ids == expected_tokens(old)
@@ -249,7 +251,7 @@ def test_abort_frees_a_request_wherever_it_is(steps: int) -> None:
     for _ in range(steps):
         trial.step()
     assert trial.scheduler.abort("r0") == [sequence]
-    assert (sequence.status, sequence.finish_reason, sequence.block_table) == (Status.FINISHED, "abort", [])
+    assert (sequence.status, sequence.finish_reason, list(sequence.block_table)) == (Status.FINISHED, "abort", [])
     assert trial.blocks.num_free == trial.blocks.num_blocks
     assert not trial.scheduler.has_work
     assert trial.scheduler.schedule() is None
@@ -292,7 +294,25 @@ def test_a_plan_is_immutable() -> None:
     plan = trial.step()
     assert plan is not None
     with pytest.raises(dataclasses.FrozenInstanceError):
+        plan.step = 2  # type: ignore[misc]
+    with pytest.raises(AttributeError):
         plan.chunks[0].start = 1  # type: ignore[misc]
+    tables = [list(chunk.block_table) for chunk in plan.chunks]
+    trial.drain()
+    assert [list(chunk.block_table) for chunk in plan.chunks] == tables, "it keeps no list that goes on changing"
+
+
+def test_a_plan_arrives_on_other_ranks_as_it_was_sent() -> None:
+    """Also one that copies blocks, prefills and decodes at once."""
+    trial = Trial(num_blocks=20, max_step_tokens=8)
+    trial.add(4, max_new_tokens=9)
+    trial.add(20, score=True)
+    trial.step()
+    plan = trial.scheduler.schedule()
+    assert plan is not None
+    plan = dataclasses.replace(plan, copies=((1, 2), (3, 4)))
+    assert {chunk.logits for chunk in plan.chunks} == {"last", "all"}
+    assert pickle.loads(pickle.dumps(plan)) == plan
 
 
 def test_ten_thousand_waiting_requests_do_not_slow_a_step() -> None:
@@ -357,17 +377,26 @@ def play(trial: Trial, events: list[Event]) -> list[Sequence]:
     max_batch_size=st.integers(2, 6),
     spare_tokens=st.integers(0, 40),
     families=st.sampled_from([1, 2, 1000]),
+    prefix_cache=st.booleans(),
 )
 def test_every_request_ends_with_the_tokens_it_would_have_alone(
-    events: list[Event], block_size: int, spare_blocks: int, max_batch_size: int, spare_tokens: int, families: int
+    events: list[Event],
+    block_size: int,
+    spare_blocks: int,
+    max_batch_size: int,
+    spare_tokens: int,
+    families: int,
+    prefix_cache: bool,
 ) -> None:
-    """Whatever comes and goes, whoever shares a prefix, and however small the pool: from one longest request on."""
+    """Whatever comes and goes, whoever shares a prefix, with the prefix cache or without, and however small the pool:
+    from one longest request on."""
     trial = Trial(
         num_blocks=-(-40 // block_size) + spare_blocks,
         block_size=block_size,
         max_batch_size=max_batch_size,
         max_step_tokens=max_batch_size + spare_tokens,
         families=families,
+        prefix_cache=prefix_cache,
     )
     for sequence in play(trial, events):
         assert sequence.status is Status.FINISHED
@@ -393,6 +422,17 @@ def test_prefixes_that_requests_share_are_computed_once() -> None:
         trial.drain()
     assert (trial.scheduler.num_prompt_tokens, trial.scheduler.num_cached_tokens) == (5 * 33, 4 * 32)
     assert all(sequence.token_ids == expected_tokens(sequence) for sequence in trial.sequences)
+
+
+def test_a_request_counts_as_cached_what_it_found_and_not_what_it_computed_itself_before_a_preemption() -> None:
+    trial = Trial(max_step_tokens=64, families=1)
+    first, second = trial.add(33, 10), trial.add(41, 10)
+    trial.step()
+    trial.scheduler.preempt_all()
+    trial.drain()
+    third = trial.add(41, 10)
+    trial.drain()
+    assert [sequence.num_cached for sequence in (first, second, third)] == [0, 0, 40]
 
 
 def test_a_preempted_request_goes_on_from_the_blocks_that_nobody_took_meanwhile() -> None:
