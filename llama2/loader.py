@@ -56,7 +56,7 @@ def load_model(
         failure = next(iter(error.failures.values()))[0]
         raise ValueError(f"checkpoint {checkpoint.folder} cannot be loaded: {failure}") from error
     connect(model, mesh, collectives)
-    model.init_buffers(max_seq_len)
+    model.finish(max_seq_len)
     if collectives.rank == 0:
         held = sum(parameter.nbytes for parameter in model.parameters())
         logger.info("loaded %.2f GB on rank 0 in %.1f s", held / 1e9, time.monotonic() - started)

@@ -10,6 +10,8 @@ D = head_dim, F = hidden_dim, V vocabulary.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as functional
 from torch import nn
@@ -20,8 +22,15 @@ from llama2.config import ModelArgs
 from llama2.kernels import Kernels
 
 
-class Transformer(nn.Module):
-    """The whole model. `init_buffers` must be called once its weights are in place."""
+class Module(nn.Module):
+    """A module whose call is its `forward` and no more: hooks cost a tenth of a small model's step on a CPU."""
+
+    def __call__(self, *args: Any) -> Any:
+        return self.forward(*args)
+
+
+class Transformer(Module):
+    """The whole model. `finish` must be called once its weights are in place."""
 
     rope: torch.Tensor
 
@@ -33,12 +42,18 @@ class Transformer(nn.Module):
         self.norm = AddNorm(args, kernels)
         self.output = VocabProjection(args.dim, args.vocab_size, kernels)
 
-    def init_buffers(self, max_seq_len: int) -> None:
-        """Make the rotary table, `(max_seq_len, D / 2, 2)` of cos and sin in fp32 (RoFormer, arXiv:2104.09864)."""
+    def finish(self, max_seq_len: int) -> None:
+        """Make ready to run positions below `max_seq_len`.
+
+        The rotary table is `(max_seq_len, D / 2, 2)` of cos and sin in fp32 (RoFormer, arXiv:2104.09864).
+        """
         device, half = self.norm.weight.device, self.args.head_dim // 2
         inverse = self.args.rope_theta ** -(torch.arange(half, dtype=torch.float32, device=device) / half)
         angles = torch.outer(torch.arange(max_seq_len, dtype=torch.float32, device=device), inverse)
         self.register_buffer("rope", torch.stack((angles.cos(), angles.sin()), dim=-1), persistent=False)
+        # nn.Module looks these up in Python at every access. As plain attributes they are found at once.
+        for module in self.modules():
+            module.__dict__ |= module._parameters | module._modules
 
     def forward(self, tokens_T: torch.Tensor, batch: Batch, rows_R: torch.Tensor) -> torch.Tensor | None:
         """Run one step: store the new keys and values, and return fp32 logits (R, V) of `rows_R` on rank 0."""
@@ -52,7 +67,7 @@ class Transformer(nn.Module):
         return self.output(x_RC)
 
 
-class TransformerBlock(nn.Module):
+class TransformerBlock(Module):
     """One layer. What a branch adds to the residual stream travels beside it until the next norm, which adds it."""
 
     def __init__(self, args: ModelArgs, index: int, kernels: Kernels) -> None:
@@ -70,7 +85,7 @@ class TransformerBlock(nn.Module):
         return x_TC, self.feed_forward(normed_TC)
 
 
-class Attention(nn.Module):
+class Attention(Module):
     def __init__(self, args: ModelArgs, index: int, kernels: Kernels) -> None:
         super().__init__()
         self.index = index
@@ -83,7 +98,7 @@ class Attention(nn.Module):
         return self.wo(self.kernels.attend(q_THD, batch, self.index).flatten(1))
 
 
-class FeedForward(nn.Module):
+class FeedForward(Module):
     def __init__(self, args: ModelArgs, kernels: Kernels) -> None:
         super().__init__()
         self.kernels = kernels
@@ -94,7 +109,7 @@ class FeedForward(nn.Module):
         return self.w2(self.kernels.silu_mul(self.w13(x_TC)))
 
 
-class AddNorm(nn.Module):
+class AddNorm(Module):
     """Adds a branch to the residual stream, and normalizes the sum: returns both (RMSNorm, arXiv:1910.07467)."""
 
     def __init__(self, args: ModelArgs, kernels: Kernels) -> None:
@@ -107,7 +122,7 @@ class AddNorm(nn.Module):
         return self.kernels.add_rms_norm(x_TC, branch_TC, self.weight, self.eps)
 
 
-class Linear(nn.Module):
+class Linear(Module):
     """A linear layer that may hold a share of its output features."""
 
     def __init__(self, in_features: int, out_features: int, kernels: Kernels) -> None:
@@ -128,7 +143,7 @@ class RowLinear(Linear):
         return self.collectives.all_reduce(super().forward(x))
 
 
-class VocabEmbedding(nn.Module):
+class VocabEmbedding(Module):
     """An embedding that may hold the rows [first, first + len(weight)): ids outside give zero, and the ranks sum."""
 
     collectives: Collectives = SingleRank()
@@ -147,7 +162,7 @@ class VocabEmbedding(nn.Module):
         return self.collectives.all_reduce(x_TC.masked_fill(elsewhere_T[:, None], 0.0))
 
 
-class VocabProjection(nn.Module):
+class VocabProjection(Module):
     """The output head, which may hold a share of the vocabulary: rank 0 gets all logits, in fp32."""
 
     collectives: Collectives = SingleRank()
