@@ -68,10 +68,7 @@ inline void score(const T* const (&queries)[N], const T* keys, const int64_t* of
     for (auto& row : sums)
       for (auto& one : row) one = L::zero();
     dot(queries, four, dim, sums, [](const T*) {});
-    for (int n = 0; n < N; n++) {
-      const auto totals = L::totals(sums[n][0], sums[n][1], sums[n][2], sums[n][3]);
-      std::copy(totals.begin(), totals.end(), scores[n] + p);
-    }
+    for (int n = 0; n < N; n++) store4(scores[n] + p, L::totals(sums[n][0], sums[n][1], sums[n][2], sums[n][3]));
   }
 }
 

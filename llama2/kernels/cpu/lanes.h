@@ -52,6 +52,16 @@ inline void for_lanes(int64_t size, const Step& step) {
   if (i < size) step(i, size - i);
 }
 
+// Four values, rounded as the type rounds.
+inline void store4(float* to, const std::array<float, 4>& values) { std::copy(values.begin(), values.end(), to); }
+inline void store4(BFloat16* to, const std::array<float, 4>& values) {
+#ifdef __AVX512BF16__
+  _mm_storel_epi64(reinterpret_cast<__m128i*>(to), (__m128i)_mm_cvtneps_pbh(_mm_loadu_ps(values.data())));
+#else
+  std::copy(values.begin(), values.end(), to);
+#endif
+}
+
 inline float sum(const Floats& values) {
   return at::vec::vec_reduce_all<float>([](const Floats& a, const Floats& b) { return a + b; }, values);
 }

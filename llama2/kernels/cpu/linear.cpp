@@ -26,10 +26,8 @@ inline void tile(const BFloat16* x, const BFloat16* w, BFloat16* y, int64_t inpu
     dot(xs, ws, inputs, sums, [&](const BFloat16* at) { __builtin_prefetch(at + kOutputs * inputs); });
   else
     dot(xs, ws, inputs, sums, [](const BFloat16*) {});
-  for (int m = 0; m < R; m++) {
-    const auto totals = L::totals(sums[m][0], sums[m][1], sums[m][2], sums[m][3]);
-    std::copy(totals.begin(), totals.end(), y + m * outputs);
-  }
+  for (int m = 0; m < R; m++)
+    store4(y + m * outputs, L::totals(sums[m][0], sums[m][1], sums[m][2], sums[m][3]));
 }
 
 inline void all_rows(const BFloat16* x, const BFloat16* w, BFloat16* y, int64_t rows, int64_t inputs, int64_t outputs) {
