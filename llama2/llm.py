@@ -40,6 +40,8 @@ class LLM:
         block_size: int = 16,
         kv_memory_fraction: float | None = None,
         prefix_cache: bool = True,
+        cuda_graphs: bool = True,
+        symm_mem_all_reduce: bool = False,
         seed: int | None = None,
     ) -> None:
         """See `EngineConfig` for the sizes and `Engine.from_checkpoint` for the rest.
@@ -59,6 +61,8 @@ class LLM:
                 block_size=block_size,
                 kv_memory_fraction=kv_memory_fraction,
                 prefix_cache=prefix_cache,
+                cuda_graphs=cuda_graphs,
+                symm_mem_all_reduce=symm_mem_all_reduce,
                 seed=seed,
             ),
         )

@@ -7,21 +7,50 @@ from __future__ import annotations
 
 import logging
 import time
+import warnings
+from collections.abc import Callable, Mapping
 
 import torch
 import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import DTensor
 from tqdm import tqdm
 
 from llama2.checkpoint.dcp import DcpFolder
 from llama2.checkpoint.mapped import MappedReader
 from llama2.collectives import Collectives
+from llama2.config import ModelArgs
 from llama2.kernels import choose_kernels
 from llama2.model import Transformer
 from llama2.parallel import allocate, connect
 
 logger = logging.getLogger(__name__)
+
+# Copies into a GPU's memory that are on their way at once.
+GPU_STREAMS = 4
+
+
+def build_model(
+    args: ModelArgs,
+    mesh: DeviceMesh,
+    collectives: Collectives,
+    *,
+    dtype: torch.dtype,
+    device: torch.device,
+    max_seq_len: int,
+    fill: Callable[[Mapping[str, DTensor]], None],
+) -> Transformer:
+    """This rank's share of a model, in `dtype` on `device`, ready to run positions below `max_seq_len`.
+
+    `fill` gives the weights their values: by Meta's names, as DTensors in the at-rest shapes.
+    """
+    with torch.device("meta"):
+        model = Transformer(args, choose_kernels(device, dtype))
+    fill(allocate(model, mesh, dtype=dtype, device=device))
+    connect(model, mesh, collectives)
+    model.finish(max_seq_len)
+    return model.eval()
 
 
 def load_model(
@@ -32,32 +61,35 @@ def load_model(
     dtype: torch.dtype,
     device: torch.device,
     max_seq_len: int,
+    threads: int,
 ) -> Transformer:
-    """This rank's share of the model, in `dtype` on `device`, ready to run positions below `max_seq_len`.
+    """`build_model` with a checkpoint's weights, read by `threads` threads on a CPU.
 
     Raises:
         ValueError: a file of the checkpoint is damaged.
     """
     started = time.monotonic()
-    with torch.device("meta"):
-        model = Transformer(checkpoint.args, choose_kernels(device, dtype))
-    at_rest = allocate(model, mesh, dtype=dtype, device=device)
+
+    def fill(at_rest: Mapping[str, DTensor]) -> None:
+        total = sum(weight.to_local().nbytes for weight in at_rest.values())
+        with (
+            tqdm(total=total, desc="loading", unit="B", unit_scale=True, delay=2, disable=collectives.rank != 0) as bar,
+            warnings.catch_warnings(),
+        ):
+            # Every rank finds its own pieces: there is nothing to agree on.
+            warnings.filterwarnings("ignore", message=".*assuming the intent is to load in a single process.*")
+            streams = GPU_STREAMS if device.type == "cuda" else threads
+            reader = MappedReader(checkpoint.folder, threads=streams, progress=bar.update)
+            dcp.load(dict(at_rest), storage_reader=reader, no_dist=True)
+
     try:
-        with tqdm(
-            total=sum(parameter.nbytes for parameter in model.parameters()),
-            desc="loading",
-            unit="B",
-            unit_scale=True,
-            delay=2,
-            disable=collectives.rank != 0,
-        ) as bar:
-            dcp.load(at_rest, storage_reader=MappedReader(checkpoint.folder, bar.update))
+        model = build_model(
+            checkpoint.args, mesh, collectives, dtype=dtype, device=device, max_seq_len=max_seq_len, fill=fill
+        )
     except CheckpointException as error:  # a BaseException: it would pass every handler above
         failure = next(iter(error.failures.values()))[0]
         raise ValueError(f"checkpoint {checkpoint.folder} cannot be loaded: {failure}") from error
-    connect(model, mesh, collectives)
-    model.finish(max_seq_len)
     if collectives.rank == 0:
         held = sum(parameter.nbytes for parameter in model.parameters())
         logger.info("loaded %.2f GB on rank 0 in %.1f s", held / 1e9, time.monotonic() - started)
-    return model.eval()
+    return model

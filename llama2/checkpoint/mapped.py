@@ -21,16 +21,17 @@ from torch.futures import Future
 if TYPE_CHECKING:
     from typing_extensions import Buffer
 
-# Copies into a GPU's memory that are on their way at once. A copy in a CPU's own memory is divided by torch.
-_STREAMS = 4
-
 
 class MappedReader(dcp.FileSystemReader):
-    """A reader for `dcp.load`. `progress` is told the bytes of each piece that has arrived, by any thread."""
+    """A reader for `dcp.load`, with `threads` copies on their way at once.
 
-    def __init__(self, folder: Path, progress: Callable[[int], object]) -> None:
+    `progress` is told the bytes of each piece that has arrived, by any thread.
+    """
+
+    def __init__(self, folder: Path, *, threads: int, progress: Callable[[int], object]) -> None:
         super().__init__(folder)
         self._folder = folder
+        self._threads = threads
         self._progress = progress
         self._mappings: dict[str, mmap.mmap] = {}
 
@@ -45,12 +46,10 @@ class MappedReader(dcp.FileSystemReader):
             self._progress(target.nbytes)
 
         items = sorted(plan.items, key=self._place)
-        if items and planner.resolve_tensor(items[0]).is_cuda:
-            with ThreadPoolExecutor(_STREAMS) as pool:
-                list(pool.map(copy, items))
-        else:
-            for item in items:
-                copy(item)
+        for name in {name for name, _ in map(self._place, items)}:
+            self._map(name)
+        with ThreadPoolExecutor(self._threads) as pool:
+            list(pool.map(copy, items))
         done: Future[None] = Future()
         done.set_result(None)
         return done

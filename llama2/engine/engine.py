@@ -15,9 +15,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch.distributed.device_mesh import DeviceMesh
 
 from llama2.checkpoint.dcp import DcpFolder
-from llama2.collectives import connect
+from llama2.collectives import Collectives, connect
 from llama2.config import EngineConfig, ModelArgs
 from llama2.engine.block_manager import BlockManager
 from llama2.engine.lockstep import Lockstep, agree
@@ -28,8 +29,10 @@ from llama2.engine.scheduler import Plan, Scheduler
 from llama2.engine.sequence import FinishReason, Output, Request, Sequence
 from llama2.kv_cache import KVCache, count_blocks
 from llama2.loader import load_model
+from llama2.model import Transformer
 from llama2.parallel import build_mesh, choose_device, init_process_group, local_kv_heads
 from llama2.text_stream import TextStream
+from llama2.threads import undivided
 from llama2.tokenizer import Tokenizer, load_tokenizer
 
 logger = logging.getLogger(__name__)
@@ -121,8 +124,36 @@ class Engine:
         dtype = dtype or (torch.bfloat16 if device.type == "cuda" else checkpoint.dtype)
         init_process_group(device)
         mesh = build_mesh(args, device.type)
-        collectives = connect(device)
-        model = load_model(checkpoint, mesh, collectives, dtype=dtype, device=device, max_seq_len=config.max_seq_len)
+        with undivided() as threads:
+            collectives = connect(device, symm_mem_all_reduce=config.symm_mem_all_reduce)
+            model = load_model(
+                checkpoint,
+                mesh,
+                collectives,
+                dtype=dtype,
+                device=device,
+                max_seq_len=config.max_seq_len,
+                threads=threads,
+            )
+            return cls.from_model(model, mesh, collectives, tokenizer=tokenizer, config=config)
+
+    @classmethod
+    def from_model(
+        cls,
+        model: Transformer,
+        mesh: DeviceMesh,
+        collectives: Collectives,
+        *,
+        tokenizer: Tokenizer,
+        config: EngineConfig,
+    ) -> Engine:
+        """An engine for a model that is ready to run positions up to `config.max_seq_len`. Called on every rank.
+
+        Raises:
+            ValueError: the memory does not hold one sequence of that length.
+            LockstepError: the ranks were given different settings.
+        """
+        args, dtype, device = model.args, model.norm.weight.dtype, model.norm.weight.device
         n_kv_heads = local_kv_heads(args, mesh)
         num_blocks = agree(
             (args, config, dtype, tokenizer.vocab_size),
@@ -145,7 +176,7 @@ class Engine:
             args=args,
             config=config,
             tokenizer=tokenizer,
-            group=Lockstep(Runner(model, cache, device), collectives),
+            group=Lockstep(Runner(model, cache, device, config), collectives),
             num_blocks=num_blocks,
         )
 
@@ -351,7 +382,9 @@ class Engine:
                     self._open_stream(fork)
             rows += [row - 1] * len(replies)
             sequences += replies
-        sampled = self._sampler.sample(logits_RV[rows], sequences) if rows else []
+        # Mostly that is every row in its place: then no index goes to the device, and no row is copied.
+        wanted_RV = logits_RV if rows == list(range(len(logits_RV))) else logits_RV[rows]
+        sampled = self._sampler.sample(wanted_RV, sequences) if rows else []
         by_key = {sequence.arrival: one for sequence, one in zip(sequences, sampled, strict=True)}
         gained = self._scheduler.update(plan, {key: one.token_id for key, one in by_key.items()})
         outputs = [self._advance(sequence, by_key[sequence.arrival]) for sequence in gained]

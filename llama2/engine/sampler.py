@@ -8,6 +8,8 @@ and presence penalty; temperature; top_k; top_p; min_p; draw. After the temperat
 probabilities relative to the likeliest token's, and every filter is a floor under which weights become 0. So tokens of
 equal weight stay or go together, and nothing depends on the order in which a device sorts them.
 
+The host waits for the device once, for the ids themselves; what it must know beside them takes the place of an id.
+
 Axes: R rows, N those rows that a step is about, V vocabulary, K candidates.
 """
 
@@ -18,16 +20,20 @@ import random
 from collections import Counter
 from collections.abc import Sequence as Items
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional
 
-from llama2.engine.sequence import MAX_LOGPROBS, SamplingParams, Sequence, TokenLogprobs
+from llama2.engine.sequence import MAX_LOGPROBS, Sequence, TokenLogprobs
 
 # How many of the likeliest tokens are looked at before a row is sorted whole: a nucleus is nearly always small, and
-# sorting a large vocabulary costs more than all the rest together.
-_CANDIDATES = (64, 1024)
+# sorting a large vocabulary costs more than all the rest together. On a GPU another round costs more than a wider one.
+_CANDIDATES = {"cpu": (64, 1024), "cuda": (1024,)}
+
+# In the place of an id: the row holds NaN or infinity; its nucleus does not end among the candidates.
+_BROKEN, _OPEN = -1, -2
 
 # The width of the blocks in which weights are summed for the draw.
 _BLOCK = 256
@@ -62,32 +68,76 @@ class Sampler:
         Raises:
             FloatingPointError: a row holds NaN or +inf, or allows no token at all; the message names its request.
         """
-        _check_finite(logits, sequences)
+        is_sound_R = torch.isfinite(logits.amax(dim=-1))  # amax hands a NaN on
         logits_RV = _penalize(_restrict(logits.float(), sequences), sequences)
-        peak_R, token_R = logits_RV.max(dim=-1)  # the first maximum: the lowest id where several are equal
-        drawn = [row for row, sequence in enumerate(sequences) if sequence.request.params.temperature > 0]
-        if drawn:
-            token_R[drawn] = self._draw(
-                _select(logits_RV, drawn), peak_R[drawn], token_R[drawn], [sequences[row] for row in drawn]
-            )
-        token_ids = token_R.tolist()
+        peak_R, likeliest_R = logits_RV.max(dim=-1)  # the first maximum: the lowest id where several are equal
+        token_R = torch.where(is_sound_R, likeliest_R, _BROKEN)
+        token_ids: list[int] = []
+        rows = [row for row, sequence in enumerate(sequences) if sequence.request.params.temperature > 0]
+        for size in _candidate_sizes(logits):
+            if rows:
+                at_N = _index(rows, logits)
+                drawn_N = self._draw(
+                    _select(logits_RV, at_N),
+                    _select(peak_R, at_N),
+                    _select(likeliest_R, at_N),
+                    [sequences[row] for row in rows],
+                    size,
+                )
+                token_R = _put(token_R, at_N, torch.where(_select(is_sound_R, at_N), drawn_N, _BROKEN))
+            token_ids = token_R.tolist()
+            rows = [row for row, token_id in enumerate(token_ids) if token_id == _OPEN]
+            if not rows:
+                break
+        for sequence, token_id in zip(sequences, token_ids, strict=True):
+            if token_id == _BROKEN:
+                raise FloatingPointError(
+                    f"the logits of request {sequence.request.request_id!r} at position {len(sequence.token_ids)} hold "
+                    f"NaN or infinity"
+                )
         logprobs = _logprobs(logits, token_ids, sequences)
         return [Sampled(token_id=token_id, logprobs=logprobs.get(row)) for row, token_id in enumerate(token_ids)]
 
-    def _draw(self, logits_NV: Tensor, peak_N: Tensor, likeliest_N: Tensor, sequences: Items[Sequence]) -> Tensor:
-        """Invert each row's cumulative distribution, in the order of the vocabulary, at one uniform number."""
+    def _draw(
+        self, logits_NV: Tensor, peak_N: Tensor, likeliest_N: Tensor, sequences: Items[Sequence], size: int
+    ) -> Tensor:
+        """Invert each row's cumulative distribution, in the order of the vocabulary, at one uniform number.
+
+        _OPEN where it takes more than the `size` likeliest tokens to know what top_k and top_p leave.
+        """
         params = [sequence.request.params for sequence in sequences]
-        device = logits_NV.device
-        temperature_N = torch.tensor([one.temperature for one in params], dtype=torch.float32, device=device)
+        vocab_size = logits_NV.shape[-1]
+        numbers = [
+            [one.temperature for one in params],
+            [one.min_p for one in params],
+            [min(one.top_k or vocab_size, vocab_size) for one in params],
+            [one.top_p for one in params],
+            [self._uniform(sequence) for sequence in sequences],
+        ]
+        temperature_N, min_p_N, top_k_N, top_p_N, uniform_N = _upload(numbers, logits_NV, torch.float64).unbind()
         # The peak becomes 0 before the division, so no temperature overflows; the clamp keeps 0 / 0 away.
-        temperature_N.clamp_(min=torch.finfo(torch.float32).tiny)
+        temperature_N = temperature_N.float().clamp_(min=torch.finfo(torch.float32).tiny)
         weights_NV = (logits_NV - peak_N[:, None]).div_(temperature_N[:, None]).exp_()
-        weights_NV = _filter(weights_NV, params)
-        uniform = [self._uniform(sequence) for sequence in sequences]
-        token_N = _invert(weights_NV, torch.tensor(uniform, dtype=torch.float64, device=device))
+        is_open_N = torch.zeros_like(likeliest_N, dtype=torch.bool)
+        rows = [row for row, one in enumerate(params) if 0 < one.top_k < vocab_size or one.top_p < 1]
+        if rows or any(one.min_p for one in params):
+            floor_N = min_p_N.float()
+            if rows:
+                at_M = _index(rows, logits_NV)
+                nucleus_M, is_open_M = _nucleus_floor(
+                    _select(weights_NV, at_M),
+                    _select(top_k_N.long(), at_M),
+                    _select(top_p_N, at_M),
+                    has_top_k=any(0 < one.top_k < vocab_size for one in params),
+                    size=size,
+                )
+                floor_N = _put(floor_N, at_M, torch.maximum(_select(floor_N, at_M), nucleus_M))
+                is_open_N = _put(is_open_N, at_M, is_open_M)
+            weights_NV.masked_fill_(weights_NV < floor_N[:, None], 0)
+        token_N = _invert(weights_NV, uniform_N)
         # Where the two sums of `_invert` round apart, a number in the gap may fall on a token that is ruled out.
         is_possible_N = weights_NV.gather(-1, token_N[:, None])[:, 0] > 0
-        return torch.where(is_possible_N, token_N, likeliest_N)
+        return torch.where(is_open_N, _OPEN, torch.where(is_possible_N, token_N, likeliest_N))
 
     def _uniform(self, sequence: Sequence) -> float:
         """The number in (0, 1) that decides the sequence's next token: the same on every device and version."""
@@ -101,19 +151,29 @@ class Sampler:
         return ((int.from_bytes(digest, "little") >> 12) + 0.5) / 2**52
 
 
-def _check_finite(logits_RV: Tensor, sequences: Items[Sequence]) -> None:
-    is_finite = torch.isfinite(logits_RV.amax(dim=-1)).tolist()  # amax hands a NaN on
-    for sequence, finite in zip(sequences, is_finite, strict=True):
-        if not finite:
-            raise FloatingPointError(
-                f"the logits of request {sequence.request.request_id!r} at position {len(sequence.token_ids)} hold "
-                f"NaN or infinity"
-            )
+def _candidate_sizes(logits_RV: Tensor) -> list[int]:
+    vocab_size = logits_RV.shape[-1]
+    return [*(size for size in _CANDIDATES[logits_RV.device.type] if size < vocab_size), vocab_size]
 
 
-def _select(values_RV: Tensor, rows: list[int]) -> Tensor:
-    """The rows in question, without a copy if that is all of them, as it mostly is."""
-    return values_RV if len(rows) == len(values_RV) else values_RV[rows]
+def _upload(values: list[Any], beside: Tensor, dtype: torch.dtype = torch.int64) -> Tensor:
+    """Numbers, or rows of them, on another tensor's device. Copies from memory that is not pinned would wait for it."""
+    device = beside.device
+    return torch.tensor(values, dtype=dtype, pin_memory=device.type == "cuda").to(device, non_blocking=True)
+
+
+def _index(rows: list[int], values_RV: Tensor) -> Tensor | None:
+    """The rows in question, None if that is all of them, as it mostly is."""
+    return None if len(rows) == len(values_RV) else _upload(rows, values_RV)
+
+
+def _select(values_RV: Tensor, rows_N: Tensor | None) -> Tensor:
+    return values_RV if rows_N is None else values_RV.index_select(0, rows_N)
+
+
+def _put(values_R: Tensor, rows_N: Tensor | None, values_N: Tensor) -> Tensor:
+    """`values_R` with other values in those rows."""
+    return values_N if rows_N is None else values_R.index_copy(0, rows_N, values_N)
 
 
 def _restrict(logits_RV: Tensor, sequences: Items[Sequence]) -> Tensor:
@@ -125,8 +185,8 @@ def _restrict(logits_RV: Tensor, sequences: Items[Sequence]) -> Tensor:
     for row in rows:
         bias, matcher = sequences[row].request.params.logit_bias, sequences[row].matcher
         if bias:
-            values = torch.tensor(list(bias.values()), dtype=torch.float32, device=logits_RV.device)
-            logits_RV[row, list(bias)] += values
+            values = _upload(list(bias.values()), logits_RV, torch.float32)
+            logits_RV[row].index_add_(0, _upload(list(bias), logits_RV), values)
         if matcher:
             matcher.restrict(logits_RV[row])
     return logits_RV
@@ -154,16 +214,13 @@ def _penalize(logits_RV: Tensor, sequences: Items[Sequence]) -> Tensor:
     if not rows:
         return logits_RV
 
-    def tensor(values: list[int] | list[float], dtype: torch.dtype = torch.float32) -> Tensor:
-        return torch.tensor(values, dtype=dtype, device=logits_RV.device)
-
     # T: each token that a row has seen, once.
-    row_T, token_T, count_T = tensor(rows, torch.int64), tensor(token_ids, torch.int64), tensor(counts)
+    row_T, token_T, count_T = _upload([rows, token_ids, counts], logits_RV).unbind()
     every = [sequence.request.params for sequence in sequences]
     limits = torch.finfo(torch.float32)
-    repetition_T = tensor([params.repetition_penalty for params in every]).clamp_(min=limits.tiny)[row_T]
-    presence_T = tensor([params.presence_penalty for params in every])[row_T]
-    frequency_T = tensor([params.frequency_penalty for params in every])[row_T]
+    penalties = [[one.repetition_penalty, one.presence_penalty, one.frequency_penalty] for one in every]
+    repetition_T, presence_T, frequency_T = _upload(penalties, logits_RV, torch.float32)[row_T].unbind(-1)
+    repetition_T = repetition_T.clamp(min=limits.tiny)
     logit_T = logits_RV[row_T, token_T]
     logit_T = torch.where(logit_T < 0, logit_T * repetition_T, logit_T / repetition_T)
     logit_T -= frequency_T * count_T + presence_T * (count_T > 0)
@@ -171,45 +228,25 @@ def _penalize(logits_RV: Tensor, sequences: Items[Sequence]) -> Tensor:
     return logits_RV.index_put((row_T, token_T), logit_T.clamp_(max=limits.max))
 
 
-def _filter(weights_NV: Tensor, params: list[SamplingParams]) -> Tensor:
-    """Set to 0, in place, what top_k, then top_p of the rest, then min_p leave out; the likeliest (weight 1) stay."""
-    vocab_size, device = weights_NV.shape[-1], weights_NV.device
-    if all(one.top_k == 0 and one.top_p == 1 and one.min_p == 0 for one in params):
-        return weights_NV
-    floor_N = torch.tensor([one.min_p for one in params], dtype=torch.float32, device=device)
-    rows = [row for row, one in enumerate(params) if 0 < one.top_k < vocab_size or one.top_p < 1]
-    if rows:
-        top_k_N = torch.tensor([min(params[row].top_k or vocab_size, vocab_size) for row in rows], device=device)
-        top_p_N = torch.tensor([params[row].top_p for row in rows], dtype=torch.float64, device=device)
-        floor_N[rows] = torch.maximum(floor_N[rows], _nucleus_floor(_select(weights_NV, rows), top_k_N, top_p_N))
-    return weights_NV.masked_fill_(weights_NV < floor_N[:, None], 0)
-
-
-def _nucleus_floor(weights_NV: Tensor, top_k_N: Tensor, top_p_N: Tensor) -> Tensor:
+def _nucleus_floor(
+    weights_NV: Tensor, top_k_N: Tensor, top_p_N: Tensor, *, has_top_k: bool, size: int
+) -> tuple[Tensor, Tensor]:
     """The least weight that stays: of the top_k largest, the fewest that together reach top_p of their sum.
 
-    Each row is settled with as few candidates as prove the answer; the last round has them all.
+    From the `size` largest weights; the second result says where these do not prove the answer.
     """
     vocab_size = weights_NV.shape[-1]
-    floor_N = weights_NV.new_empty(weights_NV.shape[0])
-    open_N = torch.arange(weights_NV.shape[0], device=weights_NV.device)
-    for size in [*(size for size in _CANDIDATES if size < vocab_size), vocab_size]:
-        candidates_NK = weights_NV.topk(size, dim=-1).values
-        has_top_k_N = top_k_N < vocab_size
-        k_floor_N = candidates_NK.gather(-1, top_k_N.clamp(max=size)[:, None] - 1)[:, 0] * has_top_k_N
-        kept_NV = torch.where(weights_NV < k_floor_N[:, None], 0, weights_NV) if has_top_k_N.any() else weights_NV
-        mass_N = top_p_N * kept_NV.sum(dim=-1)
-        cumulative_NK = candidates_NK.cumsum(dim=-1, dtype=torch.float64)
-        # A candidate stays as long as those before it do not yet reach the mass.
-        num_kept_N = (cumulative_NK - candidates_NK < mass_N[:, None]).sum(dim=-1)
-        p_floor_N = candidates_NK.gather(-1, num_kept_N[:, None] - 1)[:, 0]
-        floor_N[open_N] = torch.maximum(k_floor_N, p_floor_N)
-        is_open_N = (has_top_k_N & (top_k_N > size)) | (cumulative_NK[:, -1] < mass_N)
-        if not is_open_N.any():
-            break
-        open_N, weights_NV = open_N[is_open_N], weights_NV[is_open_N]
-        top_k_N, top_p_N = top_k_N[is_open_N], top_p_N[is_open_N]
-    return floor_N
+    candidates_NK = weights_NV.topk(size, dim=-1).values
+    has_top_k_N = top_k_N < vocab_size
+    k_floor_N = candidates_NK.gather(-1, top_k_N.clamp(max=size)[:, None] - 1)[:, 0] * has_top_k_N
+    kept_NV = torch.where(weights_NV < k_floor_N[:, None], 0, weights_NV) if has_top_k else weights_NV
+    mass_N = top_p_N * kept_NV.sum(dim=-1)
+    cumulative_NK = candidates_NK.cumsum(dim=-1, dtype=torch.float64)
+    # A candidate stays as long as those before it do not yet reach the mass. In a row of NaN none does.
+    num_kept_N = (cumulative_NK - candidates_NK < mass_N[:, None]).sum(dim=-1).clamp_(min=1)
+    p_floor_N = candidates_NK.gather(-1, num_kept_N[:, None] - 1)[:, 0]
+    is_open_N = (has_top_k_N & (top_k_N > size)) | (cumulative_NK[:, -1] < mass_N)
+    return torch.maximum(k_floor_N, p_floor_N), is_open_N & (size < vocab_size)
 
 
 def _invert(weights_NV: Tensor, uniform_N: Tensor) -> Tensor:
@@ -224,7 +261,8 @@ def _invert(weights_NV: Tensor, uniform_N: Tensor) -> Tensor:
     sums_NB = blocks_NBW.sum(dim=-1).double()
     cumulative_NB = sums_NB.cumsum(dim=-1)
     target_N1 = uniform_N[:, None] * cumulative_NB[:, -1:]
-    block_N1 = torch.searchsorted(cumulative_NB, target_N1)
+    # In a row of NaN, which is refused later, the search goes past the end.
+    block_N1 = torch.searchsorted(cumulative_NB, target_N1).clamp_(max=cumulative_NB.shape[-1] - 1)
     before_N1 = (cumulative_NB - sums_NB).gather(-1, block_N1)
     block_NW = blocks_NBW.take_along_dim(block_N1[:, :, None], dim=1)[:, 0].double()
     offset_N1 = torch.searchsorted(block_NW.cumsum(dim=-1), target_N1 - before_N1)
@@ -237,15 +275,18 @@ def _logprobs(logits_RV: Tensor, token_ids: list[int], sequences: Items[Sequence
     rows = [row for row, number in wanted.items() if number is not None]
     if not rows:
         return {}
-    found = token_logprobs(logits_RV[rows], [token_ids[row] for row in rows], [wanted[row] or 0 for row in rows])
+    found = token_logprobs(
+        _select(logits_RV, _index(rows, logits_RV)),
+        [token_ids[row] for row in rows],
+        [wanted[row] or 0 for row in rows],
+    )
     return dict(zip(rows, found, strict=True))
 
 
 def token_logprobs(logits_NV: Tensor, token_ids: Items[int], num_top: Items[int]) -> list[TokenLogprobs]:
     """For each row the log-probability of its token and the `num_top` likeliest, under the model's own distribution."""
     logprobs_NV = logits_NV.float().log_softmax(dim=-1)
-    chosen_N1 = torch.tensor([[token_id] for token_id in token_ids], device=logits_NV.device)
-    chosen = logprobs_NV.gather(-1, chosen_N1)[:, 0].tolist()
+    chosen = logprobs_NV.gather(-1, _upload(list(token_ids), logits_NV)[:, None])[:, 0].tolist()
     # Always the same number of them, so that ties do not fall otherwise for a row beside one that asks for more.
     top = logprobs_NV.topk(min(MAX_LOGPROBS, logprobs_NV.shape[-1]), dim=-1)
     result = []

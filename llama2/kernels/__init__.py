@@ -47,6 +47,10 @@ def choose_kernels(device: torch.device, dtype: torch.dtype) -> Kernels:
 
         if load_library():
             return CpuKernels(dtype)
+    if device.type == "cuda":
+        from llama2.kernels.cuda import CudaKernels
+
+        return CudaKernels()
     from llama2.kernels.plain import PlainKernels
 
     return PlainKernels()

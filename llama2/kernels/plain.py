@@ -31,7 +31,7 @@ class PlainKernels:
     def attend(self, q_THD: torch.Tensor, batch: Batch, layer: int) -> torch.Tensor:
         out_THD = torch.empty_like(q_THD)
         for sequence in range(len(batch.spans)):
-            attend_span(q_THD, batch, layer, sequence, out_THD)
+            _attend_span(q_THD, batch, layer, sequence, out_THD)
         return out_THD
 
     def silu_mul(self, gate_up_T2F: torch.Tensor) -> torch.Tensor:
@@ -45,7 +45,7 @@ def _rotate(x_THD: torch.Tensor, rope_TD2: torch.Tensor) -> torch.Tensor:
     return torch.stack((even * cos - odd * sin, even * sin + odd * cos), dim=-1).flatten(-2).type_as(x_THD)
 
 
-def attend_span(q_THD: torch.Tensor, batch: Batch, layer: int, sequence: int, out_THD: torch.Tensor) -> None:
+def _attend_span(q_THD: torch.Tensor, batch: Batch, layer: int, sequence: int, out_THD: torch.Tensor) -> None:
     """Attention of one sequence's T newest positions over its L, by PyTorch's own kernel, into its rows of `out_THD`.
 
     A single query row takes the heads of a group as rows, so that a key head is read once for all of them and never

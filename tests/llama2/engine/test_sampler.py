@@ -164,6 +164,26 @@ def test_each_row_sorts_only_as_many_candidates_as_it_needs(monkeypatch: pytest.
     assert asked == [(2, 64), (1, 1024), (1, 3000)]
 
 
+@pytest.mark.parametrize(
+    "rows", [[{"temperature": 0.0}] * 3, [{}] * 3, [{"temperature": 0.0}, {"top_k": 5}, {"min_p": 0.1}]]
+)
+def test_the_host_waits_for_the_device_once(monkeypatch: pytest.MonkeyPatch, rows: list[dict[str, Any]]) -> None:
+    """Every number that it asks of a tensor would be a wait; it asks for the ids, and for nothing else."""
+    asked: list[str] = []
+    for name in ("tolist", "item", "__bool__", "__int__", "__float__", "nonzero"):
+        original = getattr(torch.Tensor, name)
+
+        def counted(self: torch.Tensor, *args: Any, name: str = name, original: Any = original) -> Any:
+            asked.append(name)
+            return original(self, *args)
+
+        monkeypatch.setattr(torch.Tensor, name, counted)
+    logits = make_logits(3, 3000)
+    logits[:, 5] = 40.0
+    Sampler(0).sample(logits, [make_sequence(row, **params) for row, params in enumerate(rows)])
+    assert asked == ["tolist"]
+
+
 MIXED: list[dict[str, Any]] = [
     {"temperature": 0.0},
     {},
@@ -289,12 +309,13 @@ def test_an_extreme_repetition_penalty_is_no_fault_of_the_model(repetition_penal
 @pytest.mark.parametrize("bad", [math.nan, math.inf])
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("filters", [{}, {"top_p": 1.0}, {"top_k": 70, "min_p": 0.1}])
 def test_a_model_that_computes_no_numbers_is_an_error_that_names_the_request(
-    bad: float, temperature: float, dtype: torch.dtype
+    bad: float, temperature: float, dtype: torch.dtype, filters: dict[str, Any]
 ) -> None:
-    logits = make_logits(3, 100).to(dtype)
+    logits = make_logits(3, 3000).to(dtype)
     logits[1, 50] = bad
-    sequences = [make_sequence(row, temperature=temperature, repetition_penalty=1.1) for row in range(3)]
+    sequences = [make_sequence(row, temperature=temperature, repetition_penalty=1.1, **filters) for row in range(3)]
     with pytest.raises(FloatingPointError, match="request 'r1'"):
         Sampler(0).sample(logits, sequences)
     logits[1] = -math.inf

@@ -1,0 +1,153 @@
+"""Owns the engine that is measured: one with a checkpoint's weights, or with random ones in a named shape.
+
+The engine is the server's, driven by hand; under torchrun every rank makes one. Knows no peer and no figures.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import tempfile
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from itertools import count
+from pathlib import Path
+
+import psutil
+import tokenizers
+import torch
+import torch.distributed as dist
+from torch.distributed.tensor import DTensor
+
+from benchmarks.limits import kv_bytes_per_token, read_parameters
+from benchmarks.peers.protocol import Done, Work
+from llama2.collectives import connect
+from llama2.config import EngineConfig, ModelArgs
+from llama2.engine.engine import Engine
+from llama2.engine.sequence import Request, SamplingParams
+from llama2.loader import build_model
+from llama2.parallel import build_mesh
+from llama2.threads import undivided
+from llama2.tokenizer import Tokenizer, load_tokenizer
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Cell:
+    """One piece of work: `batch` prompts of `context` tokens."""
+
+    batch: int
+    context: int
+
+    def length(self, new_tokens: int, max_step_tokens: int) -> int:
+        """Positions that the longest sequence takes: the first, which decodes while the other prompts are computed."""
+        early = math.ceil(self.batch * self.context / (max_step_tokens - self.batch))
+        return self.context + early + new_tokens + 1
+
+
+class MeasuredEngine:
+    """Rank 0: does the same work as a peer, on our engine."""
+
+    def __init__(self, engine: Engine) -> None:
+        self._engine = engine
+        self._calls = count()
+        self._seen: set[int] = set()
+
+    def run(self, work: Work) -> Done:
+        """Do `work` and time it; see `Done`. A batch size that was not seen before is warmed up first.
+
+        The prompts alone come first, each with its first token. Then again, and from where all of them decode, steps
+        are timed. The first replies are then longer than the last: they gained a token in each step of the prefill.
+        """
+        if len(work.prompts) not in self._seen:
+            self._seen.add(len(work.prompts))
+            self._run(Work(prompts=[ids[:16] for ids in work.prompts], new_tokens=2))
+        return self._run(work)
+
+    def _run(self, work: Work) -> Done:
+        started = time.perf_counter()
+        self._add(work, max_new_tokens=1)
+        while self._engine.has_work:
+            self._engine.step()
+        prefill_seconds = time.perf_counter() - started
+        replies: dict[str, list[int]] = {request_id: [] for request_id in self._add(work, max_new_tokens=None)}
+        while not all(replies.values()):
+            self._step(replies)
+        started = time.perf_counter()
+        for _ in range(work.new_tokens):
+            self._step(replies)
+        decode_seconds = time.perf_counter() - started
+        for request_id in replies:
+            self._engine.abort(request_id)
+        while self._engine.has_work:
+            self._engine.step()
+        return Done(
+            prefill_seconds=prefill_seconds,
+            decode_seconds=decode_seconds,
+            token_ids=[reply[: work.new_tokens + 1] for reply in replies.values()],
+        )
+
+    def _add(self, work: Work, *, max_new_tokens: int | None) -> list[str]:
+        params = SamplingParams(temperature=0, max_new_tokens=max_new_tokens, ignore_eos=True)
+        ids = [str(next(self._calls)) for _ in work.prompts]
+        for request_id, prompt in zip(ids, work.prompts, strict=True):
+            self._engine.add(Request(request_id=request_id, prompt_ids=tuple(prompt), params=params))
+        return ids
+
+    def _step(self, replies: dict[str, list[int]]) -> None:
+        for output in self._engine.step():
+            replies[output.request_id] += output.token_ids
+
+
+def fit_memory(
+    args: ModelArgs, config: EngineConfig, *, memory_share: float, dtype: torch.dtype, device: torch.device
+) -> EngineConfig:
+    """`config`, its KV cache cut down to `memory_share` of what loading leaves free, if all of it does not fit.
+
+    The process group is up.
+    """
+    if device.type == "cuda":
+        free = torch.cuda.mem_get_info(device)[0]
+    else:
+        free = psutil.virtual_memory().available // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    ranks = dist.get_world_size()
+    weights = (read_parameters(args) + args.vocab_size * args.dim) * dtype.itemsize / ranks
+    tokens = config.max_batch_size * config.blocks_per_sequence * config.block_size
+    kv = tokens * kv_bytes_per_token(args, itemsize=dtype.itemsize) / min(ranks, args.n_kv_heads)
+    return config if weights + kv <= memory_share * free else replace(config, kv_memory_fraction=memory_share)
+
+
+def random_engine(args: ModelArgs, config: EngineConfig, *, dtype: torch.dtype, device: torch.device) -> Engine:
+    """An engine as `Engine.from_checkpoint` makes it, with random weights. Called on every rank.
+
+    Raises:
+        ValueError: the model cannot be split over the ranks, or a sequence of max_seq_len does not fit.
+    """
+    mesh = build_mesh(args, device.type)
+    with undivided():
+        collectives = connect(device, symm_mem_all_reduce=config.symm_mem_all_reduce)
+        model = build_model(
+            args, mesh, collectives, dtype=dtype, device=device, max_seq_len=config.max_seq_len, fill=_draw
+        )
+        return Engine.from_model(model, mesh, collectives, tokenizer=_tokenizer(args.vocab_size), config=config)
+
+
+def _draw(weights: Mapping[str, DTensor]) -> None:
+    for name, weight in weights.items():
+        share = weight.to_local()
+        share.fill_(1) if name.endswith("norm.weight") else share.normal_(std=0.02)
+
+
+def _tokenizer(vocab_size: int) -> Tokenizer:
+    """A byte-level vocabulary of `vocab_size` made-up pieces: a reply's ids become text, as they do in the server."""
+    alphabet = sorted(tokenizers.pre_tokenizers.ByteLevel.alphabet())
+    pieces = [*alphabet, *(f"Ġ{index}" for index in range(max(0, vocab_size - len(alphabet))))][:vocab_size]
+    tokenizer = tokenizers.Tokenizer(
+        tokenizers.models.BPE(vocab={piece: index for index, piece in enumerate(pieces)}, merges=[])
+    )
+    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = tokenizers.decoders.ByteLevel()
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder, "tokenizer.json")
+        tokenizer.save(str(path))
+        return load_tokenizer(path)

@@ -1,0 +1,70 @@
+"""Owns what TorchServe and the handler cost: the same work through the server and by the engine alone, side by side."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from benchmarks.load import Load, LoadError, Work
+from benchmarks.results import ROOT
+
+CLIENTS = 32
+ALONE = 20  # requests of one client
+WANTED_RATIO = 0.9
+WANTED_MS = 15
+
+
+def engine_alone(checkpoint: Path, server: Mapping[str, Any], work: Work) -> dict[str, float]:
+    """tokens/s and ms to the first token with no server, on as many ranks and threads, with the same sizes.
+
+    Args:
+        server: the settings of the server to compare with, as in a model-config.yaml.
+
+    Raises:
+        LoadError: the engine failed.
+    """
+    handler, torchrun = server["handler"], server["torchrun"]
+    options: dict[str, Any] = {
+        "checkpoint": checkpoint,
+        "clients": CLIENTS,
+        "requests": work.requests,
+        "alone": ALONE,
+        "prompt_tokens": work.prompt_tokens,
+        "output_tokens": work.output_tokens,
+        **{name: handler[name] for name in ("max_seq_len", "max_batch_size", "max_step_tokens")},
+    }
+    if server["deviceType"] == "cpu":
+        options["device"] = "cpu"
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+    command += ["--nproc_per_node", str(torchrun["nproc-per-node"]), "-m", "benchmarks.engine_only"]
+    command += [word for name, value in options.items() for word in (f"--{name}", str(value))]
+    environ = {**os.environ, "OMP_NUM_THREADS": str(torchrun["OMP_NUMBER_THREADS"])}
+    done = subprocess.run(command, cwd=ROOT, env=environ, capture_output=True, text=True)
+    lines = [line for line in done.stdout.splitlines() if line.startswith("{")]
+    if done.returncode or not lines:
+        raise LoadError(f"the engine alone failed:\n{done.stderr[-2000:]}")
+    return json.loads(lines[-1])
+
+
+def front_cost(alone: Sequence[Mapping[str, float]], many: Load, one: Load) -> dict[str, Any]:
+    """What the front takes away.
+
+    Args:
+        alone: what the engine did by itself, each time that it was measured; the best of them counts.
+        many: the load of `CLIENTS` clients.
+        one: the load of a single client.
+    """
+    best = {"tokens_per_s": max(run["tokens_per_s"] for run in alone), "ttft_ms": min(run["ttft_ms"] for run in alone)}
+    return {
+        "clients": CLIENTS,
+        "engine_alone": [dict(run) for run in alone],
+        "tokens_per_s": many.tokens_per_s,
+        "ratio_to_engine": many.tokens_per_s / best["tokens_per_s"],
+        "ttft_ms_of_one": one.ttft_ms.get("p50"),
+        "added_ttft_ms": one.ttft_ms["p50"] - best["ttft_ms"] if one.ttft_ms else None,
+    }

@@ -1,0 +1,312 @@
+"""Measures the engine alone: prefill and decode by batch and context, beside the machine's limits and beside peers.
+
+    python -m benchmarks.offline --checkpoint build/converted_checkpoints --peer transformers,llama_cpp,vllm
+    python -m benchmarks.offline --shape 7b
+    torchrun --nproc_per_node 2 -m benchmarks.offline --shape 7b
+
+The ceilings come first: a large copy, a large read, a large product. Each limit is what they allow (see limits.py).
+Prompts are random ids, no two alike; replies are greedy and go on through every end of text. A peer gets the same
+prompts and the same number of tokens, in turns with ours, and sleeps while ours runs.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import fire
+import numpy as np
+import torch
+import torch.distributed as dist
+from tqdm import tqdm
+
+from benchmarks.ceilings import Ceilings, measure_ceilings
+from benchmarks.engines import Cell, MeasuredEngine, fit_memory, random_engine
+from benchmarks.limits import kv_bytes_per_token
+from benchmarks.offline_report import measured_row, peer_row, plot, print_tables
+from benchmarks.peers.export import Source, write_gguf, write_hf
+from benchmarks.peers.protocol import Done, Peer, PeerError, Setup, Work
+from benchmarks.peers.registry import GPT_FAST, PeerKind, find_peers
+from benchmarks.results import RESULTS, ROOT, save
+from benchmarks.shapes import find_shape
+from llama2.config import EngineConfig, ModelArgs
+from llama2.engine.engine import Engine
+from llama2.parallel import choose_device, init_process_group
+from scripts.flags import check_flags
+
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+CACHE = ROOT / "build" / "peers"
+
+
+def benchmark(
+    *,
+    checkpoint: str | None = None,
+    shape: str | None = None,
+    batches: int | Sequence[int] = (1, 8, 32, 64),
+    contexts: int | Sequence[int] = (128, 1024, 4096),
+    new_tokens: int = 32,
+    rounds: int = 3,
+    peer: str | Sequence[str] = (),
+    dtype: str = "bf16",
+    device: str | None = None,
+    threads: int | None = None,
+    max_step_tokens: int | None = None,
+    max_seq_len: int | None = None,
+    cuda_graphs: bool = True,
+    symm_mem_all_reduce: bool = False,
+    gpt_fast: str | None = None,
+    name: str | None = None,
+    out: str | None = None,
+    seed: int = 0,
+) -> None:
+    """Measure a checkpoint or a shape, print tables, and write a JSON file and a plot beside it.
+
+    Args:
+        checkpoint: a converted folder; or else
+        shape: 7b, 13b, 70b, 135m or tiny, with random weights, made on the device: speed does not depend on them.
+        batches: sequences at once, such as 1,8,32,64.
+        contexts: tokens of each prompt, such as 128,1024,4096.
+        new_tokens: decoding steps that are timed, once every sequence decodes.
+        rounds: how often each piece of work is measured.
+        peer: whom to measure in turns with ours: transformers, transformers_static (static cache, compiled), llama_cpp,
+            vllm, gpt_fast; several with commas. One that is not installed is named with the command that installs it.
+        dtype: bf16, fp16 or fp32; of weights, KV cache, and the product of the ceilings.
+        device: cpu or cuda; by default a GPU where each rank has one.
+        threads: of each rank on a CPU, by default OMP_NUM_THREADS, else all cores; a peer gets those of all ranks.
+        max_step_tokens: of one forward pass; by default the engine's own, or more where the largest batch needs it.
+        max_seq_len: positions that a sequence may take; by default as many as the longest work needs.
+        cuda_graphs: as in model-config.yaml.
+        symm_mem_all_reduce: as in model-config.yaml.
+        gpt_fast: the clone of gpt-fast's repository; by default .venv-peers/gpt-fast.
+        name: what the model is called in tables and file names; by default its shape, or its folder's name.
+        out: the JSON file; by default benchmarks/results/offline-DEVICE-NAME.json. The plot is the same, but .png.
+        seed: of the prompts.
+    """
+    if (checkpoint is None) == (shape is None):
+        raise ValueError("give either --checkpoint DIR or --shape NAME")
+    if dtype not in DTYPES:
+        raise ValueError(f"dtype must be one of {', '.join(DTYPES)}, got {dtype!r}")
+    _check_positive(new_tokens=new_tokens, rounds=rounds, batches=_several(batches), contexts=_several(contexts))
+    largest = max(_several(batches))
+    max_step_tokens = max_step_tokens or max(EngineConfig().max_step_tokens, 2 * largest)
+    if max_step_tokens <= largest:
+        raise ValueError(f"max_step_tokens must be more than the largest batch, {largest}, got {max_step_tokens}")
+    if threads is not None:
+        _check_positive(threads=threads)
+        torch.set_num_threads(threads)
+    where = choose_device(device)
+    peers = find_peers([str(one) for one in _several(peer)], device_type=where.type)
+    args = find_shape(shape) if shape else ModelArgs.load(str(checkpoint))
+    cells = [Cell(batch=batch, context=context) for context in _several(contexts) for batch in _several(batches)]
+
+    init_process_group(where)
+    ceilings = measure_ceilings(where, DTYPES[dtype])
+    if where.type == "cuda":
+        torch.cuda.empty_cache()
+    config = EngineConfig(
+        max_seq_len=max_seq_len or max(cell.length(new_tokens, max_step_tokens) for cell in cells),
+        max_batch_size=largest,
+        max_step_tokens=max_step_tokens,
+        prefix_cache=False,  # a run sees its prompts twice, and computes them twice
+        cuda_graphs=cuda_graphs,
+        symm_mem_all_reduce=symm_mem_all_reduce,
+        seed=0,
+    )
+    config = fit_memory(args, config, memory_share=0.45 if peers else 0.9, dtype=DTYPES[dtype], device=where)
+    started = time.perf_counter()
+    if shape:
+        engine = random_engine(args, config, dtype=DTYPES[dtype], device=where)
+        source = Source.of_shape(shape, args)
+    else:
+        engine = Engine.from_checkpoint(str(checkpoint), dtype=DTYPES[dtype], device=where, config=config)
+        source = Source.of_checkpoint(Path(str(checkpoint)))
+    ready_seconds = time.perf_counter() - started
+    if engine.rank != 0:
+        engine.follow()
+        return
+    run = _Run(
+        args=args,
+        engine=engine,
+        ceilings=ceilings,
+        new_tokens=new_tokens,
+        rounds=rounds,
+        dtype=DTYPES[dtype],
+        device=where,
+        seed=seed,
+        source=source,
+        gpt_fast=Path(gpt_fast or GPT_FAST).resolve(),
+    )
+    figures = {"ready_seconds": ready_seconds, **run.measure(cells, peers)}
+    engine.release()
+
+    name = name or shape or Path(str(checkpoint)).resolve().name
+    ranks, cores = dist.get_world_size(), torch.get_num_threads()
+    path = Path(out) if out else RESULTS / f"offline-{where.type}-{name}.json"
+    settings = {
+        "model": name,
+        "model_args": dataclasses.asdict(args),
+        "random_weights": shape is not None,
+        "device": where.type,
+        "device_name": torch.cuda.get_device_name(where) if where.type == "cuda" else None,
+        "dtype": dtype,
+        "ranks": ranks,
+        "threads_per_rank": cores,
+        "batches": _several(batches),
+        "contexts": _several(contexts),
+        "new_tokens": new_tokens,
+        "rounds": rounds,
+        "peers": list(peers),
+        "engine": dataclasses.asdict(config),
+        "seed": seed,
+    }
+    title = f"{name} in {dtype} on {where.type}, {ranks} rank(s)" + (
+        f" of {cores} thread(s)" if where.type == "cpu" else ""
+    )
+    print_tables(title, figures)
+    save(path, "offline", settings, figures)
+    plot(path.with_suffix(".png"), title, figures)
+    print(f"wrote {path} and {path.with_suffix('.png')}")
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class _Run:
+    """What all measurements of a run share. Rank 0's alone."""
+
+    args: ModelArgs
+    engine: Engine
+    ceilings: Ceilings
+    new_tokens: int
+    rounds: int
+    dtype: torch.dtype
+    device: torch.device
+    seed: int
+    source: Source
+    gpt_fast: Path
+
+    def measure(self, cells: list[Cell], peers: dict[str, PeerKind]) -> dict[str, Any]:
+        """Every cell, and every peer's, as JSON: `ceilings`, `rows` and `peers`."""
+        mine = MeasuredEngine(self.engine)
+        reasons = {cell: reason for cell in cells if (reason := self._reason_to_skip(cell))}
+        measured: dict[Cell, list[Done]] = {cell: [] for cell in cells if cell not in reasons}
+        answers: dict[str, dict[str, Any]] = {}
+        for name, kind in peers.items() if measured else ():
+            if not kind.is_installed(self.gpt_fast):
+                answers[name] = {"not_run": f"not installed: {kind.install}", "install": kind.install}
+                continue
+            try:
+                with self._start(name, kind, list(measured)) as theirs:
+                    rows = self._in_turns(name, mine, theirs, measured)
+                    answers[name] = {"version": theirs.version, "rows": rows}
+            except PeerError as error:
+                answers[name] = {"not_run": f"failed: {error}"}
+        for cell, rounds in tqdm([*measured.items()], desc="ours", unit="cell", disable=None):
+            while len(rounds) < self.rounds:
+                rounds.append(mine.run(self._work(cell, len(rounds))))
+        return {
+            "ceilings": dataclasses.asdict(self.ceilings),
+            "rows": [self._row(cell, measured.get(cell, []), reasons.get(cell)) for cell in cells],
+            "peers": answers,
+        }
+
+    def _in_turns(
+        self, name: str, mine: MeasuredEngine, theirs: Peer, measured: dict[Cell, list[Done]]
+    ) -> list[dict[str, Any]]:
+        rows = []
+        for cell, rounds in tqdm([*measured.items()], desc=f"ours and {name}", unit="cell", disable=None):
+            where = {"batch": cell.batch, "context": cell.context}
+            pairs = []
+            try:
+                for index in range(self.rounds):
+                    work = self._work(cell, index)
+                    pairs.append((mine.run(work), theirs.run(work)))
+                known = self.source.read is not None
+                rows.append(peer_row(**where, new_tokens=self.new_tokens, pairs=pairs, same_weights=known))
+            except PeerError as error:
+                rows.append({**where, "skipped": str(error)})
+            rounds += [ours for ours, _ in pairs]
+        return rows
+
+    def _row(self, cell: Cell, rounds: list[Done], reason: str | None) -> dict[str, Any]:
+        if reason:
+            return {"batch": cell.batch, "context": cell.context, "skipped": reason}
+        return measured_row(
+            self.args,
+            self.ceilings.rates,
+            batch=cell.batch,
+            context=cell.context,
+            new_tokens=self.new_tokens,
+            itemsize=self.dtype.itemsize,
+            rounds=rounds,
+        )
+
+    def _reason_to_skip(self, cell: Cell) -> str | None:
+        config = self.engine.config
+        needed = cell.length(self.new_tokens, config.max_step_tokens)
+        if needed > config.max_seq_len:
+            return f"its longest sequence takes {needed} positions, and max_seq_len is {config.max_seq_len}"
+        blocks, there = cell.batch * -(-needed // config.block_size), self.engine.stats().total_blocks
+        if blocks > there:
+            return f"memory holds {there * config.block_size} tokens of KV cache, not {blocks * config.block_size}"
+        return None
+
+    def _work(self, cell: Cell, index: int) -> Work:
+        """Round `index` of a cell: the same prompts for whoever runs it, and for nothing else."""
+        generator = np.random.default_rng((self.seed, cell.batch, cell.context, index))
+        prompts = generator.integers(0, self.args.vocab_size, (cell.batch, cell.context))
+        return Work(prompts=prompts.tolist(), new_tokens=self.new_tokens)
+
+    def _start(self, name: str, kind: PeerKind, cells: list[Cell]) -> Peer:
+        weights = {
+            "hf": lambda: write_hf(self.source, CACHE, self.dtype),
+            "gguf": lambda: write_gguf(self.source, CACHE, self.dtype),
+            "none": lambda: "",
+        }[kind.weights]()
+        setup = Setup(
+            weights=str(weights),
+            device=self.device.type,
+            dtype=str(self.dtype).removeprefix("torch."),
+            threads=torch.get_num_threads() * dist.get_world_size(),
+            max_batch=max(cell.batch for cell in cells),
+            max_length=max(cell.length(self.new_tokens, self.engine.config.max_step_tokens) for cell in cells),
+            options={
+                **kind.options,
+                "random_weights": self.source.read is None,
+                "kv_bytes_per_token": kv_bytes_per_token(self.args, itemsize=self.dtype.itemsize),
+                "memory_fraction": 0.45,
+                "model_args": dataclasses.asdict(self.args),
+                "clone": str(self.gpt_fast),
+            },
+        )
+        return Peer(kind.python, f"benchmarks.peers.{kind.module}", setup, log=CACHE / f"{name}.log")
+
+
+def _several(value: Any) -> list[Any]:
+    """A flag's value as a list: fire makes a tuple of "1,8", and a number of "1"."""
+    if isinstance(value, str):
+        return [part for part in value.split(",") if part]
+    return list(value) if isinstance(value, Sequence) else [value]
+
+
+def _check_positive(**values: int | list[Any]) -> None:
+    for name, value in values.items():
+        several = value if isinstance(value, list) else [value]
+        if not several or not all(type(one) is int and one >= 1 for one in several):
+            raise ValueError(f"{name} must be positive whole numbers, got {', '.join(map(str, several))}")
+
+
+def main() -> None:
+    try:
+        check_flags(sys.argv[1:], benchmark)
+        fire.Fire(benchmark)
+    except ValueError as error:
+        raise SystemExit(f"error: {error}") from None
+
+
+if __name__ == "__main__":
+    main()
+    if dist.is_initialized():
+        dist.destroy_process_group()

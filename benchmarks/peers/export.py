@@ -1,0 +1,181 @@
+"""Owns our weights in the formats that peers read: a Hugging Face folder, and a GGUF file.
+
+Knows no peer. What was written once is kept, until the checkpoint changes.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import gguf
+import torch
+from safetensors.torch import save_file
+from tqdm import tqdm
+from transformers import LlamaConfig
+
+from llama2.checkpoint.dcp import METADATA_FILE, DcpFolder
+from llama2.config import ModelArgs
+
+# Longer than any prompt that is measured: peers refuse what their config does not allow.
+MAX_POSITIONS = 32768
+_HF_NAMES = {
+    "attention.wq": "self_attn.q_proj",
+    "attention.wk": "self_attn.k_proj",
+    "attention.wv": "self_attn.v_proj",
+    "attention.wo": "self_attn.o_proj",
+    "feed_forward.w1": "mlp.gate_proj",
+    "feed_forward.w2": "mlp.down_proj",
+    "feed_forward.w3": "mlp.up_proj",
+    "attention_norm": "input_layernorm",
+    "ffn_norm": "post_attention_layernorm",
+}
+_GGUF_TYPES = {
+    torch.bfloat16: (gguf.GGMLQuantizationType.BF16, gguf.LlamaFileType.MOSTLY_BF16),
+    torch.float16: (gguf.GGMLQuantizationType.F16, gguf.LlamaFileType.MOSTLY_F16),
+    torch.float32: (gguf.GGMLQuantizationType.F32, gguf.LlamaFileType.ALL_F32),
+}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Source:
+    """Weights to write. `key` names them, and changes when they do.
+
+    `read` gives a parameter by Meta's name, its shape at rest (see `ModelArgs.parameter_shapes`). None where values do
+    not matter: a Hugging Face folder then has a config alone, and its reader makes up the weights on its own device.
+    """
+
+    key: str
+    args: ModelArgs
+    read: Callable[[str], torch.Tensor] | None
+
+    @classmethod
+    def of_checkpoint(cls, folder: Path) -> Source:
+        checkpoint = DcpFolder(folder)
+        state = f"{folder.resolve()} {(folder / METADATA_FILE).stat().st_mtime_ns}"
+        digest = hashlib.sha256(state.encode()).hexdigest()[:8]
+        return cls(key=f"{folder.resolve().name}-{digest}", args=checkpoint.args, read=checkpoint.read)
+
+    @classmethod
+    def of_shape(cls, name: str, args: ModelArgs) -> Source:
+        return cls(key=name, args=args, read=None)
+
+
+def write_hf(source: Source, cache: Path, dtype: torch.dtype) -> Path:
+    """A folder that transformers and vLLM load: config.json and, where the weights matter, model.safetensors."""
+
+    def write(folder: Path) -> None:
+        folder.mkdir()
+        if source.read is not None:
+            state = {hf_name(name): _hf_layout(name, tensor, dtype) for name, tensor in _tensors(source)}
+            save_file(state, folder / "model.safetensors", metadata={"format": "pt"})
+        (folder / "config.json").write_text(json.dumps(_hf_config(source.args, dtype), indent=2) + "\n")
+
+    return _cached(cache / f"{source.key}-{_name(dtype)}-hf", write)
+
+
+def write_gguf(source: Source, cache: Path, dtype: torch.dtype) -> Path:
+    """A GGUF file without a vocabulary: whoever runs it brings token ids."""
+
+    def write(path: Path) -> None:
+        weight_type, file_type = _GGUF_TYPES[dtype]
+        args, writer = source.args, gguf.GGUFWriter(path, "llama")
+        writer.add_file_type(file_type)
+        writer.add_context_length(MAX_POSITIONS)
+        writer.add_embedding_length(args.dim)
+        writer.add_block_count(args.n_layers)
+        writer.add_feed_forward_length(args.hidden_dim)
+        writer.add_head_count(args.n_heads)
+        writer.add_head_count_kv(args.n_kv_heads)
+        writer.add_key_length(args.head_dim)
+        writer.add_value_length(args.head_dim)
+        writer.add_rope_dimension_count(args.head_dim)
+        writer.add_rope_freq_base(args.rope_theta)
+        writer.add_layer_norm_rms_eps(args.norm_eps)
+        writer.add_vocab_size(args.vocab_size)
+        writer.add_tokenizer_model("no_vocab")
+        names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, args.n_layers)
+        for name, tensor in _tensors(source):
+            stored = names.get_name(name, try_suffixes=(".weight",))
+            assert stored is not None
+            if tensor.dim() == 1:
+                writer.add_tensor(stored, tensor.float().numpy())  # llama.cpp wants norms in fp32
+            else:
+                values = _flat(name, tensor).to(dtype).contiguous()
+                writer.add_tensor(stored, values.view(torch.uint8).numpy(), raw_dtype=weight_type)
+        writer.write_header_to_file()
+        writer.write_kv_data_to_file()
+        writer.write_tensors_to_file()
+        writer.close()
+
+    return _cached(cache / f"{source.key}-{_name(dtype)}.gguf", write)
+
+
+def hf_name(name: str) -> str:
+    """transformers' name of the parameter that Meta calls `name`."""
+    if not name.startswith("layers."):
+        whole = {"tok_embeddings": "model.embed_tokens", "norm": "model.norm", "output": "lm_head"}
+        return f"{whole[name.removesuffix('.weight')]}.weight"
+    _, index, rest = name.removesuffix(".weight").split(".", 2)
+    return f"model.layers.{index}.{_HF_NAMES[rest]}.weight"
+
+
+def _tensors(source: Source) -> tqdm[tuple[str, torch.Tensor]]:
+    shapes = source.args.parameter_shapes()
+    read = source.read or (lambda name: torch.randn(shapes[name]).mul_(0.02))
+    pairs = ((name, read(name)) for name in shapes)
+    return tqdm(pairs, total=len(shapes), desc="weights for a peer", unit="tensor", leave=False, disable=None)
+
+
+def _flat(name: str, tensor: torch.Tensor) -> torch.Tensor:
+    """Meta's two axes, from those at rest."""
+    return tensor.flatten(1) if name.endswith("wo.weight") else tensor.flatten(0, -2)
+
+
+def _hf_layout(name: str, tensor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """transformers splits the rotary pairs of wq and wk into halves, where Meta has them side by side."""
+    if name.endswith(("wq.weight", "wk.weight")):
+        tensor = tensor.unflatten(-2, (-1, 2)).transpose(-3, -2).flatten(-3, -2)
+    return (tensor if tensor.dim() == 1 else _flat(name, tensor)).to(dtype).contiguous()
+
+
+def _hf_config(args: ModelArgs, dtype: torch.dtype) -> dict[str, object]:
+    return LlamaConfig(
+        vocab_size=args.vocab_size,
+        hidden_size=args.dim,
+        intermediate_size=args.hidden_dim,
+        num_hidden_layers=args.n_layers,
+        num_attention_heads=args.n_heads,
+        num_key_value_heads=args.n_kv_heads,
+        head_dim=args.head_dim,
+        rms_norm_eps=args.norm_eps,
+        rope_parameters={"rope_type": "default", "rope_theta": args.rope_theta},
+        max_position_embeddings=MAX_POSITIONS,
+        tie_word_embeddings=False,
+        architectures=["LlamaForCausalLM"],
+        dtype=_name(dtype),
+    ).to_dict()
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def _cached(target: Path, write: Callable[[Path], None]) -> Path:
+    """`target`, written now unless it is there: whole or not at all."""
+    if not target.exists():
+        target.parent.mkdir(parents=True, exist_ok=True)
+        partial = target.with_name(f"{target.name}.partial-{os.getpid()}")
+        try:
+            write(partial)
+            partial.rename(target)
+        finally:
+            if partial.is_dir():
+                shutil.rmtree(partial)
+            partial.unlink(missing_ok=True)
+    return target

@@ -1,0 +1,63 @@
+"""Owns how figures become a picture: panels of lines side by side, in one PNG file.
+
+Knows no benchmark.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from matplotlib.figure import Figure
+from matplotlib.ticker import ScalarFormatter
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Line:
+    """A series of points. Lines of one `color` belong together; a limit or an offer is `dashed`."""
+
+    label: str
+    xs: list[float]
+    ys: list[float]
+    color: int = 0
+    dashed: bool = False
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Panel:
+    """One pair of axes, with its lines. A logarithmic x axis has its ticks at the points of the lines."""
+
+    title: str
+    x: str
+    y: str
+    lines: list[Line]
+    log_x: bool = False
+    log_y: bool = False
+
+
+def draw(path: Path | str, title: str, panels: list[Panel]) -> Path:
+    """Write the panels as one PNG file and return its path; folders are made, an earlier file is replaced."""
+    path = Path(path)
+    figure = Figure(figsize=(6.5 * len(panels), 5), layout="constrained")
+    figure.suptitle(title)
+    for axes, panel in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels, strict=True):
+        for line in panel.lines:
+            style = "--" if line.dashed else "-"
+            axes.plot(line.xs, line.ys, style, marker="o", color=f"C{line.color}", label=line.label, markersize=4)
+        if panel.log_x:
+            axes.set_xscale("log", base=2)
+            axes.set_xticks(sorted({x for line in panel.lines for x in line.xs}))
+            axes.xaxis.set_major_formatter(ScalarFormatter())
+        if panel.log_y:
+            axes.set_yscale("log")
+        else:
+            axes.set_ylim(bottom=0)
+        axes.set_title(panel.title)
+        axes.set_xlabel(panel.x)
+        axes.set_ylabel(panel.y)
+        axes.grid(alpha=0.3)
+        if panel.lines:
+            axes.legend(fontsize="small")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=120)
+    return path

@@ -1,0 +1,109 @@
+"""Measures what the prefix cache saves: time to first token of a prompt that begins like an earlier one.
+
+    python -m benchmarks.prefix [--checkpoint build/converted_checkpoints] [--prefix_tokens 1000] [--rounds 5]
+
+In each round a new prefix is asked twice, with another end each time, and no other request beside it. The same command
+runs under torchrun, on as many ranks. Wanted: the second time takes at most `WANTED_RATIO` of the first.
+"""
+
+from __future__ import annotations
+
+import random
+import statistics
+import sys
+from typing import Any
+
+import fire
+
+from benchmarks.engine_only import ttft_ms
+from benchmarks.results import RESULTS, ROOT, save
+from benchmarks.tables import table
+from llama2.config import EngineConfig
+from llama2.engine.engine import Engine
+from llama2.engine.sequence import Request, SamplingParams
+from scripts.flags import check_flags
+
+WANTED_RATIO = 0.2
+SEED = 1
+
+
+def measure(engine: Engine, *, prefix_tokens: int, suffix_tokens: int, rounds: int) -> dict[str, Any]:
+    """Rank 0: ms to the first token of new prefixes and of known ones, and how many tokens the cache gave these."""
+    numbers = random.Random(SEED)
+
+    def ids(count: int) -> tuple[int, ...]:
+        return tuple(numbers.randrange(engine.args.vocab_size) for _ in range(count))
+
+    def ask(name: str, prompt_ids: tuple[int, ...]) -> float:
+        params = SamplingParams(max_new_tokens=1, temperature=0)
+        return ttft_ms(engine, Request(request_id=name, prompt_ids=prompt_ids, params=params))
+
+    ask("warm-up", ids(prefix_tokens + suffix_tokens))
+    first, again, hits = [], [], []
+    for index in range(rounds):
+        prefix = ids(prefix_tokens)
+        first.append(ask(f"first {index}", prefix + ids(suffix_tokens)))
+        before = engine.stats().cached_tokens
+        again.append(ask(f"again {index}", prefix + ids(suffix_tokens)))
+        hits.append(engine.stats().cached_tokens - before)
+    ratios = [one / other for one, other in zip(again, first, strict=True)]
+    return {
+        "first_ttft_ms": first,
+        "repeated_ttft_ms": again,
+        "cached_tokens": hits,
+        "ratio": {"min": min(ratios), "median": statistics.median(ratios), "max": max(ratios)},
+    }
+
+
+def benchmark(
+    *,
+    checkpoint: str = str(ROOT / "build" / "converted_checkpoints"),
+    prefix_tokens: int = 1000,
+    suffix_tokens: int = 24,
+    rounds: int = 5,
+    max_step_tokens: int = 512,
+    device: str | None = None,
+    out: str = str(RESULTS / "prefix.json"),
+) -> None:
+    """Measure, print a row for each round, and write a JSON file.
+
+    Args:
+        checkpoint: a converted checkpoint.
+        prefix_tokens: what two prompts have in common.
+        suffix_tokens: what follows, and differs.
+        rounds: how many prefixes are tried.
+        max_step_tokens: tokens of one forward pass.
+        device: cuda or cpu; by default the best there is.
+        out: the JSON file to write.
+    """
+    config = EngineConfig(
+        max_seq_len=prefix_tokens + suffix_tokens + 1, max_batch_size=2, max_step_tokens=max_step_tokens
+    )
+    engine = Engine.from_checkpoint(checkpoint, device=device, config=config)
+    if engine.rank != 0:
+        engine.follow()
+        return
+    figures = measure(engine, prefix_tokens=prefix_tokens, suffix_tokens=suffix_tokens, rounds=rounds)
+    engine.close()
+    columns = (figures["first_ttft_ms"], figures["repeated_ttft_ms"], figures["cached_tokens"])
+    rows = [[f"{first:.1f}", f"{again:.1f}", str(hits)] for first, again, hits in zip(*columns, strict=True)]
+    print(table(["first, ms", "repeated, ms", "tokens from the cache"], rows))
+    ratio = figures["ratio"]
+    print(
+        f"\nrepeated / first: {ratio['median']:.3f} (from {ratio['min']:.3f} to {ratio['max']:.3f}; wanted: at most "
+        f"{WANTED_RATIO})"
+    )
+    settings = {"prefix_tokens": prefix_tokens, "suffix_tokens": suffix_tokens, "max_step_tokens": max_step_tokens}
+    print(f"written to {save(out, 'prefix', settings, figures)}")
+
+
+def main() -> None:
+    try:
+        check_flags(sys.argv[1:], benchmark)
+        fire.Fire(benchmark)
+    except ValueError as error:
+        raise SystemExit(f"error: {error}") from None
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,93 @@
+"""Owns what every benchmark leaves behind: one JSON file that says what was measured, where, and with which code.
+
+Knows neither what a benchmark measures nor torch, and nothing that names the machine: only what it is made of.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.metadata
+import json
+import os
+import platform
+import subprocess
+from collections.abc import Mapping
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+ROOT = Path(__file__).resolve().parent.parent
+RESULTS = ROOT / "benchmarks" / "results"
+_LIBRARIES = ("torch", "numpy", "transformers", "torchserve")
+
+
+def machine() -> dict[str, Any]:
+    """CPU model, cores that this process may use, memory in GiB, and the names of the GPUs."""
+    return {
+        "cpu": _cpu_model(),
+        "cores": len(os.sched_getaffinity(0)),
+        "memory_gib": round(psutil.virtual_memory().total / 2**30, 1),
+        "gpus": _said_by("nvidia-smi", "--query-gpu=name", "--format=csv,noheader").splitlines(),
+    }
+
+
+def versions() -> dict[str, str]:
+    """Python's version and those of the libraries that decide on speed, as far as they are installed."""
+    found = {"python": platform.python_version()}
+    for name in _LIBRARIES:
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            found[name] = importlib.metadata.version(name)
+    return found
+
+
+def commit() -> str:
+    """The commit of the code that runs, with "+changes" behind it if files differ from it; "unknown" outside git.
+
+    Earlier results are no change: a second benchmark in a row runs the same code.
+    """
+    code = ("-C", str(ROOT))
+    head = _said_by("git", *code, "rev-parse", "--short=12", "HEAD").strip()
+    changes = _said_by("git", *code, "status", "--porcelain", "--", ".", ":!benchmarks/results")
+    return head + ("+changes" if changes else "") if head else "unknown"
+
+
+def save(path: Path | str, kind: str, settings: Mapping[str, Any], figures: Any) -> Path:
+    """Write one result file and return its path; folders are made, an earlier file of that name is replaced.
+
+    Args:
+        path: where to, by custom below `RESULTS`.
+        kind: the benchmark that measured, such as "offline".
+        settings: what it was asked for: enough to run it again.
+        figures: what came out, units in the keys, every round of it. All of it must be JSON.
+    """
+    path = Path(path)
+    content = {
+        "kind": kind,
+        "measured_at": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "commit": commit(),
+        "machine": machine(),
+        "versions": versions(),
+        "settings": dict(settings),
+        "figures": figures,
+    }
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(content, indent=1, allow_nan=False) + "\n", encoding="utf-8")
+    return path
+
+
+def _cpu_model() -> str:
+    with contextlib.suppress(OSError):
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            name, _, value = line.partition(":")
+            if name.strip() == "model name":
+                return value.strip()
+    return platform.processor() or platform.machine()
+
+
+def _said_by(*command: str) -> str:
+    """What a command prints; nothing where it is not installed or fails."""
+    with contextlib.suppress(OSError, subprocess.CalledProcessError):
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    return ""

@@ -1,0 +1,43 @@
+"""Owns the architectures that a benchmark can build without their weights, by name.
+
+Knows no torch. Speed does not depend on the values of weights, so random ones in these shapes measure the real models.
+"""
+
+from __future__ import annotations
+
+from llama2.config import ModelArgs
+
+SHAPES: dict[str, ModelArgs] = {
+    "7b": ModelArgs.from_params({"dim": 4096, "n_layers": 32, "n_heads": 32, "vocab_size": 32000}),
+    "13b": ModelArgs.from_params({"dim": 5120, "n_layers": 40, "n_heads": 40, "vocab_size": 32000}),
+    "70b": ModelArgs.from_params(
+        {
+            "dim": 8192,
+            "n_layers": 80,
+            "n_heads": 64,
+            "n_kv_heads": 8,
+            "multiple_of": 4096,
+            "ffn_dim_multiplier": 1.3,
+            "vocab_size": 32000,
+        }
+    ),
+    # SmolLM2-135M's.
+    "135m": ModelArgs.from_params(
+        {"dim": 576, "n_layers": 30, "n_heads": 9, "n_kv_heads": 3, "hidden_dim": 1536, "vocab_size": 49152}
+    ),
+    # For tests and first tries: a step of it takes a few milliseconds.
+    "tiny": ModelArgs.from_params(
+        {"dim": 64, "n_layers": 2, "n_heads": 4, "n_kv_heads": 2, "multiple_of": 16, "vocab_size": 512}
+    ),
+}
+
+
+def find_shape(name: str) -> ModelArgs:
+    """The architecture called `name`.
+
+    Raises:
+        ValueError: there is none of that name.
+    """
+    if name not in SHAPES:
+        raise ValueError(f"shape must be one of {', '.join(SHAPES)}, got {name!r}")
+    return SHAPES[name]

@@ -1,0 +1,88 @@
+"""Owns the layout of one step's inputs: from a plan's ids and block tables to the tensors of a `Batch`, in one copy.
+
+A step's numbers lie side by side in one buffer, which is filled on the host and goes to the device at once; the tensors
+are views of it. Knows no model.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence as Items
+from dataclasses import dataclass
+from itertools import chain
+
+import numpy as np
+import torch
+
+from llama2.batch import Batch, Span
+from llama2.engine.scheduler import Chunk
+from llama2.kv_cache import KVCache
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Sizes:
+    """Of one step: its tokens T, sequences S, rows R whose logits are asked for, and blocks N of the longest table."""
+
+    tokens: int
+    sequences: int
+    rows: int
+    blocks: int
+
+
+class Inputs:
+    """The tensors of one step, named and typed as in `Batch`, with the ids and the rows in int64 beside them."""
+
+    def __init__(self, sizes: Sizes, device: torch.device, *, pinned: bool = False) -> None:
+        wide = (sizes.tokens, sizes.tokens, sizes.tokens, sizes.rows)
+        narrow = (sizes.sequences + 1, sizes.sequences, sizes.sequences * sizes.blocks)
+        self.sizes = sizes
+        self._buffer = torch.empty(8 * sum(wide) + 4 * sum(narrow), dtype=torch.uint8, device=device, pin_memory=pinned)
+        wide_bytes, narrow_bytes = self._buffer.split((8 * sum(wide), 4 * sum(narrow)))
+        self.tokens_T, self.positions_T, self.slots_T, self.rows_R = wide_bytes.view(torch.int64).split(wide)
+        self.query_starts_S1, self.contexts_S, tables = narrow_bytes.view(torch.int32).split(narrow)
+        self.tables_SN = tables.view(sizes.sequences, sizes.blocks)
+
+    def fill(self, chunks: Items[Chunk], rows: Items[int], block_size: int) -> None:
+        """Write what `chunks` bring, one after the other, and the rows whose logits are asked for; on the host."""
+        lengths_S = np.array([len(chunk.token_ids) for chunk in chunks])
+        firsts_S = np.array([chunk.start for chunk in chunks])
+        ends_S = lengths_S.cumsum()
+        sequence_T = np.arange(len(chunks)).repeat(lengths_S)
+        positions_T = np.arange(ends_S[-1]) + (firsts_S - ends_S + lengths_S)[sequence_T]
+        tables_SN = self.tables_SN.numpy()
+        tables_SN[:] = 0
+        for table_N, chunk in zip(tables_SN, chunks, strict=True):
+            table_N[: len(chunk.block_table)] = chunk.block_table
+        blocks_T = tables_SN[sequence_T, positions_T // block_size].astype(np.int64)
+        self.tokens_T.numpy()[:] = list(chain.from_iterable(chunk.token_ids for chunk in chunks))
+        self.positions_T.numpy()[:] = positions_T
+        self.slots_T.numpy()[:] = blocks_T * block_size + positions_T % block_size
+        self.rows_R.numpy()[:] = rows
+        self.query_starts_S1.numpy()[:] = [0, *ends_S]
+        self.contexts_S.numpy()[:] = firsts_S + lengths_S
+
+    def copy_(self, host: Inputs) -> Inputs:
+        """Take over the contents of inputs of the same sizes; from pinned memory, without waiting for it."""
+        assert host.sizes == self.sizes
+        self._buffer.copy_(host._buffer, non_blocking=True)
+        return self
+
+    def batch(self, spans: tuple[Span, ...], num_single: int, cache: KVCache) -> Batch:
+        return Batch(
+            positions_T=self.positions_T,
+            slots_T=self.slots_T,
+            query_starts_S1=self.query_starts_S1,
+            contexts_S=self.contexts_S,
+            tables_SN=self.tables_SN,
+            spans=spans,
+            num_single=num_single,
+            cache=cache,
+        )
+
+
+def host_inputs(sizes: Sizes, device: torch.device) -> Inputs:
+    """Inputs to fill, on their way to `device`.
+
+    For a GPU in pinned memory that is used again only once the copies from it are done, which torch sees to: a rank
+    that reads no token may be several steps ahead of its GPU.
+    """
+    return Inputs(sizes, torch.device("cpu"), pinned=device.type == "cuda")

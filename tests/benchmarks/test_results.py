@@ -1,0 +1,34 @@
+"""A result file says where and with what it was measured, and nothing that names the machine."""
+
+from __future__ import annotations
+
+import json
+import platform
+import socket
+from pathlib import Path
+
+import pytest
+
+from benchmarks.results import commit, machine, save, versions
+
+
+def test_a_file_has_the_machine_the_versions_the_commit_and_the_figures(tmp_path: Path) -> None:
+    path = save(tmp_path / "deep" / "one.json", "offline", {"batch": 1}, [{"seconds": 0.5}])
+    content = json.loads(path.read_text())
+    assert content["kind"] == "offline"
+    assert content["settings"] == {"batch": 1}
+    assert content["figures"] == [{"seconds": 0.5}]
+    assert content["machine"] == machine()
+    assert content["versions"] == versions()
+    assert content["versions"]["python"] == platform.python_version()
+    assert content["commit"] == commit()
+
+
+def test_no_host_name_is_written(tmp_path: Path) -> None:
+    path = save(tmp_path / "one.json", "offline", {}, [])
+    assert socket.gethostname() not in path.read_text()
+
+
+def test_a_figure_that_is_no_number_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="not JSON compliant"):
+        save(tmp_path / "one.json", "offline", {}, [float("nan")])

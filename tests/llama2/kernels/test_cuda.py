@@ -1,0 +1,206 @@
+"""The Triton kernels compute what plain PyTorch computes: on a GPU, or on any CPU in Triton's interpreter, slowly.
+
+TRITON_INTERPRET=1 python -m pytest tests/llama2/kernels/test_cuda.py
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import pytest
+import torch
+
+from llama2 import LLM, Completion, SamplingParams
+from llama2.kernels.plain import PlainKernels
+from tests.support.batches import BLOCK_SIZE, ragged_batch, random_cache
+from tests.support.checkpoints import write_checkpoint
+from tests.support.tokenizers import tiny_sentencepiece
+from tests.support.weights import random_weights, tiny_args
+
+if TYPE_CHECKING:
+    from llama2.kernels.cuda import CudaKernels
+
+HAS_TRITON = importlib.util.find_spec("triton") is not None
+pytestmark = pytest.mark.skipif(
+    not HAS_TRITON or not (torch.cuda.is_available() or os.environ.get("TRITON_INTERPRET") == "1"),
+    reason="needs triton, and a CUDA GPU or TRITON_INTERPRET=1",
+)
+
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+# The interpreter multiplies the bits of bf16 as if they were integers.
+HALF = torch.bfloat16 if torch.cuda.is_available() else torch.float16
+DTYPES = [torch.float32, HALF]
+# Relative to values near 1: fp32 sums in another order, bf16 rounds to 8 bits and fp16 to 11.
+TOLERANCE = {torch.float32: 2e-5, torch.bfloat16: 2e-2, torch.float16: 3e-3}
+PLAIN = PlainKernels()
+
+
+@pytest.fixture(autouse=True)
+def deterministic() -> Iterator[None]:
+    torch.manual_seed(0)
+    with torch.inference_mode():
+        yield
+
+
+@pytest.fixture(scope="module")
+def kernels() -> CudaKernels:
+    from llama2.kernels.cuda import CudaKernels
+
+    return CudaKernels()
+
+
+def randn(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+    return torch.randn(shape).to(DEVICE, dtype)
+
+
+def assert_near(actual: torch.Tensor, expected: torch.Tensor) -> None:
+    assert actual.dtype == expected.dtype
+    tolerance = TOLERANCE[actual.dtype]
+    torch.testing.assert_close(actual.float(), expected.float(), atol=tolerance, rtol=tolerance)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("rows", [0, 1, 2, 3])
+@pytest.mark.parametrize(("inputs", "outputs"), [(64, 64), (1100, 7), (30, 41)])
+def test_linear(kernels: CudaKernels, dtype: torch.dtype, rows: int, inputs: int, outputs: int) -> None:
+    x, weight = randn(rows, inputs, dtype=dtype), randn(outputs, inputs, dtype=dtype) / inputs**0.5
+    assert_near(kernels.linear(x, weight), PLAIN.linear(x.float(), weight.float()).to(dtype))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", [(0, 64), (1, 64), (3, 72), (4, 1100)])
+@pytest.mark.parametrize("with_branch", [True, False])
+def test_add_rms_norm(kernels: CudaKernels, dtype: torch.dtype, shape: tuple[int, int], with_branch: bool) -> None:
+    x, weight = randn(*shape, dtype=dtype), 1 + 0.1 * randn(shape[1], dtype=dtype)
+    branch = randn(*shape, dtype=dtype) if with_branch else None
+    expected_x, expected = PLAIN.add_rms_norm(x, branch, weight, 1e-5)
+    actual_x, actual = kernels.add_rms_norm(x.clone(), branch, weight, 1e-5)
+    assert_near(actual_x, expected_x)  # the interpreter cuts where a GPU rounds
+    assert_near(actual, expected)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("heads", "kv_heads", "head_dim"), [(8, 8, 16), (9, 3, 64), (4, 1, 24), (32, 4, 8)])
+def test_rotate_and_store(kernels: CudaKernels, dtype: torch.dtype, heads: int, kv_heads: int, head_dim: int) -> None:
+    mine, theirs = (random_cache(kv_heads=kv_heads, head_dim=head_dim, dtype=dtype, device=DEVICE) for _ in range(2))
+    for name in ("keys", "values"):
+        getattr(mine, name)[0].copy_(getattr(theirs, name)[0])
+    steps = ragged_batch([(1, 5), (1, 40), (19, 30)], mine)
+    qkv = randn(21, (heads + 2 * kv_heads) * head_dim, dtype=dtype)
+    angles = randn(21, head_dim // 2)
+    rope = torch.stack((angles.cos(), angles.sin()), dim=-1)
+    actual = kernels.rotate_and_store(qkv, rope, steps, 0)
+    expected = PLAIN.rotate_and_store(qkv, rope, replace(steps, cache=theirs), 0)
+    assert_near(actual, expected)
+    assert_near(mine.keys[0], theirs.keys[0])
+    assert torch.equal(mine.values[0], theirs.values[0])
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("heads", "kv_heads", "head_dim"), [(4, 4, 16), (9, 3, 64), (8, 1, 24)])
+@pytest.mark.parametrize(
+    "spans",
+    [
+        [(1, 1)],
+        [(1, 17), (1, 16), (1, 600), (1, 256)],
+        [(20, 20)],
+        [(1, 30), (5, 5), (150, 160), (2, 300), (43, 43)],
+    ],
+    ids=["first token", "decode", "one prompt", "mixed"],
+)
+def test_attend(
+    kernels: CudaKernels, dtype: torch.dtype, heads: int, kv_heads: int, head_dim: int, spans: list[tuple[int, int]]
+) -> None:
+    steps = ragged_batch(spans, random_cache(kv_heads=kv_heads, head_dim=head_dim, dtype=dtype, device=DEVICE))
+    q = randn(sum(length for length, _ in spans), heads, head_dim, dtype=dtype)
+    assert_near(kernels.attend(q, steps, 0), PLAIN.attend(q, steps, 0))
+
+
+def test_attend_gives_a_decoding_row_the_same_bits_in_any_company(kernels: CudaKernels) -> None:
+    """Nor does the width of the table, and so the number of programs, matter."""
+    shared = random_cache(kv_heads=2, head_dim=16, dtype=HALF, device=DEVICE)
+    spans = [(1, 530), (1, 3), (1, 257)]
+    steps = ragged_batch(spans, shared)
+    q = randn(3, 4, 16, dtype=HALF)
+    together = kernels.attend(q, steps, 0)
+    for row, span in enumerate(steps.spans):
+        blocks = -(-span.context // BLOCK_SIZE)
+        one = replace(
+            steps,
+            contexts_S=steps.contexts_S[row : row + 1],
+            tables_SN=steps.tables_SN[row : row + 1, :blocks],
+            spans=(replace(span, row=0),),
+            num_single=1,
+        )
+        assert torch.equal(kernels.attend(q[row : row + 1], one, 0)[0], together[row])
+
+
+def test_a_context_of_many_pieces(kernels: CudaKernels, monkeypatch: pytest.MonkeyPatch) -> None:
+    """More than are put together at a time, and more than there are programs."""
+    from llama2.kernels import triton_attention
+
+    for name, value in {"SPLIT": 64, "PIECES": 4, "MIN_PROGRAMS": 6}.items():
+        monkeypatch.setattr(triton_attention, name, value)
+    steps = ragged_batch([(1, 600), (1, 33)], random_cache(kv_heads=2, head_dim=16, dtype=torch.float32, device=DEVICE))
+    q = randn(2, 4, 16)
+    assert_near(kernels.attend(q, steps, 0), PLAIN.attend(q, steps, 0))
+
+
+def test_a_row_that_fills_a_graph_does_no_harm(kernels: CudaKernels) -> None:
+    """It attends to one position of the block that belongs to nobody, and the others see nothing of it."""
+    shared = random_cache(kv_heads=2, head_dim=16, dtype=torch.float32, device=DEVICE)
+    steps = ragged_batch([(1, 40)], shared)
+    q = randn(2, 4, 16)
+    filler = torch.zeros_like(steps.tables_SN)
+    filler[0, 0] = shared.scratch_block
+    padded = replace(
+        steps,
+        tables_SN=torch.cat([steps.tables_SN, filler]),
+        contexts_S=torch.tensor([40, 1], dtype=torch.int32, device=DEVICE),
+        num_single=2,
+    )
+    out = kernels.attend(q, padded, 0)
+    assert torch.equal(out[:1], kernels.attend(q[:1], steps, 0))
+    value = shared.values[0][shared.scratch_block, 0]
+    torch.testing.assert_close(out[1], value.repeat_interleave(2, 0), atol=1e-6, rtol=0)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", [(1, 8), (3, 2200)])
+def test_silu_mul(kernels: CudaKernels, dtype: torch.dtype, shape: tuple[int, int]) -> None:
+    x = randn(*shape, dtype=dtype)
+    assert_near(kernels.silu_mul(x), PLAIN.silu_mul(x.float()).to(dtype))
+
+
+def test_a_model_on_these_kernels_replies_as_on_others(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whole, and with decoding recorded where a GPU can do so: prompts, mixed steps, and batches that shrink."""
+    args = tiny_args(vocab_size=512, n_kv_heads=2, n_layers=1)
+    tokenizer = tiny_sentencepiece(tmp_path, vocab_size=512)
+    folder = write_checkpoint(tmp_path / "checkpoint", args, random_weights(args), tokenizer)
+    prompts = [[*range(3, 3 + length)] for length in (1, 19, 40)]
+    params = [SamplingParams(temperature=0, max_new_tokens=length, ignore_eos=True) for length in (6, 2, 4)]
+
+    def reply() -> list[Completion]:
+        settings: dict[str, Any] = {"max_seq_len": 64, "max_batch_size": 3, "max_step_tokens": 24}
+        return LLM(folder, dtype=torch.float32, device=DEVICE, **settings).generate(prompts, params)
+
+    monkeypatch.setattr("llama2.loader.choose_kernels", lambda device, dtype: PLAIN)
+    monkeypatch.setattr("llama2.engine.runner.choose_record", lambda device: None)
+    expected = reply()
+    monkeypatch.undo()
+
+    def again(procedure: Callable[[], None]) -> Callable[[], None]:
+        procedure()
+        return procedure
+
+    if DEVICE.type == "cpu":
+        from llama2.kernels.cuda import CudaKernels
+
+        monkeypatch.setattr("llama2.loader.choose_kernels", lambda device, dtype: CudaKernels())
+        monkeypatch.setattr("llama2.engine.runner.choose_record", lambda device: again)
+    assert reply() == expected

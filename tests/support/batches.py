@@ -1,0 +1,50 @@
+"""Ragged batches on a cache of random contents, for the tests of kernels."""
+
+from __future__ import annotations
+
+import torch
+
+from llama2.batch import Batch, Span
+from llama2.config import ModelArgs
+from llama2.kv_cache import KVCache
+
+NUM_BLOCKS, BLOCK_SIZE = 80, 16
+CPU = torch.device("cpu")
+
+
+def random_cache(*, kv_heads: int, head_dim: int, dtype: torch.dtype, device: torch.device = CPU) -> KVCache:
+    """Of one layer; torch's own generator on the CPU decides, so that devices can be compared."""
+    args = ModelArgs(
+        dim=8, n_layers=1, n_heads=kv_heads, n_kv_heads=kv_heads, head_dim=head_dim, hidden_dim=8, vocab_size=8
+    )
+    cache = KVCache(args, num_blocks=NUM_BLOCKS, block_size=BLOCK_SIZE, n_kv_heads=kv_heads, dtype=dtype, device=device)
+    for tensor in (cache.keys[0], cache.values[0]):
+        tensor.copy_(torch.randn(tensor.shape))
+    return cache
+
+
+def ragged_batch(spans: list[tuple[int, int]], cache: KVCache) -> Batch:
+    """Sequences of (length, context), each on blocks of its own in shuffled order."""
+    device = cache.keys[0].device
+    free = iter(torch.randperm(NUM_BLOCKS).tolist())
+    tables = [[next(free) for _ in range(-(-context // BLOCK_SIZE))] for _, context in spans]
+    width = max(map(len, tables))
+    starts = [sum(length for length, _ in spans[:index]) for index in range(len(spans) + 1)]
+    placed = [
+        (position, table[position // BLOCK_SIZE] * BLOCK_SIZE + position % BLOCK_SIZE)
+        for (length, context), table in zip(spans, tables, strict=True)
+        for position in range(context - length, context)
+    ]
+    padded = [table + [0] * (width - len(table)) for table in tables]
+    return Batch(
+        positions_T=torch.tensor([position for position, _ in placed], device=device),
+        slots_T=torch.tensor([slot for _, slot in placed], device=device),
+        query_starts_S1=torch.tensor(starts, dtype=torch.int32, device=device),
+        contexts_S=torch.tensor([context for _, context in spans], dtype=torch.int32, device=device),
+        tables_SN=torch.tensor(padded, dtype=torch.int32, device=device),
+        spans=tuple(
+            Span(row=row, length=length, context=context) for row, (length, context) in zip(starts, spans, strict=False)
+        ),
+        num_single=sum(length == 1 for length, _ in spans),
+        cache=cache,
+    )
