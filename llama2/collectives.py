@@ -34,11 +34,20 @@ class LockstepError(RuntimeError):
     """A rank is not where the others are: it made another call, or none."""
 
 
+# For an operator that sums over the ranks by itself: their shared memory, this rank, how many there are, the bytes of a
+# slot, and the seconds to wait for another. A group of one has no memory to share.
+Shared = tuple[torch.Tensor | None, int, int, int, float]
+
+
 class Collectives(Protocol):
     """What the model and the engine need of a group of ranks."""
 
     rank: int
     world_size: int
+
+    @property
+    def shared(self) -> Shared | None:
+        """None if the sums of this group are made by `all_reduce` alone."""
 
     def all_reduce(self, x: torch.Tensor) -> torch.Tensor:
         """The sum of every rank's `x`, the same bits on every rank. May overwrite `x`."""
@@ -55,6 +64,7 @@ class SingleRank:
 
     rank = 0
     world_size = 1
+    shared: Shared | None = (None, 0, 1, 0, 0.0)
 
     def all_reduce(self, x: torch.Tensor) -> torch.Tensor:
         return x
@@ -68,6 +78,8 @@ class SingleRank:
 
 class ProcessGroupCollectives:
     """NCCL on GPUs, gloo between hosts' CPUs. Control messages take `control` where the group shares a host."""
+
+    shared: Shared | None = None
 
     def __init__(self, control: SharedMemoryCollectives | None) -> None:
         self.rank = dist.get_rank()
@@ -137,12 +149,22 @@ class SharedMemoryCollectives:
         self.rank = rank
         self.world_size = world_size
         self._stall_seconds = stall_seconds
-        self._operation = 0
         header_bytes = world_size * LINE_BYTES
         self._header = memoryview(mapping)[:header_bytes].cast("q")
         self._mapping = torch.frombuffer(mapping, dtype=torch.uint8)
         self._slots = self._mapping[header_bytes:].view(2, world_size, SLOT_BYTES)
-        self._all_reduce = torch.ops.llama2_cpu.all_reduce.default if load_library() else None
+        # Of this rank; read by the others. The operators count in the same place.
+        self._has_operators = load_library()
+
+    @property
+    def _operation(self) -> int:
+        return self._header[self.rank * LINE]
+
+    @property
+    def shared(self) -> Shared | None:
+        if not self._has_operators:
+            return None
+        return self._mapping, self.rank, self.world_size, SLOT_BYTES, self._stall_seconds
 
     @staticmethod
     def mapping_bytes(world_size: int) -> int:
@@ -179,11 +201,11 @@ class SharedMemoryCollectives:
 
     def all_reduce(self, x: torch.Tensor) -> torch.Tensor:
         flat = x.view(-1)
-        if self._all_reduce is not None and x.dtype in (torch.float32, torch.bfloat16):
-            sizes = (self.rank, self.world_size, SLOT_BYTES, self._operation)
-            self._operation = self._all_reduce(flat, self._mapping, *sizes, self._stall_seconds)
-            if self._operation < 0:
-                raise self._why(-self._operation)
+        if self.shared is not None and x.dtype in (torch.float32, torch.bfloat16):
+            try:
+                torch.ops.llama2_cpu.all_reduce(flat, *self.shared)
+            except RuntimeError as error:
+                raise LockstepError(str(error).splitlines()[0]) from None
             return x
         step = SLOT_BYTES // flat.element_size()
         for start in range(0, flat.numel(), step):
@@ -232,12 +254,12 @@ class SharedMemoryCollectives:
         """Put `part` into this rank's slot of the next operation; returns the buffer that the operation uses."""
         for other in range(self.world_size):
             self._await(other, self._operation, idle=False)
-        self._operation += 1
-        buffer = self._operation % 2
+        operation = self._operation + 1
+        buffer = operation % 2
         if part is not None:
             self._slots[buffer, self.rank].view(part.dtype)[: part.numel()].copy_(part)
         self._header[self.rank * LINE + 1 + buffer] = 0 if part is None else part.nbytes
-        self._header[self.rank * LINE] = self._operation
+        self._header[self.rank * LINE] = operation
         return buffer
 
     def _await_all(self, buffer: int, nbytes: int | None) -> None:
@@ -261,17 +283,6 @@ class SharedMemoryCollectives:
                 deadline = deadline or time.monotonic() + self._stall_seconds
                 if time.monotonic() > deadline:
                     raise self._stalled(other, operation)
-
-    def _why(self, operation: int) -> LockstepError:
-        """What is wrong at an operation that was given up."""
-        for other in range(self.world_size):
-            if self._header[other * LINE] < operation:
-                return self._stalled(other, operation)
-        mine = self._header[self.rank * LINE + 1 + operation % 2]
-        sizes = [self._header[other * LINE + 1 + operation % 2] for other in range(self.world_size)]
-        return self._out_of_step(
-            next((other for other, size in enumerate(sizes) if size != mine), self.rank), operation
-        )
 
     def _stalled(self, other: int, operation: int) -> LockstepError:
         return LockstepError(

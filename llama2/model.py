@@ -10,7 +10,7 @@ D = head_dim, F = hidden_dim, V vocabulary.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as functional
@@ -37,6 +37,7 @@ class Transformer(Module):
     def __init__(self, args: ModelArgs, kernels: Kernels) -> None:
         super().__init__()
         self.args = args
+        self.kernels = kernels
         self.tok_embeddings = VocabEmbedding(args.vocab_size, args.dim)
         self.layers = nn.ModuleList(TransformerBlock(args, index, kernels) for index in range(args.n_layers))
         self.norm = AddNorm(args, kernels)
@@ -60,8 +61,8 @@ class Transformer(Module):
         x_TC: torch.Tensor = self.tok_embeddings(tokens_T)
         branch_TC: torch.Tensor | None = None
         rope_TD2 = self.rope[batch.positions_T]
-        for layer in self.layers:
-            x_TC, branch_TC = layer(x_TC, branch_TC, rope_TD2, batch)
+        for layer in cast("list[TransformerBlock]", self.layers):
+            x_TC, branch_TC = self.kernels.run_layer(layer, x_TC, branch_TC, rope_TD2, batch)
         assert branch_TC is not None
         _, x_RC = self.norm(x_TC[rows_R], branch_TC[rows_R])
         return self.output(x_RC)

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 import torch
 
 from llama2.batch import Batch
+
+if TYPE_CHECKING:
+    from llama2.model import TransformerBlock
 
 
 class Kernels(Protocol):
@@ -14,6 +17,16 @@ class Kernels(Protocol):
 
     `llama2.kernels.plain` is the reference: every other implementation equals it up to the rounding of the dtype.
     """
+
+    def run_layer(
+        self,
+        layer: TransformerBlock,
+        x_TC: torch.Tensor,
+        branch_TC: torch.Tensor | None,
+        rope_TD2: torch.Tensor,
+        batch: Batch,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """`layer(x, branch, rope, batch)`: as the model writes it, by the functions below, or as one operator."""
 
     def linear(self, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
         """x (T, C) times weight (F, C), transposed: (T, F)."""

@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import torch
 
 from llama2.batch import Batch
 from llama2.kernels.plain import PlainKernels
+
+if TYPE_CHECKING:
+    from llama2.model import TransformerBlock
 
 # Up to so many rows the weight's way through memory is what counts; beyond, oneDNN's blocked products win.
 MAX_STREAMED_ROWS = 64
@@ -18,14 +23,52 @@ class CpuKernels(PlainKernels):
         operators = torch.ops.llama2_cpu
         self._max_streamed_rows = MAX_STREAMED_ROWS if dtype is torch.bfloat16 else 0
         # `.default` spares a choice among overloads at every call.
+        self._layer = operators.layer.default
         self._linear = operators.linear.default
         self._add_rms_norm = operators.add_rms_norm.default
         self._rotate_and_store = operators.rotate_and_store.default
         self._paged_attention = operators.paged_attention.default
         self._silu_mul = operators.silu_mul.default
 
+    def run_layer(
+        self,
+        layer: TransformerBlock,
+        x_TC: torch.Tensor,
+        branch_TC: torch.Tensor | None,
+        rope_TD2: torch.Tensor,
+        batch: Batch,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        attention, feed_forward = layer.attention, layer.feed_forward
+        shared = attention.wo.collectives.shared
+        if shared is None or not self._streams(x_TC):
+            return super().run_layer(layer, x_TC, branch_TC, rope_TD2, batch)
+        cache = batch.cache
+        branch_TC = self._layer(
+            x_TC,
+            branch_TC,
+            layer.attention_norm.weight,
+            attention.wqkv.weight,
+            attention.wo.weight,
+            layer.ffn_norm.weight,
+            feed_forward.w13.weight,
+            feed_forward.w2.weight,
+            layer.ffn_norm.eps,
+            rope_TD2,
+            batch.slots_T,
+            cache.keys[attention.index],
+            cache.values[attention.index],
+            batch.tables_SN,
+            batch.query_starts_S1,
+            batch.contexts_S,
+            *shared,
+        )
+        return x_TC, branch_TC
+
+    def _streams(self, x: torch.Tensor) -> bool:
+        return 0 < x.shape[0] <= self._max_streamed_rows
+
     def linear(self, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-        if 0 < x.shape[0] <= self._max_streamed_rows:
+        if self._streams(x):
             return self._linear(x, weight)
         return super().linear(x, weight)
 

@@ -35,7 +35,8 @@ def load_library() -> bool:
     try:
         torch.ops.load_library(str(_compiled()))
     except (OSError, RuntimeError, ImportError) as error:
-        reason = str(error).strip().splitlines()[0]
+        lines = str(error).strip().splitlines()
+        reason = next((line for line in lines if "error:" in line), lines[0])
         logger.warning("the CPU kernels are not used, and decoding is slower: they do not compile here: %s", reason)
         return False
     return True

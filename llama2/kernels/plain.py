@@ -2,14 +2,30 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import torch
 import torch.nn.functional as functional
 
 from llama2.batch import Batch
 
+if TYPE_CHECKING:
+    from llama2.model import TransformerBlock
+
 
 class PlainKernels:
     """See `llama2.kernels.Kernels`."""
+
+    def run_layer(
+        self,
+        layer: TransformerBlock,
+        x_TC: torch.Tensor,
+        branch_TC: torch.Tensor | None,
+        rope_TD2: torch.Tensor,
+        batch: Batch,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        x_TC, branch_TC = layer(x_TC, branch_TC, rope_TD2, batch)
+        return x_TC, branch_TC
 
     def linear(self, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
         return functional.linear(x, weight)

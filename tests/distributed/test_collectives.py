@@ -101,15 +101,14 @@ def test_a_rank_that_does_not_come_is_named() -> None:
 def sums_both_ways() -> list[bool]:
     """The C++ operator and the Python that stands in for it, on the same mapping in turns."""
     group = SharedMemoryCollectives.connect()
-    operator = group._all_reduce
-    assert operator is not None
+    assert group._has_operators
     same = []
     for dtype in (torch.float32, torch.bfloat16):
         for count in (1, 100, SLOT_BYTES):
             x = torch.randn(count, generator=torch.Generator().manual_seed(group.rank)).to(dtype)
-            group._all_reduce = operator
+            group._has_operators = True
             fast = group.all_reduce(x.clone())
-            group._all_reduce = None
+            group._has_operators = False
             same.append(torch.equal(fast, group.all_reduce(x.clone())))
     return same
 

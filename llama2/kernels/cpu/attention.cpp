@@ -10,6 +10,7 @@
 #include <numeric>
 #include <vector>
 
+#include "kernels.h"
 #include "lanes.h"
 
 namespace llama2 {
@@ -17,6 +18,7 @@ namespace {
 
 constexpr int64_t kPart = 256;    // positions with a softmax of their own
 constexpr int64_t kRun = 32;      // positions whose scores are at hand at once
+constexpr int64_t kAlone = 4096;  // scores that one thread has sooner than it has woken another
 constexpr int64_t kQueries = 12;  // queries that share what is read of a key head; at most, where a group is not larger
 
 // What the tasks of one call have in common. queries (T, H, D), caches (blocks, block size, K, D), tables (S, N).
@@ -173,6 +175,8 @@ void merge(const float* outs, const Softmax* softmaxes, int64_t count, int64_t s
   });
 }
 
+}  // namespace
+
 // queries (T, H, D); keys, values (blocks, block size, K, D); tables (S, N), contexts (S) and starts (S + 1), int32:
 // sequence s has the rows [starts[s], starts[s + 1]), sees contexts[s] positions at the last of them and one less at each
 // before, and finds them in the blocks of tables[s]. Returns (T, H, D).
@@ -193,6 +197,7 @@ at::Tensor paged_attention(const at::Tensor& queries, const at::Tensor& keys, co
   std::vector<Tile> tiles;
   std::vector<Part> parts;
   std::vector<int64_t> place{0};  // of each part's first query among all of them, and the end
+  int64_t scores = 0;
   for (int64_t sequence = 0; sequence < contexts.size(0); sequence++) {
     const int64_t rows = start[sequence + 1] - start[sequence];
     const int64_t heads_at_once = std::min(group, kQueries), rows_at_once = std::max<int64_t>(1, kQueries / group);
@@ -206,6 +211,7 @@ at::Tensor paged_attention(const at::Tensor& queries, const at::Tensor& keys, co
             parts.push_back({sequence, start[sequence] + row, some, seen, kv_head * group + head,
                              std::min(heads_at_once, group - head), begin, std::min(begin + kPart, last)});
             place.push_back(place.back() + parts.back().queries());
+            scores += parts.back().queries() * (parts.back().end - begin);
           }
       for (int64_t slice = 0; slice < slices; slice++)
         tiles.push_back({parts[first_part + slice], first_part + slice, cuts});
@@ -219,7 +225,7 @@ at::Tensor paged_attention(const at::Tensor& queries, const at::Tensor& keys, co
     const Problem<scalar_t> problem{
         queries.const_data_ptr<scalar_t>(), keys.const_data_ptr<scalar_t>(), values.const_data_ptr<scalar_t>(),
         tables.const_data_ptr<int32_t>(), tables.size(1), keys.size(1), heads, kv_heads, dim};
-    at::parallel_for(0, parts.size(), 1, [&](int64_t begin, int64_t end) {
+    at::parallel_for(0, parts.size(), scores < kAlone ? parts.size() : 1, [&](int64_t begin, int64_t end) {
       for (int64_t i = begin; i < end; i++) attend(problem, parts[i], out + place[i] * dim, &softmaxes[place[i]]);
     });
     auto* to = result.mutable_data_ptr<scalar_t>();
@@ -236,8 +242,6 @@ at::Tensor paged_attention(const at::Tensor& queries, const at::Tensor& keys, co
   });
   return result;
 }
-
-}  // namespace
 
 TORCH_LIBRARY_FRAGMENT(llama2_cpu, library) {
   library.def(

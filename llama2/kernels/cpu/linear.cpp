@@ -4,6 +4,7 @@
 #include <ATen/Parallel.h>
 #include <torch/library.h>
 
+#include "kernels.h"
 #include "lanes.h"
 
 namespace llama2 {
@@ -53,6 +54,8 @@ inline void one_output(const BFloat16* x, const BFloat16* w, BFloat16* y, int64_
   }
 }
 
+}  // namespace
+
 // x (M, K) and w (N, K), bf16 and contiguous; returns x wᵀ (M, N), summed in fp32. A row's result is the same bits in
 // whatever company it comes.
 at::Tensor linear(const at::Tensor& x, const at::Tensor& w) {
@@ -78,8 +81,6 @@ at::Tensor linear(const at::Tensor& x, const at::Tensor& w) {
   });
   return y;
 }
-
-}  // namespace
 
 TORCH_LIBRARY_FRAGMENT(llama2_cpu, library) {
   library.def("linear(Tensor x, Tensor w) -> Tensor");

@@ -4,6 +4,7 @@
 #include <ATen/Parallel.h>
 #include <torch/library.h>
 
+#include "kernels.h"
 #include "lanes.h"
 
 namespace llama2 {
@@ -12,13 +13,15 @@ namespace {
 // Work below this many values is not worth waking a thread for.
 constexpr int64_t kGrain = 16384;
 
-// x (T, C) += delta (T, C) if there is one, rounded; returns the RMS norm of x, times weight (C).
-at::Tensor add_rms_norm(at::Tensor x, const std::optional<at::Tensor>& delta, const at::Tensor& weight, double eps) {
+}  // namespace
+
+// x (T, C) += branch (T, C) if there is one, rounded; returns the RMS norm of x, times weight (C).
+at::Tensor add_rms_norm(at::Tensor x, const std::optional<at::Tensor>& branch, const at::Tensor& weight, double eps) {
   const int64_t rows = x.size(0), dim = x.size(1);
   auto result = at::empty_like(x);
   LLAMA2_DISPATCH(x.scalar_type(), "add_rms_norm", [&] {
     auto* xs = x.mutable_data_ptr<scalar_t>();
-    const auto* deltas = delta ? delta->const_data_ptr<scalar_t>() : nullptr;
+    const auto* branches = branch ? branch->const_data_ptr<scalar_t>() : nullptr;
     const auto* weights = weight.const_data_ptr<scalar_t>();
     auto* results = result.mutable_data_ptr<scalar_t>();
     at::parallel_for(0, rows, std::max<int64_t>(1, kGrain / dim), [&](int64_t begin, int64_t end) {
@@ -27,8 +30,8 @@ at::Tensor add_rms_norm(at::Tensor x, const std::optional<at::Tensor>& delta, co
         Floats squares(0.f);
         for_lanes(dim, [&](int64_t c, auto... count) {
           auto value = load(values + c, count...);
-          if (deltas) {
-            store(values + c, value + load(deltas + row * dim + c, count...), count...);
+          if (branches) {
+            store(values + c, value + load(branches + row * dim + c, count...), count...);
             value = load(values + c, count...);
           }
           squares = at::vec::fmadd(value, value, squares);
@@ -99,10 +102,8 @@ at::Tensor silu_mul(const at::Tensor& gate_up) {
   return result;
 }
 
-}  // namespace
-
 TORCH_LIBRARY_FRAGMENT(llama2_cpu, library) {
-  library.def("add_rms_norm(Tensor(a!) x, Tensor? delta, Tensor weight, float eps) -> Tensor");
+  library.def("add_rms_norm(Tensor(a!) x, Tensor? branch, Tensor weight, float eps) -> Tensor");
   library.def("rotate_and_store(Tensor qkv, Tensor rope, Tensor slots, Tensor(a!) keys, Tensor(b!) values) -> Tensor");
   library.def("silu_mul(Tensor gate_up) -> Tensor");
 }
