@@ -32,6 +32,12 @@ struct Problem {
     const int64_t block = tables[sequence * table_width + position / block_size];
     return ((block * block_size + position % block_size) * kv_heads + kv_head) * head_dim;
   }
+  void prefetch(int64_t offset) const {
+    for (int64_t d = 0; d < head_dim; d += 64 / static_cast<int64_t>(sizeof(T))) {
+      __builtin_prefetch(keys + offset + d);
+      __builtin_prefetch(values + offset + d);
+    }
+  }
 };
 
 // Rows [row, row + rows) of a sequence, of which the first sees `context` positions and each next one more; of them the
@@ -145,6 +151,14 @@ void attend(const Problem<T>& problem, const Part& part, float* out, Softmax* so
   for (int64_t first = part.begin; first < part.end; first += kRun) {
     const int64_t count = std::min(kRun, part.end - first);
     for (int64_t p = 0; p < count; p++) offsets[p] = problem.offset(part.sequence, first + p, kv_head);
+    // A head's rows lie apart from each other, which processors do not foresee: ask for those of the next run, or of the
+    // next head's first one.
+    const bool is_last = first + kRun >= part.end;
+    if (const int64_t head = kv_head + is_last; head < problem.kv_heads) {
+      const int64_t from = is_last ? part.begin : first + kRun;
+      for (int64_t position = from; position < std::min(from + kRun, part.end); position++)
+        problem.prefetch(problem.offset(part.sequence, position, head));
+    }
     by_four(part.queries(), [&](int64_t q, auto n) {
       const T* queries[n];
       for (int i = 0; i < n; i++) queries[i] = query(q + i);
