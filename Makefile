@@ -68,8 +68,13 @@ $(CLIENTS)/.ready: requirements-clients.txt
 	$(CLIENTS)/bin/pip install --quiet --requirement $<
 	@touch $@
 
-bench: $(READY)  ## how fast a checkpoint is converted, beside `cp` of the same bytes
+bench: $(READY)  ## speed: converter, loading, scheduler, prefix cache, engine (docs/performance.md; about 10 minutes)
+	@test -e build/converted_checkpoints/.metadata || { echo "make serve first: it converts the model that is measured"; exit 1; }
 	$(BIN)/python -m benchmarks.convert
+	$(BIN)/python -m benchmarks.loading
+	$(BIN)/python -m benchmarks.scheduler
+	$(BIN)/python -m benchmarks.prefix
+	$(BIN)/python -m benchmarks.offline --checkpoint build/converted_checkpoints --batches 1,8,32 --contexts 128,1024
 
 clean:  ## remove all that was made, except the virtual environments
 	@test ! -x $(BIN)/python || $(BIN)/python -m scripts.serve stop

@@ -11,17 +11,14 @@ from pathlib import Path
 import pytest
 import torch
 
-from llama2.batch import Batch, Span
-from llama2.config import ModelArgs
 from llama2.kernels import choose_kernels, cpu_library
 from llama2.kernels.cpu import MAX_STREAMED_ROWS, CpuKernels
 from llama2.kernels.plain import PlainKernels
-from llama2.kv_cache import KVCache
+from tests.support.batches import ragged_batch, random_cache
 
 DTYPES = [torch.float32, torch.bfloat16]
 # Relative to values near 1: fp32 sums in another order, and bf16 rounds to 8 bits.
 TOLERANCE = {torch.float32: 2e-5, torch.bfloat16: 2e-2}
-NUM_BLOCKS, BLOCK_SIZE = 64, 16
 
 PLAIN = PlainKernels()
 
@@ -36,50 +33,6 @@ def deterministic() -> Iterator[None]:
 def kernels(dtype: torch.dtype) -> CpuKernels:
     assert cpu_library.load_library(), "the tests need a C++ compiler"
     return CpuKernels(dtype)
-
-
-def cache(*, kv_heads: int, head_dim: int, dtype: torch.dtype) -> KVCache:
-    args = ModelArgs(
-        dim=8, n_layers=1, n_heads=kv_heads, n_kv_heads=kv_heads, head_dim=head_dim, hidden_dim=8, vocab_size=8
-    )
-    made = KVCache(
-        args,
-        num_blocks=NUM_BLOCKS,
-        block_size=BLOCK_SIZE,
-        n_kv_heads=kv_heads,
-        dtype=dtype,
-        device=torch.device("cpu"),
-    )
-    made.keys[0].normal_()
-    made.values[0].normal_()
-    return made
-
-
-def batch(spans: list[tuple[int, int]], cache: KVCache) -> Batch:
-    """Sequences of (length, context), each on blocks of its own in shuffled order."""
-    free = iter(torch.randperm(NUM_BLOCKS).tolist())
-    tables = [[next(free) for _ in range(-(-context // BLOCK_SIZE))] for _, context in spans]
-    width = max(map(len, tables))
-    starts = [sum(length for length, _ in spans[:index]) for index in range(len(spans) + 1)]
-    positions = [
-        (table, position)
-        for (length, context), table in zip(spans, tables, strict=True)
-        for position in range(context - length, context)
-    ]
-    return Batch(
-        positions_T=torch.tensor([position for _, position in positions]),
-        slots_T=torch.tensor(
-            [table[position // BLOCK_SIZE] * BLOCK_SIZE + position % BLOCK_SIZE for table, position in positions]
-        ),
-        query_starts_S1=torch.tensor(starts, dtype=torch.int32),
-        contexts_S=torch.tensor([context for _, context in spans], dtype=torch.int32),
-        tables_SN=torch.tensor([table + [0] * (width - len(table)) for table in tables], dtype=torch.int32),
-        spans=tuple(
-            Span(row=row, length=length, context=context) for row, (length, context) in zip(starts, spans, strict=False)
-        ),
-        num_single=sum(length == 1 for length, _ in spans),
-        cache=cache,
-    )
 
 
 def assert_near(actual: torch.Tensor, expected: torch.Tensor) -> None:
@@ -131,8 +84,8 @@ def test_add_rms_norm(dtype: torch.dtype, shape: tuple[int, int], with_branch: b
 @pytest.mark.parametrize(("kv_heads", "group", "head_dim"), [(1, 1, 64), (3, 3, 64), (2, 5, 24), (8, 1, 6)])
 def test_rotate_and_store(dtype: torch.dtype, kv_heads: int, group: int, head_dim: int) -> None:
     heads = kv_heads * group
-    mine = cache(kv_heads=kv_heads, head_dim=head_dim, dtype=dtype)
-    steps = batch([(1, 1), (1, 30), (17, 40)], mine)
+    mine = random_cache(kv_heads=kv_heads, head_dim=head_dim, dtype=dtype)
+    steps = ragged_batch([(1, 1), (1, 30), (17, 40)], mine)
     qkv, rope = torch.randn(19, (heads + 2 * kv_heads) * head_dim).to(dtype), torch.randn(19, head_dim // 2, 2)
     actual = kernels(dtype).rotate_and_store(qkv, rope, steps, 0)
     keys, values = mine.keys[0].clone(), mine.values[0].clone()
@@ -156,15 +109,15 @@ def test_silu_mul(dtype: torch.dtype, width: int) -> None:
 )
 @pytest.mark.parametrize("spans", [[(1, 1), (1, 33), (1, 256), (1, 257)], [(1, 600)], [(1, 20), (5, 5), (30, 300)]])
 def test_attend(dtype: torch.dtype, kv_heads: int, group: int, head_dim: int, spans: list[tuple[int, int]]) -> None:
-    steps = batch(spans, cache(kv_heads=kv_heads, head_dim=head_dim, dtype=dtype))
+    steps = ragged_batch(spans, random_cache(kv_heads=kv_heads, head_dim=head_dim, dtype=dtype))
     q = torch.randn(len(steps.positions_T), kv_heads * group, head_dim).to(dtype)
     assert_near(kernels(dtype).attend(q, steps, 0), PLAIN.attend(q, steps, 0))
 
 
 def test_attend_gives_a_row_the_same_bits_in_any_company() -> None:
     """Alone, among others, and as one of a prompt's many rows."""
-    shared = cache(kv_heads=2, head_dim=64, dtype=torch.bfloat16)
-    steps = batch([(1, 5), (1, 300), (400, 400)], shared)
+    shared = random_cache(kv_heads=2, head_dim=64, dtype=torch.bfloat16)
+    steps = ragged_batch([(1, 5), (1, 300), (400, 400)], shared)
     q = torch.randn(402, 6, 64).bfloat16()
     together = kernels(torch.bfloat16).attend(q, steps, 0)
     for row, sequence, context in [(0, 0, 5), (1, 1, 300), (2, 2, 1), (200, 2, 199), (289, 2, 288), (401, 2, 400)]:
@@ -180,9 +133,9 @@ def test_attend_gives_a_row_the_same_bits_in_any_company() -> None:
 
 
 def test_scores_that_differ_by_hundreds_do_not_overflow() -> None:
-    mine = cache(kv_heads=1, head_dim=16, dtype=torch.float32)
+    mine = random_cache(kv_heads=1, head_dim=16, dtype=torch.float32)
     mine.keys[0].mul_(200)
-    steps = batch([(1, 400)], mine)
+    steps = ragged_batch([(1, 400)], mine)
     q = torch.randn(1, 2, 16)
     actual = kernels(torch.float32).attend(q, steps, 0)
     assert actual.isfinite().all()
