@@ -32,7 +32,7 @@ from llama2.loader import load_model
 from llama2.model import Transformer
 from llama2.parallel import build_mesh, choose_device, init_process_group, local_kv_heads
 from llama2.text_stream import TextStream
-from llama2.threads import undivided
+from llama2.threads import hand_over, undivided
 from llama2.tokenizer import Tokenizer, load_tokenizer
 
 logger = logging.getLogger(__name__)
@@ -263,9 +263,14 @@ class Engine:
     # ---- the loop, on every rank ----
 
     def start(self, on_failure: Callable[[BaseException], None]) -> None:
-        """Run the loop in a thread of its own; `on_failure` is called there with what ended it before `close`."""
+        """Run the loop in a thread of its own; `on_failure` is called there with what ended it before `close`.
+
+        From now on the calling thread divides no operator among processors: those are the engine's.
+        """
+        take_over = hand_over()
 
         def main() -> None:
+            take_over()
             try:
                 self._serve() if self.rank == 0 else self.follow()
             except BaseException as error:
