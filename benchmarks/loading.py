@@ -16,7 +16,6 @@ import time
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
-import fire
 import torch
 import torch.distributed as dist
 
@@ -28,7 +27,7 @@ from llama2.collectives import connect
 from llama2.loader import load_model
 from llama2.parallel import build_mesh, choose_device, init_process_group
 from llama2.threads import undivided
-from scripts.flags import check_flags
+from scripts.flags import run
 
 WANTED_RATIO = 0.7
 MAX_SEQ_LEN = 2048
@@ -72,8 +71,8 @@ def benchmark(
 
 def _convert(source: Path, result: Path, *, nbytes: int) -> None:
     make_checkpoint(source, nbytes=nbytes)
-    options = ["--original_ckpt_dir", source, "--save_checkpoint_dir", result]
-    command = [sys.executable, ROOT / "convert_checkpoints.py", *options]
+    command: list[str | Path] = [sys.executable, ROOT / "convert_checkpoints.py"]
+    command += ["--original_ckpt_dir", source, "--save_checkpoint_dir", result]
     subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
 
 
@@ -126,13 +125,5 @@ def _report(loading: list[float], reading: list[float], *, size: int, ranks: int
     print(f"wrote {save(out, 'loading', {'rounds': rounds, 'ranks': ranks}, figures)}")
 
 
-def main() -> None:
-    try:
-        check_flags(sys.argv[1:], benchmark)
-        fire.Fire(benchmark)
-    except ValueError as error:
-        raise SystemExit(f"error: {error}") from None
-
-
 if __name__ == "__main__":
-    main()
+    run(benchmark)

@@ -12,13 +12,11 @@ prompts and the same number of tokens, in turns with ours, and sleeps while ours
 from __future__ import annotations
 
 import dataclasses
-import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import fire
 import numpy as np
 import torch
 import torch.distributed as dist
@@ -36,7 +34,7 @@ from benchmarks.shapes import find_shape
 from llama2.config import EngineConfig, ModelArgs
 from llama2.engine.engine import Engine
 from llama2.parallel import choose_device, init_process_group
-from scripts.flags import check_flags
+from scripts.flags import run
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 CACHE = ROOT / "build" / "peers"
@@ -298,15 +296,7 @@ def _check_positive(**values: int | list[Any]) -> None:
             raise ValueError(f"{name} must be positive whole numbers, got {', '.join(map(str, several))}")
 
 
-def main() -> None:
-    try:
-        check_flags(sys.argv[1:], benchmark)
-        fire.Fire(benchmark)
-    except ValueError as error:
-        raise SystemExit(f"error: {error}") from None
-
-
 if __name__ == "__main__":
-    main()
+    run(benchmark)
     if dist.is_initialized():
         dist.destroy_process_group()

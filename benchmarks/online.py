@@ -24,8 +24,6 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import fire
-
 from benchmarks import front
 from benchmarks.load import (
     GUIDELLM,
@@ -43,7 +41,7 @@ from benchmarks.plots import Line, Panel, draw
 from benchmarks.results import RESULTS, ROOT, save
 from benchmarks.slo import Slo, highest_rate
 from benchmarks.tables import table
-from scripts.flags import check_flags
+from scripts.flags import run
 from scripts.serve import local_settings
 from scripts.temporary_server import MODEL, temporary_server
 from scripts.torchserve import ServerError
@@ -271,11 +269,7 @@ def _several(values: Any) -> Sequence[Any]:
 
 def main() -> None:
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # as Ctrl-C does, it takes the server down too
-    try:
-        check_flags(sys.argv[1:], benchmark)
-        fire.Fire(benchmark)
-    except (LoadError, ServerError, ValueError) as error:
-        sys.exit(f"error: {error}")
+    run(benchmark, mistakes=(LoadError, ServerError, ValueError))
 
 
 if __name__ == "__main__":

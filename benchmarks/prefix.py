@@ -10,10 +10,7 @@ from __future__ import annotations
 
 import random
 import statistics
-import sys
 from typing import Any
-
-import fire
 
 from benchmarks.engine_only import ttft_ms
 from benchmarks.results import RESULTS, ROOT, save
@@ -21,7 +18,7 @@ from benchmarks.tables import table
 from llama2.config import EngineConfig
 from llama2.engine.engine import Engine
 from llama2.engine.sequence import Request, SamplingParams
-from scripts.flags import check_flags
+from scripts.flags import run
 
 WANTED_RATIO = 0.2
 SEED = 1
@@ -97,13 +94,5 @@ def benchmark(
     print(f"written to {save(out, 'prefix', settings, figures)}")
 
 
-def main() -> None:
-    try:
-        check_flags(sys.argv[1:], benchmark)
-        fire.Fire(benchmark)
-    except ValueError as error:
-        raise SystemExit(f"error: {error}") from None
-
-
 if __name__ == "__main__":
-    main()
+    run(benchmark)

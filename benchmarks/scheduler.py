@@ -13,13 +13,10 @@ import itertools
 import math
 import pickle
 import statistics
-import sys
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from typing import Any
-
-import fire
 
 from benchmarks.results import RESULTS, save
 from benchmarks.tables import table
@@ -27,7 +24,7 @@ from llama2.config import EngineConfig
 from llama2.engine.block_manager import BlockManager
 from llama2.engine.scheduler import Scheduler
 from llama2.engine.sequence import Request, SamplingParams, Sequence
-from scripts.flags import check_flags
+from scripts.flags import run
 
 BLOCK_SIZE = 16
 WARM_UP = 2 * BLOCK_SIZE  # steps
@@ -149,13 +146,5 @@ def _several(values: int | tuple[int, ...]) -> tuple[int, ...]:
     return values if isinstance(values, (tuple, list)) else (values,)
 
 
-def main() -> None:
-    try:
-        check_flags(sys.argv[1:], benchmark)
-        fire.Fire(benchmark)
-    except ValueError as error:
-        raise SystemExit(f"error: {error}") from None
-
-
 if __name__ == "__main__":
-    main()
+    run(benchmark)

@@ -7,8 +7,20 @@ from __future__ import annotations
 
 import difflib
 import inspect
+import sys
 from collections.abc import Callable, Sequence
 from typing import Any
+
+import fire
+
+
+def run(function: Callable[..., Any], *, mistakes: tuple[type[Exception], ...] = (ValueError,)) -> None:
+    """Be the command that `function` is. What it raises of `mistakes` is one line, and exit code 1."""
+    try:
+        check_flags(sys.argv[1:], function)
+        fire.Fire(function)
+    except mistakes as error:
+        raise SystemExit(f"error: {error}") from None
 
 
 def check_flags(arguments: Sequence[str], function: Callable[..., Any]) -> None:
