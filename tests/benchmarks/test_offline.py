@@ -17,7 +17,7 @@ from benchmarks import ceilings, offline
 from benchmarks.engines import Cell
 from benchmarks.peers import registry
 from benchmarks.peers.registry import find_peers
-from scripts.flags import run
+from scripts import flags
 from tests.support.ranks import run_ranks
 
 
@@ -144,7 +144,7 @@ def test_a_mistake_is_named_before_anything_is_measured(
     monkeypatch.setattr(offline, "measure_ceilings", None)
     monkeypatch.setattr(sys, "argv", ["offline", *arguments])
     with pytest.raises(SystemExit, match=message.replace("?", r"\?")):
-        run(offline.benchmark)
+        flags.run(offline.benchmark)
 
 
 def test_every_peer_that_is_not_installed_has_a_command(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
