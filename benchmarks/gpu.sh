@@ -3,13 +3,25 @@
 #
 #     benchmarks/gpu.sh [OUT]
 #
-# Writes JSON files and logs into OUT (default benchmarks/results/gpu). A step that cannot run, or runs out of its time,
+# Writes JSON files and logs into OUT (default build/results/gpu). A step that cannot run, or runs out of its time,
 # is named in OUT/gpu-steps.json, and the others run. PYTHON is the interpreter (default: .venv's, else python3); peers
 # that are not installed are named by benchmarks.offline.
 set -u
 cd "$(dirname "$0")/.."
-out=${1:-benchmarks/results/gpu}
+out=${1:-build/results/gpu}
 python=${PYTHON:-$([ -x .venv/bin/python ] && echo .venv/bin/python || echo python3)}
+case $out in -*)
+    sed -n '2,/^set -u/{/^#/s/^# \{0,1\}//p}' "$0"
+    exit 0
+    ;;
+esac
+"$python" -c '
+import sys
+try:
+    import torch
+except ImportError as error:
+    sys.exit(f"{error}: make setup first")
+sys.exit(None if torch.cuda.is_available() else "no GPU that torch can use is here")' || exit 1
 deadline=$((SECONDS + 525))
 steps=()
 mkdir -p "$out"

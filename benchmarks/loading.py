@@ -9,6 +9,7 @@ of all. The two take turns. Wanted: at least `WANTED_RATIO` of the rate of `cat`
 
 from __future__ import annotations
 
+import os
 import statistics
 import subprocess
 import sys
@@ -73,7 +74,9 @@ def _convert(source: Path, result: Path, *, nbytes: int) -> None:
     make_checkpoint(source, nbytes=nbytes)
     command: list[str | Path] = [sys.executable, ROOT / "convert_checkpoints.py"]
     command += ["--original_ckpt_dir", source, "--save_checkpoint_dir", result]
-    subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
+    # It is a process of its own, whatever group this one belongs to.
+    environ = {name: value for name, value in os.environ.items() if name not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")}
+    subprocess.run(command, check=True, stdout=subprocess.DEVNULL, env=environ)
 
 
 def _load(folder: str, device: torch.device) -> float:
