@@ -211,7 +211,9 @@ def test_a_chat_that_reaches_its_limit_says_so(ask: Asker, limit: str) -> None:
 
 
 def test_n_replies_differ_and_their_streams_say_the_same(ask: Asker) -> None:
-    fields: dict[str, Any] = {"messages": QUESTION, "n": 3, "max_tokens": 12, "temperature": 1.2, "seed": 5}
+    # A seed whose numbers lie well inside their tokens' shares: a prompt that is computed another time, in other pieces
+    # or from the prefix cache, is rounded otherwise.
+    fields: dict[str, Any] = {"messages": QUESTION, "n": 3, "max_tokens": 8, "temperature": 1.0, "seed": 11}
     whole = ask("chat.completions.create", **fields)
     said = {choice.index: choice.message.content for choice in whole.choices}
     assert sorted(said) == [0, 1, 2]
