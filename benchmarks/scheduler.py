@@ -22,7 +22,7 @@ from benchmarks.results import RESULTS, save
 from benchmarks.tables import table
 from llama2.config import EngineConfig
 from llama2.engine.block_manager import BlockManager
-from llama2.engine.scheduler import Scheduler
+from llama2.engine.scheduler import Plan, Scheduler
 from llama2.engine.sequence import Request, SamplingParams, Sequence
 from scripts.flags import run
 
@@ -62,8 +62,7 @@ def measure(*, running: int, waiting: int, context: int, steps: int) -> StepTime
         _timed(times["add"], scheduler.add, newcomer)
         plan = _timed(times["schedule"], scheduler.schedule)
         assert len(plan.chunks) == running, "a measured step decodes, and does nothing else"
-        sampled = {chunk.key: step for chunk in plan.chunks}
-        _timed(times["update"], scheduler.update, plan, sampled)
+        _timed(times["update"], _book, scheduler, plan, sequences, step)
         payload = _timed(times["pickle"], pickle.dumps, plan)
         _timed(times["unpickle"], pickle.loads, payload)
         plan_bytes = len(payload)
@@ -121,10 +120,16 @@ def _decoding(running: int, waiting: int, context: int, steps: int) -> tuple[Sch
         scheduler.add(sequence)
     plan = scheduler.schedule()
     assert plan is not None
-    scheduler.update(plan, {chunk.key: 0 for chunk in plan.chunks})
+    _book(scheduler, plan, sequences, 0)
     for arrival in range(running, running + waiting):
         scheduler.add(_sequence(arrival, 8))
     return scheduler, sequences
+
+
+def _book(scheduler: Scheduler, plan: Plan, sequences: list[Sequence], token_id: int) -> None:
+    """Each sequence gains a token, which is read at once."""
+    scheduler.advance(plan, sequences)
+    scheduler.update((sequence, token_id) for sequence in sequences)
 
 
 def _sequence(arrival: int, length: int) -> Sequence:

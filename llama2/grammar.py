@@ -138,9 +138,12 @@ class GrammarMatcher:
             self._matcher.fill_next_token_bitmask(self._mask)
         if self._over or not self._mask.any():
             self._mask[0] = self._vocabulary.ends_mask_W
-        on_cpu = logits_V.device.type == "cpu"
-        # Elsewhere xgrammar's first choice is Triton, which a machine need not have.
-        self._apply(logits_V, self._mask[0].to(logits_V.device), backend="cpu" if on_cpu else "torch_native")
+        if logits_V.device.type == "cpu":
+            self._apply(logits_V, self._mask[0], backend="cpu")
+        else:
+            # Pinned: nobody waits for the copy. xgrammar's first choice is Triton, which a machine need not have.
+            mask_W = self._mask[0].pin_memory().to(logits_V.device, non_blocking=True)
+            self._apply(logits_V, mask_W, backend="torch_native")
 
     def accept(self, token_id: int) -> None:
         if self._first_mask_W is not None and token_id in self._vocabulary.first_bytes:

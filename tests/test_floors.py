@@ -25,6 +25,7 @@ FLOORS = {
     "llama2.engine.engine": 3,
     "llama2.checkpoint.convert": 3,
     "llama2.loader": 2,
+    "llama2.engine.replies": 2,
     "llama2.engine.runner": 2,
     "llama2.engine.graphs": 2,
     "llama2.engine.inputs": 2,
@@ -39,6 +40,7 @@ FLOORS = {
     "llama2.tools": 1,
     "llama2.grammar": 1,
     "llama2.checkpoint": 1,
+    "llama2.engine.logprobs": 1,
     "llama2.engine.sampler": 1,
     "llama2.engine.block_manager": 1,
     "llama2.config": 0,
@@ -53,6 +55,7 @@ FLOORS = {
     "llama2.memory": 0,
     "llama2.threads": 0,
     "llama2.engine.sequence": 0,
+    "llama2.engine.transfer": 0,
 }
 
 TORCH_FREE = (

@@ -23,15 +23,15 @@ from llama2.config import EngineConfig, ModelArgs
 from llama2.engine.block_manager import BlockManager
 from llama2.engine.lockstep import Lockstep, agree
 from llama2.engine.prompt_scores import PromptScores
+from llama2.engine.replies import Replies
 from llama2.engine.runner import Runner
-from llama2.engine.sampler import Sampled, Sampler
+from llama2.engine.sampler import Choice, Sampler
 from llama2.engine.scheduler import Plan, Scheduler
 from llama2.engine.sequence import FinishReason, Output, Request, Sequence
 from llama2.kv_cache import KVCache, count_blocks
 from llama2.loader import load_model
 from llama2.model import Transformer
 from llama2.parallel import build_mesh, choose_device, init_process_group, local_kv_heads
-from llama2.text_stream import TextStream
 from llama2.threads import hand_over, undivided
 from llama2.tokenizer import Tokenizer, load_tokenizer
 
@@ -71,7 +71,9 @@ class Engine:
         tokenizer: Tokenizer,
         group: Lockstep,
         num_blocks: int,
+        looks_ahead: bool,
     ) -> None:
+        """`looks_ahead`: a step is on its way to the device before the tokens of the one before are read."""
         self.args = args
         self.config = config
         self.tokenizer = tokenizer
@@ -80,9 +82,12 @@ class Engine:
         self._blocks = BlockManager(num_blocks, config.block_size, prefix_cache=config.prefix_cache)
         self._scheduler = Scheduler(config, self._blocks)
         self._sampler = Sampler(config.seed)
-        self._streams: dict[int, TextStream] = {}
+        self._replies = Replies(tokenizer, config.max_seq_len)
         self._scores: dict[str, torch.Tensor] = {}
         self._prompts = PromptScores()
+        self._looks_ahead = looks_ahead
+        # Of the latest step: who gains a token, and the choice of them, until it is read.
+        self._unread: tuple[list[Sequence], Choice] | None = None
         self._arrivals = 0
         self._last_step_at: float | None = None
         self._lock = threading.Condition()
@@ -178,6 +183,8 @@ class Engine:
             tokenizer=tokenizer,
             group=Lockstep(Runner(model, cache, device, config), collectives),
             num_blocks=num_blocks,
+            # A CPU has computed a step when the call returns.
+            looks_ahead=device.type != "cpu",
         )
 
     # ---- rank 0, from any thread ----
@@ -299,26 +306,33 @@ class Engine:
         return self._group.follow()
 
     def step(self) -> list[Output]:
-        """Rank 0: take in what arrived, run one forward pass of the group, and return what came of it."""
+        """Rank 0: take in what arrived, run one forward pass of the group, and return what came of it.
+
+        Where the engine looks ahead, what came of the pass before: its tokens are read while the device is busy with
+        this one, and this one's are chosen with all of them known.
+        """
+        suspended = self._suspended
         outputs = self._take_in()
-        if self._suspended:
+        plan = None if suspended else self._scheduler.schedule()
+        logits_RV = None if plan is None else self._group.lead(plan)
+        outputs += self._read()
+        if plan is not None and logits_RV is not None:
+            outputs += self._choose(plan, logits_RV)
+            if not self._looks_ahead:
+                outputs += self._read()
+            self._last_step_at = time.monotonic()
+        if suspended:
             self._scheduler.preempt_all()
-            return outputs
-        plan = self._scheduler.schedule()
-        if plan is None:
-            return outputs
-        outputs += self._book(plan, self._group.lead(plan))
-        self._last_step_at = time.monotonic()
         return outputs
 
     @property
     def has_work(self) -> bool:
         """Rank 0: would `step` do anything?"""
-        return bool(self._inbox) or self._scheduler.has_work
+        return bool(self._inbox) or self._scheduler.has_work or self._unread is not None
 
     @property
     def _may_step(self) -> bool:
-        return bool(self._inbox or self._scheduler.num_running) if self._suspended else self.has_work
+        return bool(self._inbox or self._scheduler.num_running or self._unread) if self._suspended else self.has_work
 
     def check_integrity(self) -> None:
         """Prove that every block is free or in a live sequence; with no live sequence, that all came home.
@@ -327,7 +341,7 @@ class Engine:
             RuntimeError: a block leaked, or state of a finished request was kept.
         """
         self._scheduler.check_integrity()
-        kept = len(self._streams) + len(self._scores) + len(self._prompts)
+        kept = len(self._replies) + len(self._scores) + len(self._prompts)
         if kept and not self._scheduler.has_work:
             raise RuntimeError(f"state of {kept} finished requests was kept")
 
@@ -352,29 +366,26 @@ class Engine:
                 sequence = Sequence.of(item, self._arrivals)
                 self._arrivals += item.n
                 self._scheduler.add(sequence)
-                self._open_stream(sequence)
+                self._replies.open(sequence)
             else:
                 for sequence in self._scheduler.abort(item):
                     self._forget(sequence)
                     outputs.append(Output(request_id=item, index=sequence.index, finish_reason="abort"))
         return outputs
 
-    def _open_stream(self, sequence: Sequence) -> None:
-        self._streams[sequence.arrival] = TextStream(
-            self.tokenizer, stop=sequence.request.params.stop, continues_prompt=sequence.request.continues_prompt
-        )
-
-    def _book(self, plan: Plan, logits_RV: torch.Tensor) -> list[Output]:
-        """Sample where a prompt or a reply has reached its end, book the step, and end what has ended."""
+    def _choose(self, plan: Plan, logits_RV: torch.Tensor) -> list[Output]:
+        """Sample where a prompt or a reply has reached its end, book the step, and end what was a prompt only."""
         rows: list[int] = []
         sequences: list[Sequence] = []
         prompts_only: list[Sequence] = []
         row = 0
         for chunk in plan.chunks:
-            sequence = self._scheduler.running[chunk.key]
+            first, row = row, row + {"none": 0, "last": 1, "all": len(chunk.token_ids)}[chunk.logits]
+            sequence = self._scheduler.running.get(chunk.key)
+            if sequence is None:
+                continue  # its last token was read since it was planned
             if chunk.logits == "all":
-                self._prompts.keep(sequence, chunk.start, logits_RV[row : row + len(chunk.token_ids)])
-            row += {"none": 0, "last": 1, "all": len(chunk.token_ids)}[chunk.logits]
+                self._prompts.keep(sequence, chunk.start, logits_RV[first:row])
             if chunk.start + len(chunk.token_ids) < len(sequence.token_ids):
                 continue
             if not sequence.request.generate:
@@ -384,15 +395,18 @@ class Engine:
             if sequence.num_forks:
                 replies += self._scheduler.fork(sequence)
                 for fork in replies[1:]:
-                    self._open_stream(fork)
+                    self._replies.open(fork)
             rows += [row - 1] * len(replies)
             sequences += replies
         # Mostly that is every row in its place: then no index goes to the device, and no row is copied.
         wanted_RV = logits_RV if rows == list(range(len(logits_RV))) else logits_RV[rows]
-        sampled = self._sampler.sample(wanted_RV, sequences) if rows else []
-        by_key = {sequence.arrival: one for sequence, one in zip(sequences, sampled, strict=True)}
-        gained = self._scheduler.update(plan, {key: one.token_id for key, one in by_key.items()})
-        outputs = [self._advance(sequence, by_key[sequence.arrival]) for sequence in gained]
+        if rows:
+            choice = self._sampler.sample(wanted_RV, sequences)
+            if self._looks_ahead:
+                self._group.feed(choice.ids_R)
+            self._unread = sequences, choice
+        self._scheduler.advance(plan, sequences)
+        outputs = []
         for sequence in prompts_only:
             request_id = sequence.request.request_id
             logits, logprobs = self._prompts.take_logits(sequence), self._prompts.take_logprobs(sequence)
@@ -402,44 +416,28 @@ class Engine:
             outputs.append(Output(request_id=request_id, prompt_logprobs=logprobs, finish_reason="length"))
         return outputs
 
-    def _advance(self, sequence: Sequence, sampled: Sampled) -> Output:
-        """Turn a sequence's newest token into text, and decide whether it was the last."""
-        params, stream = sequence.request.params, self._streams[sequence.arrival]
-        token_id, text = sampled.token_id, ""
-        prompt_logprobs = self._prompts.take_logprobs(sequence)
-        reason: FinishReason | None = None
-        is_eos = token_id in self.tokenizer.eos_ids
-        # A grammar lets EOS through where nothing else can follow: there it cannot be ignored.
-        ends = token_id in params.stop_token_ids or (is_eos and not (params.ignore_eos and sequence.matcher is None))
-        if not ends:
-            text = stream.push(token_id)
-            if sequence.matcher is not None:
-                sequence.matcher.accept(token_id)
-        if ends or stream.stopped:
-            reason = "stop"
-        elif sequence.num_generated == params.max_new_tokens or len(sequence.token_ids) == self.config.max_seq_len:
-            reason = "length"
-        if reason is not None:
-            if not stream.stopped:
-                text += stream.finish()
-            self._finish(sequence, reason)
-        return Output(
-            request_id=sequence.request.request_id,
-            index=sequence.index,
-            text=text,
-            token_ids=(token_id,),
-            logprobs=() if sampled.logprobs is None else (sampled.logprobs,),
-            prompt_logprobs=prompt_logprobs,
-            cached_tokens=(sequence.num_cached or 0) if sequence.num_generated == 1 else 0,
-            finish_reason=reason,
-        )
+    def _read(self) -> list[Output]:
+        """Wait for the tokens of the latest step, and end what has ended."""
+        if self._unread is None:
+            return []
+        (sequences, choice), self._unread = self._unread, None
+        by_key = {sequence.arrival: one for sequence, one in zip(sequences, choice.read(), strict=True)}
+        gained = self._scheduler.update((sequence, by_key[sequence.arrival].token_id) for sequence in sequences)
+        outputs = []
+        for sequence in gained:
+            prompt_logprobs = self._prompts.take_logprobs(sequence)
+            output = self._replies.extend(sequence, by_key[sequence.arrival], prompt_logprobs)
+            if output.finish_reason is not None:
+                self._finish(sequence, output.finish_reason)
+            outputs.append(output)
+        return outputs
 
     def _finish(self, sequence: Sequence, reason: FinishReason) -> None:
         self._scheduler.finish(sequence, reason)
         self._forget(sequence)
 
     def _forget(self, sequence: Sequence) -> None:
-        self._streams.pop(sequence.arrival, None)
+        self._replies.forget(sequence)
         self._prompts.forget(sequence)
         if not self._scheduler.is_live(sequence.request.request_id):
             with self._lock:

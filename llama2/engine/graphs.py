@@ -18,7 +18,7 @@ from tqdm import tqdm
 
 from llama2.batch import Span
 from llama2.config import EngineConfig
-from llama2.engine.inputs import Inputs, Sizes, host_inputs
+from llama2.engine.inputs import Inputs, LatestIds, Sizes, host_inputs
 from llama2.engine.scheduler import Chunk, Plan
 from llama2.kv_cache import KVCache
 from llama2.model import Transformer
@@ -38,10 +38,17 @@ class DecodeGraphs:
 
     @torch.inference_mode()
     def __init__(
-        self, model: Transformer, cache: KVCache, device: torch.device, config: EngineConfig, record: Record
+        self,
+        model: Transformer,
+        cache: KVCache,
+        latest: LatestIds,
+        device: torch.device,
+        config: EngineConfig,
+        record: Record,
     ) -> None:
         self._model = model
         self._cache = cache
+        self._latest = latest
         self._device = device
         self._blocks = config.blocks_per_sequence
         self._sizes = bucket_sizes(config.max_batch_size)
@@ -92,7 +99,7 @@ class DecodeGraphs:
         batch = inputs.batch(spans, size, self._cache)
 
         def decode() -> None:
-            logits_RV = self._model(inputs.tokens_T, batch, inputs.rows_R)
+            logits_RV = self._model(self._latest.resolve(inputs.tokens_T), batch, inputs.rows_R)
             if self._logits_RV is not None:
                 self._logits_RV[:size].copy_(logits_RV)
 

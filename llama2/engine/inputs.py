@@ -1,7 +1,7 @@
 """Owns the layout of one step's inputs: from a plan's ids and block tables to the tensors of a `Batch`, in one copy.
 
 A step's numbers lie side by side in one buffer, which is filled on the host and goes to the device at once; the tensors
-are views of it. Knows no model.
+are views of it. Only tokens that the host does not know yet are on the device already. Knows no model.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ import numpy as np
 import torch
 
 from llama2.batch import Batch, Span
+from llama2.collectives import Collectives
 from llama2.engine.scheduler import Chunk
 from llama2.kv_cache import KVCache
 
@@ -77,6 +78,28 @@ class Inputs:
             num_single=num_single,
             cache=cache,
         )
+
+
+class LatestIds:
+    """The ids of the latest sampling, on the device: what the unread tokens of a plan stand for."""
+
+    def __init__(self, max_batch_size: int, collectives: Collectives, device: torch.device) -> None:
+        self._collectives = collectives
+        self._ids_R = torch.zeros(max_batch_size, dtype=torch.int64, device=device)
+
+    def set(self, ids_R: torch.Tensor) -> None:
+        """Rank 0: ids by row. A negative one, of a sampling that failed, must not reach the embedding."""
+        torch.clamp(ids_R, min=0, out=self._ids_R[: len(ids_R)])
+
+    def share(self) -> None:
+        """Bring rank 0's to every rank, all of which call this: a sum to which the others add nothing."""
+        if self._collectives.rank != 0:
+            self._ids_R.zero_()
+        self._ids_R.copy_(self._collectives.all_reduce(self._ids_R))
+
+    def resolve(self, tokens_T: torch.Tensor) -> torch.Tensor:
+        """`tokens_T` with ids for what is unread."""
+        return torch.where(tokens_T < 0, self._ids_R[(-1 - tokens_T).clamp_(min=0)], tokens_T)
 
 
 def host_inputs(sizes: Sizes, device: torch.device) -> Inputs:

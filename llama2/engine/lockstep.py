@@ -41,6 +41,10 @@ class Lockstep:
         assert logits_RV is not None
         return logits_RV
 
+    def feed(self, ids_R: torch.Tensor) -> None:
+        """Rank 0: what the next plan's unread tokens are, by row: ids (R,) int64 on the device."""
+        self._runner.feed(ids_R)
+
     def release(self, result: Any = None) -> Any:
         """Rank 0: end `follow` on the other ranks, where it returns `result`."""
         self._collectives.broadcast_object(_Release(result))

@@ -7,8 +7,9 @@ from __future__ import annotations
 
 import torch
 
-from llama2.engine.sampler import token_logprobs
+from llama2.engine.logprobs import Logprobs
 from llama2.engine.sequence import Sequence, TokenLogprobs
+from llama2.engine.transfer import upload
 
 
 class PromptScores:
@@ -35,8 +36,8 @@ class PromptScores:
                 known[:] = [None]
             following = request.prompt_ids[start + 1 : start + 1 + logits_TV.shape[0]]
             if following:  # else these are the logits after the last position alone
-                wanted = [request.prompt_logprobs] * len(following)
-                known += token_logprobs(logits_TV[: len(following)], following, wanted)
+                found = Logprobs(logits_TV[: len(following)], upload(list(following), logits_TV))
+                known += found.wait([request.prompt_logprobs] * len(following))
 
     def take_logprobs(self, sequence: Sequence) -> tuple[TokenLogprobs | None, ...]:
         """One for each position of the prompt, None for the first; nothing if they were not asked for, or taken."""

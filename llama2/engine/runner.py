@@ -12,7 +12,7 @@ import torch
 from llama2.batch import Batch, Span
 from llama2.config import EngineConfig
 from llama2.engine.graphs import DecodeGraphs, choose_record
-from llama2.engine.inputs import Inputs, Sizes, host_inputs
+from llama2.engine.inputs import Inputs, LatestIds, Sizes, host_inputs
 from llama2.engine.scheduler import Plan
 from llama2.kv_cache import KVCache
 from llama2.model import Transformer
@@ -26,11 +26,17 @@ class Runner:
         self._model = model
         self._cache = cache
         self._device = device
+        self._latest = LatestIds(config.max_batch_size, model.output.collectives, device)
         self._graphs: DecodeGraphs | None = None
         with self._on_device():
             record = choose_record(device) if config.cuda_graphs else None
             if record is not None:
-                self._graphs = DecodeGraphs(model, cache, device, config, record)
+                self._graphs = DecodeGraphs(model, cache, self._latest, device, config, record)
+
+    @torch.inference_mode()
+    def feed(self, ids_R: torch.Tensor) -> None:
+        """Rank 0: ids (R,) int64, which the next plan may refer to as unread tokens."""
+        self._latest.set(ids_R)
 
     @torch.inference_mode()
     def run(self, plan: Plan) -> torch.Tensor | None:
@@ -40,10 +46,13 @@ class Runner:
         """
         with self._on_device():
             self._cache.copy(plan.copies)
+            if plan.has_unread:
+                self._latest.share()
             if self._graphs is not None and self._graphs.takes(plan):
                 return self._graphs.run(plan)
             inputs, batch = self._inputs(plan)
-            return self._model(inputs.tokens_T, batch, inputs.rows_R)
+            tokens_T = self._latest.resolve(inputs.tokens_T) if plan.has_unread else inputs.tokens_T
+            return self._model(tokens_T, batch, inputs.rows_R)
 
     def _on_device(self) -> torch.cuda.device | nullcontext[None]:
         """A thread of its own begins on GPU 0, whichever this rank's is."""

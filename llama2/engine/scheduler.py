@@ -13,7 +13,7 @@ from __future__ import annotations
 import logging
 from array import array
 from collections import OrderedDict
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from itertools import chain
 from types import MappingProxyType
@@ -21,7 +21,7 @@ from typing import Any, Literal, NamedTuple
 
 from llama2.config import EngineConfig
 from llama2.engine.block_manager import BlockManager
-from llama2.engine.sequence import FinishReason, Sequence, Status
+from llama2.engine.sequence import FinishReason, Sequence, Status, unread
 
 logger = logging.getLogger(__name__)
 
@@ -33,7 +33,7 @@ class Chunk(NamedTuple):
 
     `key` is the sequence's arrival. `block_table` reaches exactly to the end of the chunk, in blocks; it is a copy, 32
     bits each, that nobody writes into. `logits` says at which of its tokens they are wanted: at none, at the last, or
-    at all.
+    at all. A token that is `unread` (llama2/engine/sequence.py) is taken from the device.
     """
 
     key: int
@@ -54,6 +54,11 @@ class Plan:
     chunks: tuple[Chunk, ...]
     copies: tuple[tuple[int, int], ...] = ()
 
+    @property
+    def has_unread(self) -> bool:
+        """Does it need the ids of the latest sampling?"""
+        return any(chunk.token_ids[-1] < 0 for chunk in self.chunks)
+
     def __reduce__(self) -> tuple[Any, ...]:
         # One plan is sent in every step. With tables as plain bytes, pickle never leaves its C code.
         rows = [(*chunk[:3], chunk.block_table.tobytes(), chunk.logits) for chunk in self.chunks]
@@ -63,8 +68,9 @@ class Plan:
 class Scheduler:
     """Continuous batching with chunked prefill, first come first served.
 
-    A step is `schedule()`, then `fork()` for each prompt of several replies that it completes, then `update()` with
-    what was sampled, then `finish()` for each sequence that ended.
+    A step is `schedule()`, then `fork()` for each prompt of several replies that it completes, then `advance()` with
+    the sequences that gain a token, `update()` with these tokens, and `finish()` for each sequence that ended. The next
+    `schedule()` may come before `update()`: it plans with tokens that are unread.
     `add` and `abort` belong between steps. No step costs more than what runs and is admitted in it: those who wait
     cost nothing.
     """
@@ -140,7 +146,7 @@ class Scheduler:
         sequence.finish_reason = reason
 
     def schedule(self) -> Plan | None:
-        """Plan the next step, or return None when there is no work.
+        """Plan the next step, or return None when there is no work, or none before `update`.
 
         The oldest sequence is in every plan, so all of them finish. After a preemption nobody is admitted in the same
         step: the blocks that it freed belong to the older ones.
@@ -152,16 +158,21 @@ class Scheduler:
             return None
         chunks: list[Chunk] = []
         budget = self._config.max_step_tokens
-        running = list(self._running.values())
-        for sequence in running:
-            length = min(sequence.num_uncomputed, budget)
-            if sequence.status is not Status.RUNNING or not self._make_room(sequence, length):
+        for sequence in list(self._running.values()):
+            if sequence.status is not Status.RUNNING:
                 break  # preempted, as are all that are younger
+            if sequence.has_unread and sequence.is_complete(self._config.max_seq_len):
+                continue  # it ends with the token that is on its way
+            length = min(sequence.num_uncomputed, budget)
+            if not self._make_room(sequence, length):
+                break
             chunks.append(_chunk(sequence, length))
             budget -= length
-        if len(chunks) == len(running):
+        else:
             chunks += self._admit(budget)
         if not chunks:
+            if self._running:
+                return None
             oldest = next(iter(self._waiting.values()))
             raise RuntimeError(
                 f"request {oldest.request.request_id!r} of {len(oldest.token_ids)} tokens does not fit into the empty "
@@ -181,10 +192,10 @@ class Scheduler:
             self._running = dict(sorted(self._running.items()))
         return forks
 
-    def update(self, plan: Plan, sampled: Mapping[int, int]) -> list[Sequence]:
-        """Book what a plan computed: `sampled` maps keys to the token ids that follow.
+    def advance(self, plan: Plan, gaining: Iterable[Sequence]) -> None:
+        """Book what a plan computes, and that these sequences gain a token by it, unread, in this order.
 
-        Returns the sequences that gained a token, in the order of `sampled`. Those that were aborted since are skipped.
+        Those that ended since it was made are skipped.
         """
         for chunk in plan.chunks:
             sequence = self._running.get(chunk.key)
@@ -193,11 +204,18 @@ class Scheduler:
             assert sequence.num_computed == chunk.start, f"step {plan.step} is out of order for key {chunk.key}"
             sequence.num_computed += len(chunk.token_ids)
             self._blocks.name_blocks(sequence, chunk.start)
-        gained = [self._running[key] for key in sampled if key in self._running]
-        for sequence in gained:
-            key = sequence.arrival
-            assert sequence.num_uncomputed == 0, f"step {plan.step}: a token for the unfinished prefill {key}"
-            sequence.token_ids.append(sampled[key])
+        for row, sequence in enumerate(gaining):
+            assert sequence.num_uncomputed == 0, f"step {plan.step}: a token amid the prefill of {sequence.arrival}"
+            sequence.token_ids.append(unread(row))
+
+    def update(self, sampled: Iterable[tuple[Sequence, int]]) -> list[Sequence]:
+        """The tokens are read that sequences gained by `advance`. Returns them, less those that ended since."""
+        gained = []
+        for sequence, token_id in sampled:
+            if sequence.status is not Status.FINISHED:
+                assert sequence.has_unread
+                sequence.token_ids[-1] = token_id
+                gained.append(sequence)
         return gained
 
     def check_integrity(self) -> None:

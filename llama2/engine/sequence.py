@@ -178,6 +178,11 @@ class Completion:
     logprobs: list[TokenLogprobs] | None = None
 
 
+def unread(row: int) -> int:
+    """Stands for the id that was chosen in row `row` of the latest sampling, and lies unread on the device."""
+    return -1 - row
+
+
 class Status(enum.Enum):
     WAITING = "waiting"
     RUNNING = "running"
@@ -190,6 +195,7 @@ class Sequence:
 
     Invariant: the KV cache holds positions [0, num_computed) of `token_ids`, in the blocks of `block_table`.
     A preempted sequence keeps its tokens, gives its blocks back and starts again at num_computed = 0.
+    The last token may be `unread`: chosen, but not known to the host yet.
     `num_forks` more sequences will come of this one, with the arrivals that follow its own. `block_digests` are the
     block manager's names for the full blocks of `token_ids`, as far as it has needed them. `num_cached` of its tokens
     were in the cache when it was started first; None before.
@@ -239,6 +245,14 @@ class Sequence:
     @property
     def num_generated(self) -> int:
         return len(self.token_ids) - self.num_prompt
+
+    @property
+    def has_unread(self) -> bool:
+        return self.token_ids[-1] < 0
+
+    def is_complete(self, max_seq_len: int) -> bool:
+        """Has it as many tokens as it may have?"""
+        return self.num_generated == self.request.params.max_new_tokens or len(self.token_ids) == max_seq_len
 
     @property
     def num_uncomputed(self) -> int:

@@ -29,9 +29,11 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_checkpoint(folder / "checkpoint", ARGS, random_weights(ARGS), tokenizer_file)
 
 
-@pytest.fixture
-def engine(folder: Path) -> Engine:
-    return Engine.from_checkpoint(folder, config=EngineConfig(max_seq_len=96, max_batch_size=4, seed=3))
+@pytest.fixture(params=[False, True], ids=["step by step", "looking ahead"])
+def engine(folder: Path, request: pytest.FixtureRequest) -> Engine:
+    engine = Engine.from_checkpoint(folder, config=EngineConfig(max_seq_len=96, max_batch_size=4, seed=3))
+    engine._looks_ahead = request.param
+    return engine
 
 
 @pytest.fixture

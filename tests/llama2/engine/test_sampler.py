@@ -15,6 +15,7 @@ from transformers.generation.logits_process import (
     TopPLogitsWarper,
 )
 
+from llama2.engine import sampler as sampler_module
 from llama2.engine.sampler import Sampler
 from llama2.engine.sequence import Request, SamplingParams, Sequence
 
@@ -35,7 +36,7 @@ def make_logits(rows: int, vocab_size: int, *, scale: float = 3.0, seed: int = 0
 
 
 def sample_ids(logits: torch.Tensor, sequences: list[Sequence], sampler: Sampler | None = None) -> list[int]:
-    return [one.token_id for one in (sampler or Sampler(0)).sample(logits, sequences)]
+    return [one.token_id for one in (sampler or Sampler(0)).sample(logits, sequences).read()]
 
 
 def reference_distribution(logits_V: torch.Tensor, sequence: Sequence) -> torch.Tensor:
@@ -147,28 +148,40 @@ def test_temperature_0_heeds_penalties() -> None:
 
 def test_each_row_sorts_only_as_many_candidates_as_it_needs(monkeypatch: pytest.MonkeyPatch) -> None:
     """Greedy and unfiltered rows none, a small nucleus a few, a flat distribution all."""
-    asked: list[tuple[int, int]] = []
-    topk = torch.Tensor.topk
+    asked: list[tuple[int, ...]] = []
+    topk, sort = torch.Tensor.topk, torch.Tensor.sort
 
     def counted(self: torch.Tensor, k: int, **kwargs: Any) -> Any:
         asked.append((len(self), k))
         return topk(self, k, **kwargs)
 
+    def counted_whole(self: torch.Tensor, **kwargs: Any) -> Any:
+        asked.append(tuple(self.shape))
+        return sort(self, **kwargs)
+
     monkeypatch.setattr(torch.Tensor, "topk", counted)
-    monkeypatch.setattr(torch.Tensor, "sort", None)
+    monkeypatch.setattr(torch.Tensor, "sort", counted_whole)
     logits = make_logits(4, 3000)
     logits[2, 5] = 40.0
     logits[3] = 0.0
     rows: list[dict[str, Any]] = [{"temperature": 0.0}, PLAIN, {"top_p": 0.9}, {"top_p": 0.9}]
-    Sampler(0).sample(logits, [make_sequence(row, **params) for row, params in enumerate(rows)])
+    Sampler(0).sample(logits, [make_sequence(row, **params) for row, params in enumerate(rows)]).read()
     assert asked == [(2, 64), (1, 1024), (1, 3000)]
 
 
 @pytest.mark.parametrize(
-    "rows", [[{"temperature": 0.0}] * 3, [{}] * 3, [{"temperature": 0.0}, {"top_k": 5}, {"min_p": 0.1}]]
+    "rows",
+    [
+        [{"temperature": 0.0}] * 3,
+        [{}] * 3,
+        [{"temperature": 0.0}, {"top_k": 5}, {"min_p": 0.1, "repetition_penalty": 1.3, "logit_bias": {3: 1.0}}],
+    ],
 )
-def test_the_host_waits_for_the_device_once(monkeypatch: pytest.MonkeyPatch, rows: list[dict[str, Any]]) -> None:
+def test_the_host_waits_for_a_gpu_when_it_reads_and_not_before(
+    monkeypatch: pytest.MonkeyPatch, rows: list[dict[str, Any]]
+) -> None:
     """Every number that it asks of a tensor would be a wait; it asks for the ids, and for nothing else."""
+    monkeypatch.setattr(sampler_module, "_CANDIDATES", {"cpu": sampler_module._CANDIDATES["cuda"]})
     asked: list[str] = []
     for name in ("tolist", "item", "__bool__", "__int__", "__float__", "nonzero"):
         original = getattr(torch.Tensor, name)
@@ -180,8 +193,29 @@ def test_the_host_waits_for_the_device_once(monkeypatch: pytest.MonkeyPatch, row
         monkeypatch.setattr(torch.Tensor, name, counted)
     logits = make_logits(3, 3000)
     logits[:, 5] = 40.0
-    Sampler(0).sample(logits, [make_sequence(row, **params) for row, params in enumerate(rows)])
+    choice = Sampler(0).sample(logits, [make_sequence(row, **params) for row, params in enumerate(rows)])
+    assert asked == []
+    choice.read()
     assert asked == ["tolist"]
+
+
+def test_what_was_chosen_stays_when_the_logits_are_overwritten() -> None:
+    """The next step may write into them before anybody reads."""
+    logits = make_logits(len(MIXED), 2000)
+    sequences = [make_sequence(row, **params) for row, params in enumerate(MIXED)]
+    expected = Sampler(0).sample(logits, sequences).read()
+    choice = Sampler(0).sample(logits, sequences)
+    logits.fill_(torch.nan)
+    assert choice.read() == expected
+
+
+def test_a_gpus_way_to_a_nucleus_leads_to_the_same_tokens(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It sorts every row whole, where a CPU looks at a few candidates first."""
+    logits = make_logits(len(MIXED), 3000)
+    sequences = [make_sequence(row, generated=[5, 6, 6], **params) for row, params in enumerate(MIXED)]
+    expected = Sampler(0).sample(logits, sequences).read()
+    monkeypatch.setattr(sampler_module, "_CANDIDATES", {"cpu": sampler_module._CANDIDATES["cuda"]})
+    assert Sampler(0).sample(logits, sequences).read() == expected
 
 
 MIXED: list[dict[str, Any]] = [
@@ -203,15 +237,15 @@ def test_a_row_does_not_depend_on_the_other_rows() -> None:
     sampler, logits = Sampler(0), make_logits(len(MIXED), 2000, scale=1.0)
     logits = logits.bfloat16()  # has many ties
     sequences = [make_sequence(row, generated=[5, 6, 6], **params) for row, params in enumerate(MIXED)]
-    together = sampler.sample(logits, sequences)
-    assert [sampler.sample(logits[row : row + 1], [one])[0] for row, one in enumerate(sequences)] == together
-    assert sampler.sample(logits.flip(0), sequences[::-1]) == together[::-1]
+    together = sampler.sample(logits, sequences).read()
+    assert [sampler.sample(logits[row : row + 1], [one]).read()[0] for row, one in enumerate(sequences)] == together
+    assert sampler.sample(logits.flip(0), sequences[::-1]).read() == together[::-1]
 
 
 def test_the_callers_logits_are_not_changed() -> None:
     logits = make_logits(len(MIXED), 2000)
     before = logits.clone()
-    Sampler(0).sample(logits, [make_sequence(row, **params) for row, params in enumerate(MIXED)])
+    Sampler(0).sample(logits, [make_sequence(row, **params) for row, params in enumerate(MIXED)]).read()
     assert torch.equal(logits, before)
 
 
@@ -317,17 +351,17 @@ def test_a_model_that_computes_no_numbers_is_an_error_that_names_the_request(
     logits[1, 50] = bad
     sequences = [make_sequence(row, temperature=temperature, repetition_penalty=1.1, **filters) for row in range(3)]
     with pytest.raises(FloatingPointError, match="request 'r1'"):
-        Sampler(0).sample(logits, sequences)
+        Sampler(0).sample(logits, sequences).read()
     logits[1] = -math.inf
     with pytest.raises(FloatingPointError, match="request 'r1'"):
-        Sampler(0).sample(logits, sequences)
+        Sampler(0).sample(logits, sequences).read()
 
 
 def test_logprobs_are_the_models_own_before_any_penalty_or_filter() -> None:
     logits = make_logits(1, 50)
     likely = logits[0].topk(10).indices.tolist()
     sequence = make_sequence(prompt=likely, temperature=0.3, top_k=1, repetition_penalty=9.0, logprobs=3)
-    (sampled,) = Sampler(0).sample(logits, [sequence])
+    (sampled,) = Sampler(0).sample(logits, [sequence]).read()
     expected = logits[0].log_softmax(-1)
     assert sampled.logprobs is not None
     assert sampled.logprobs.token_id == sampled.token_id
@@ -339,7 +373,7 @@ def test_logprobs_are_the_models_own_before_any_penalty_or_filter() -> None:
 
 def test_logprobs_are_given_only_where_asked_and_equal_ones_in_order_of_id() -> None:
     sequences = [make_sequence(row, logprobs=number) for row, number in enumerate((None, 0, 20))]
-    none, chosen_only, twenty = Sampler(0).sample(torch.zeros(3, 10), sequences)
+    none, chosen_only, twenty = Sampler(0).sample(torch.zeros(3, 10), sequences).read()
     assert none.logprobs is None
     assert chosen_only.logprobs is not None
     assert twenty.logprobs is not None

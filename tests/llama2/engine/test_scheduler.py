@@ -38,10 +38,11 @@ class FakeModel:
         self.block_size = block_size
         self.cache: dict[tuple[int, int], int] = {}
 
-    def run(self, plan: Plan) -> dict[int, int]:
+    def run(self, plan: Plan, latest: Items[int]) -> dict[int, int]:
+        """The next ids by key; `latest` are those of the sampling before, for which unread tokens stand."""
         for chunk in plan.chunks:
             for position, token_id in enumerate(chunk.token_ids, start=chunk.start):
-                self.cache[self._slot(chunk, position)] = token_id
+                self.cache[self._slot(chunk, position)] = token_id if token_id >= 0 else latest[-1 - token_id]
         return {chunk.key: next_token(self._read(chunk)) for chunk in plan.chunks if chunk.logits == "last"}
 
     def _read(self, chunk: Chunk) -> list[int]:
@@ -63,8 +64,12 @@ class Trial:
         max_batch_size: int = 4,
         families: int = 1000,
         prefix_cache: bool = True,
+        looks_ahead: bool = False,
     ) -> None:
-        """Prompts of one family begin alike: there are `families` of them, and requests belong to them in turn."""
+        """Prompts of one family begin alike: there are `families` of them, and requests belong to them in turn.
+
+        `looks_ahead`: each step is planned before the tokens of the one before are read.
+        """
         self.config = EngineConfig(
             max_batch_size=max_batch_size, max_step_tokens=max_step_tokens, block_size=block_size, max_seq_len=1024
         )
@@ -73,6 +78,8 @@ class Trial:
         self.model = FakeModel(block_size)
         self.sequences: list[Sequence] = []
         self.families = families
+        self.looks_ahead = looks_ahead
+        self.unread: list[tuple[Sequence, int]] = []
         self.steps = 0
         self.preemptions = 0
 
@@ -92,6 +99,11 @@ class Trial:
     def step(self) -> Plan | None:
         before = {key: sequence.num_computed for key, sequence in self.scheduler.running.items()}
         plan = self.scheduler.schedule()
+        if plan is None and self.unread:
+            assert self.looks_ahead
+            assert all(sequence.has_unread for sequence in self.scheduler.running.values())
+            self.read()
+            return self.step()
         if plan is None:
             assert not self.scheduler.has_work
             return None
@@ -100,14 +112,25 @@ class Trial:
         preempted = before.keys() - self.scheduler.running.keys()
         self.preemptions += len(preempted)
         self.check(plan, before, preempted)
-        self.scheduler.update(plan, self.model.run(plan))
-        for chunk in plan.chunks:
-            sequence = self.sequences[chunk.key]
-            scored = sequence.request.score and sequence.num_uncomputed == 0
-            if scored or sequence.num_generated == sequence.request.params.max_new_tokens:
+        following = self.model.run(plan, [token_id for _, token_id in self.unread])
+        self.read()
+        self.unread = [
+            (self.sequences[key], token_id) for key, token_id in following.items() if key in self.scheduler.running
+        ]
+        self.scheduler.advance(plan, [sequence for sequence, _ in self.unread])
+        for sequence in list(self.scheduler.running.values()):
+            if sequence.request.score and sequence.num_uncomputed == 0:
                 self.scheduler.finish(sequence, "length")
+        if not self.looks_ahead:
+            self.read()
         self.scheduler.check_integrity()
         return plan
+
+    def read(self) -> None:
+        for sequence in self.scheduler.update(self.unread):
+            if sequence.num_generated == sequence.request.params.max_new_tokens:
+                self.scheduler.finish(sequence, "length")
+        self.unread = []
 
     def step_until(self, condition: Callable[[], bool]) -> Plan:
         """The plan of the step after which `condition` holds."""
@@ -119,10 +142,20 @@ class Trial:
 
     def check(self, plan: Plan, before: dict[int, int], preempted: set[int]) -> None:
         keys = [chunk.key for chunk in plan.chunks]
-        assert keys == sorted(keys) == list(self.scheduler.running), "each running sequence has one chunk, oldest first"
+        ending = [
+            sequence
+            for sequence in self.sequences
+            if sequence.has_unread and sequence.is_complete(1024) and sequence.status is Status.RUNNING
+        ]
+        running = [key for key, sequence in self.scheduler.running.items() if sequence not in ending]
+        assert keys == sorted(keys) == running, "each running sequence that goes on has one chunk, oldest first"
         assert len(keys) <= self.config.max_batch_size
         assert sum(len(chunk.token_ids) for chunk in plan.chunks) <= self.config.max_step_tokens
-        live = [sequence.arrival for sequence in self.sequences if sequence.status is not Status.FINISHED]
+        live = [
+            sequence.arrival
+            for sequence in self.sequences
+            if sequence.status is not Status.FINISHED and sequence not in ending
+        ]
         assert keys == live[: len(keys)], "the oldest are served"
         assert not preempted or set(keys) <= before.keys(), "nobody is admitted beside a preemption"
         for chunk in plan.chunks:
@@ -264,8 +297,10 @@ def test_update_skips_a_request_that_was_aborted_since_it_was_planned() -> None:
     plan = trial.scheduler.schedule()
     assert plan is not None
     trial.scheduler.abort("r0")
-    assert trial.scheduler.update(plan, {0: 7, 1: 8}) == [stays]
+    trial.scheduler.advance(plan, [stays])
     assert gone.token_ids == list(gone.request.prompt_ids)
+    assert stays.has_unread
+    assert trial.scheduler.update([(stays, 8)]) == [stays]
     assert stays.token_ids[-1] == 8
     trial.scheduler.check_integrity()
 
@@ -378,6 +413,7 @@ def play(trial: Trial, events: list[Event]) -> list[Sequence]:
     spare_tokens=st.integers(0, 40),
     families=st.sampled_from([1, 2, 1000]),
     prefix_cache=st.booleans(),
+    looks_ahead=st.booleans(),
 )
 def test_every_request_ends_with_the_tokens_it_would_have_alone(
     events: list[Event],
@@ -387,9 +423,10 @@ def test_every_request_ends_with_the_tokens_it_would_have_alone(
     spare_tokens: int,
     families: int,
     prefix_cache: bool,
+    looks_ahead: bool,
 ) -> None:
-    """Whatever comes and goes, whoever shares a prefix, with the prefix cache or without, and however small the pool:
-    from one longest request on."""
+    """Whatever comes and goes, whoever shares a prefix, with the prefix cache or without, whether tokens are read
+    before the next step is planned or after, and however small the pool: from one longest request on."""
     trial = Trial(
         num_blocks=-(-40 // block_size) + spare_blocks,
         block_size=block_size,
@@ -397,9 +434,12 @@ def test_every_request_ends_with_the_tokens_it_would_have_alone(
         max_step_tokens=max_batch_size + spare_tokens,
         families=families,
         prefix_cache=prefix_cache,
+        looks_ahead=looks_ahead,
     )
     for sequence in play(trial, events):
         assert sequence.status is Status.FINISHED
+        if sequence.has_unread:  # it was aborted
+            sequence.token_ids.pop()
         assert sequence.token_ids == expected_tokens(sequence)
         if sequence.finish_reason == "length" and not sequence.request.score:
             assert sequence.num_generated == sequence.request.params.max_new_tokens

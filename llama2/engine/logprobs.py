@@ -1,0 +1,32 @@
+"""Owns log-probabilities under the model's own distribution: of a token, and of the likeliest ones beside it.
+
+Knows no requests: rows of logits in, `TokenLogprobs` out.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence as Items
+
+from torch import Tensor
+
+from llama2.engine.sequence import MAX_LOGPROBS, TokenLogprobs
+from llama2.engine.transfer import Download
+
+
+class Logprobs:
+    """Of one token in each row, and of the likeliest; the device may still be computing them."""
+
+    def __init__(self, logits_NV: Tensor, token_N: Tensor) -> None:
+        logprobs_NV = logits_NV.float().log_softmax(dim=-1)
+        chosen_N = logprobs_NV.gather(-1, token_N[:, None])[:, 0]
+        # Always the same number of them, so that ties do not fall otherwise for a row beside one that asks for more.
+        top = logprobs_NV.topk(min(MAX_LOGPROBS, logprobs_NV.shape[-1]), dim=-1)
+        self._download = Download(token_N, chosen_N, top.values, top.indices)
+
+    def wait(self, num_top: Items[int]) -> list[TokenLogprobs]:
+        """For each row, with the `num_top` likeliest; of equal ones the lowest ids first."""
+        result = []
+        for token_id, logprob, values, ids, number in zip(*self._download.wait(), num_top, strict=True):
+            ranked = sorted(zip(ids, values, strict=True), key=lambda pair: (-pair[1], pair[0]))
+            result.append(TokenLogprobs(token_id=token_id, logprob=logprob, top=tuple(ranked[:number])))
+        return result

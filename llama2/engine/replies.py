@@ -1,0 +1,61 @@
+"""Owns what becomes of a reply's tokens: the text that is safe to show, and the reason to end.
+
+Knows no steps: it is told of each token that a sequence has gained.
+"""
+
+from __future__ import annotations
+
+from llama2.engine.sampler import Sampled
+from llama2.engine.sequence import FinishReason, Output, Sequence, TokenLogprobs
+from llama2.text_stream import TextStream
+from llama2.tokenizer import Tokenizer
+
+
+class Replies:
+    """The replies that are being written, by arrival."""
+
+    def __init__(self, tokenizer: Tokenizer, max_seq_len: int) -> None:
+        self._tokenizer = tokenizer
+        self._max_seq_len = max_seq_len
+        self._streams: dict[int, TextStream] = {}
+
+    def __len__(self) -> int:
+        return len(self._streams)
+
+    def open(self, sequence: Sequence) -> None:
+        request = sequence.request
+        self._streams[sequence.arrival] = TextStream(
+            self._tokenizer, stop=request.params.stop, continues_prompt=request.continues_prompt
+        )
+
+    def forget(self, sequence: Sequence) -> None:
+        self._streams.pop(sequence.arrival, None)
+
+    def extend(self, sequence: Sequence, sampled: Sampled, prompt_logprobs: tuple[TokenLogprobs | None, ...]) -> Output:
+        """Turn a sequence's newest token into text, and decide whether it was the last."""
+        params, stream = sequence.request.params, self._streams[sequence.arrival]
+        token_id, text = sampled.token_id, ""
+        reason: FinishReason | None = None
+        is_eos = token_id in self._tokenizer.eos_ids
+        # A grammar lets EOS through where nothing else can follow: there it cannot be ignored.
+        ends = token_id in params.stop_token_ids or (is_eos and not (params.ignore_eos and sequence.matcher is None))
+        if not ends:
+            text = stream.push(token_id)
+            if sequence.matcher is not None:
+                sequence.matcher.accept(token_id)
+        if ends or stream.stopped:
+            reason = "stop"
+        elif sequence.is_complete(self._max_seq_len):
+            reason = "length"
+        if reason is not None and not stream.stopped:
+            text += stream.finish()
+        return Output(
+            request_id=sequence.request.request_id,
+            index=sequence.index,
+            text=text,
+            token_ids=(token_id,),
+            logprobs=() if sampled.logprobs is None else (sampled.logprobs,),
+            prompt_logprobs=prompt_logprobs,
+            cached_tokens=(sequence.num_cached or 0) if sequence.num_generated == 1 else 0,
+            finish_reason=reason,
+        )

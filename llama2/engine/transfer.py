@@ -1,0 +1,38 @@
+"""Owns how small numbers get to the device and back, without the host waiting before it wants to know them.
+
+Knows no model. On a CPU nothing moves.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+def upload(values: list[Any], beside: Tensor, dtype: torch.dtype = torch.int64) -> Tensor:
+    """Numbers, or rows of them, on another tensor's device. Copies from memory that is not pinned would wait for it."""
+    device = beside.device
+    return torch.tensor(values, dtype=dtype, pin_memory=device.type == "cuda").to(device, non_blocking=True)
+
+
+class Download:
+    """Tensors on their way to the host; the device may still be computing them."""
+
+    def __init__(self, *tensors: Tensor) -> None:
+        self._tensors = tensors
+        self._arrived: torch.cuda.Event | None = None
+        if tensors[0].device.type == "cuda":
+            self._tensors = tuple(
+                torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True).copy_(tensor, non_blocking=True)
+                for tensor in tensors
+            )
+            self._arrived = torch.cuda.Event()
+            self._arrived.record(torch.cuda.current_stream(tensors[0].device))
+
+    def wait(self) -> list[list[Any]]:
+        """The values of each, once they are there."""
+        if self._arrived is not None:
+            self._arrived.synchronize()
+        return [tensor.tolist() for tensor in self._tensors]
