@@ -65,7 +65,7 @@ def benchmark(
 
     Args:
         checkpoint: a converted folder; or else
-        shape: 7b, 13b, 70b, 135m or tiny, with random weights, made on the device: speed does not depend on them.
+        shape: 7b, 13b, 70b, 135m, 160m or tiny, with random weights, made on the device: speed does not depend on them.
         batches: sequences at once, such as 1,8,32,64.
         contexts: tokens of each prompt, such as 128,1024,4096.
         new_tokens: decoding steps that are timed, once every sequence decodes.

@@ -25,6 +25,8 @@ SHAPES: dict[str, ModelArgs] = {
     "135m": ModelArgs.from_params(
         {"dim": 576, "n_layers": 30, "n_heads": 9, "n_kv_heads": 3, "hidden_dim": 1536, "vocab_size": 49152}
     ),
+    # Of SmolLM2's size, with heads that 2, 3, 4, 6 or 12 ranks share evenly (JackFram/llama-160m).
+    "160m": ModelArgs.from_params({"dim": 768, "n_layers": 12, "n_heads": 12, "hidden_dim": 3072, "vocab_size": 32000}),
     # For tests and first tries: a step of it takes a few milliseconds.
     "tiny": ModelArgs.from_params(
         {"dim": 64, "n_layers": 2, "n_heads": 4, "n_kv_heads": 2, "multiple_of": 16, "vocab_size": 512}

@@ -53,7 +53,7 @@ class Collectives(Protocol):
         """The sum of every rank's `x`, the same bits on every rank. May overwrite `x`."""
 
     def gather(self, x: torch.Tensor, sizes: tuple[int, ...]) -> torch.Tensor | None:
-        """On rank 0 the ranks' `x` side by side in the last dimension (rank r's has `sizes[r]`); elsewhere None."""
+        """On rank 0 the ranks' `x` side by side in the last dimension (rank r's has `sizes[r]`), in fp32; else None."""
 
     def broadcast_object(self, message: Any = None) -> Any:
         """Rank 0's `message` on every rank. A rank other than 0 waits for it, for hours if need be."""
@@ -70,7 +70,7 @@ class SingleRank:
         return x
 
     def gather(self, x: torch.Tensor, sizes: tuple[int, ...]) -> torch.Tensor | None:
-        return x
+        return x.float()
 
     def broadcast_object(self, message: Any = None) -> Any:
         return message
@@ -100,7 +100,7 @@ class ProcessGroupCollectives:
         dist.gather(padded, parts)
         if parts is None:
             return None
-        return torch.cat([part[..., :size] for part, size in zip(parts, sizes, strict=True)], dim=-1)
+        return torch.cat([part[..., :size] for part, size in zip(parts, sizes, strict=True)], dim=-1).float()
 
     def broadcast_object(self, message: Any = None) -> Any:
         if self._control is not None:
@@ -221,19 +221,20 @@ class SharedMemoryCollectives:
         step = max(1, SLOT_BYTES // (max(sizes) * x.element_size()))
         if max(sizes) * x.element_size() > SLOT_BYTES:
             raise ValueError(f"a row of {max(sizes)} {x.dtype} does not fit into a slot of {SLOT_BYTES} bytes")
-        whole = x.new_empty(rows.shape[0], sum(sizes)) if self.rank == 0 else None
+        if self.rank != 0:
+            for part in rows.split(step):
+                self._contribute(part.contiguous().view(-1))
+            return None
+        whole = rows.new_empty(rows.shape[0], sum(sizes), dtype=torch.float32)
+        mine, *others = whole.split(sizes, dim=-1)
+        mine.copy_(rows)
         for start in range(0, rows.shape[0], step):
-            part = rows[start : start + step].contiguous()
-            buffer = self._contribute(part.view(-1))
-            if whole is None:
-                continue
+            buffer = self._contribute(None)
             self._await_all(buffer, None)
-            count, column = part.shape[0], 0
-            for other, size in enumerate(sizes):
-                values = self._slots[buffer, other].view(x.dtype)[: count * size].view(count, size)
-                whole[start : start + count, column : column + size] = values
-                column += size
-        return None if whole is None else whole.view(*x.shape[:-1], sum(sizes))
+            for other, columns in enumerate(others, start=1):
+                target = columns[start : start + step]
+                target.copy_(self._slots[buffer, other].view(x.dtype)[: target.numel()].view(target.shape))
+        return whole.view(*x.shape[:-1], sum(sizes))
 
     def broadcast_object(self, message: Any = None) -> Any:
         if self.rank == 0:

@@ -175,5 +175,4 @@ class VocabProjection(Module):
         self.sizes: tuple[int, ...] = (vocab_size,)
 
     def forward(self, x_RC: torch.Tensor) -> torch.Tensor | None:
-        logits_RV = self.collectives.gather(self.kernels.linear(x_RC, self.weight), self.sizes)
-        return None if logits_RV is None else logits_RV.float()
+        return self.collectives.gather(self.kernels.linear(x_RC, self.weight), self.sizes)

@@ -51,15 +51,15 @@ def gathers() -> list[bool]:
     group = SharedMemoryCollectives.connect()
     sizes = (3, 4, 1)
     same = []
-    for rows in (1, 5, SLOT_BYTES // 8):
-        whole = torch.randn(rows, sum(sizes), generator=torch.Generator().manual_seed(rows))
+    for rows, dtype in ((1, torch.float32), (5, torch.bfloat16), (SLOT_BYTES // 8, torch.float32)):
+        whole = torch.randn(rows, sum(sizes), generator=torch.Generator().manual_seed(rows)).to(dtype)
         start = sum(sizes[: group.rank])
         gathered = group.gather(whole[:, start : start + sizes[group.rank]], sizes)
-        same.append(gathered is None if group.rank else gathered is not None and torch.equal(gathered, whole))
+        same.append(gathered is None if group.rank else gathered is not None and torch.equal(gathered, whole.float()))
     return same
 
 
-def test_gather_puts_uneven_parts_side_by_side_on_rank_0_only() -> None:
+def test_gather_puts_uneven_parts_side_by_side_in_fp32_on_rank_0_only() -> None:
     for same in run_ranks(3, gathers):
         assert all(same)
 
