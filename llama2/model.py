@@ -10,6 +10,7 @@ D = head_dim, F = hidden_dim, V vocabulary.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any, cast
 
 import torch
@@ -59,11 +60,9 @@ class Transformer(Module):
     def forward(self, tokens_T: torch.Tensor, batch: Batch, rows_R: torch.Tensor) -> torch.Tensor | None:
         """Run one step: store the new keys and values, and return fp32 logits (R, V) of `rows_R` on rank 0."""
         x_TC: torch.Tensor = self.tok_embeddings(tokens_T)
-        branch_TC: torch.Tensor | None = None
         rope_TD2 = self.rope[batch.positions_T]
-        for layer in cast("list[TransformerBlock]", self.layers):
-            x_TC, branch_TC = self.kernels.run_layer(layer, x_TC, branch_TC, rope_TD2, batch)
-        assert branch_TC is not None
+        layers = cast("Iterable[TransformerBlock]", self.layers)
+        x_TC, branch_TC = self.kernels.run_layers(layers, x_TC, rope_TD2, batch)
         _, x_RC = self.norm(x_TC[rows_R], branch_TC[rows_R])
         return self.output(x_RC)
 

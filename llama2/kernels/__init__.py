@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import TYPE_CHECKING, Protocol
 
 import torch
@@ -18,15 +19,13 @@ class Kernels(Protocol):
     `llama2.kernels.plain` is the reference: every other implementation equals it up to the rounding of the dtype.
     """
 
-    def run_layer(
-        self,
-        layer: TransformerBlock,
-        x_TC: torch.Tensor,
-        branch_TC: torch.Tensor | None,
-        rope_TD2: torch.Tensor,
-        batch: Batch,
+    def run_layers(
+        self, layers: Iterable[TransformerBlock], x_TC: torch.Tensor, rope_TD2: torch.Tensor, batch: Batch
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """`layer(x, branch, rope, batch)`: as the model writes it, by the functions below, or as one operator."""
+        """Each layer's `x, branch = layer(x, branch, rope, batch)`, from no branch to the last one's.
+
+        As the model writes a layer, by the functions below, or all of them as one operator. May overwrite x.
+        """
 
     def linear(self, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
         """x (T, C) times weight (F, C), transposed: (T, F)."""

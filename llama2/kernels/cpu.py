@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
 import torch
@@ -23,40 +24,29 @@ class CpuKernels(PlainKernels):
         operators = torch.ops.llama2_cpu
         self._max_streamed_rows = MAX_STREAMED_ROWS if dtype is torch.bfloat16 else 0
         # `.default` spares a choice among overloads at every call.
-        self._layer = operators.layer.default
+        self._layers = operators.layers.default
         self._linear = operators.linear.default
         self._add_rms_norm = operators.add_rms_norm.default
         self._rotate_and_store = operators.rotate_and_store.default
         self._paged_attention = operators.paged_attention.default
         self._silu_mul = operators.silu_mul.default
 
-    def run_layer(
-        self,
-        layer: TransformerBlock,
-        x_TC: torch.Tensor,
-        branch_TC: torch.Tensor | None,
-        rope_TD2: torch.Tensor,
-        batch: Batch,
+    def run_layers(
+        self, layers: Iterable[TransformerBlock], x_TC: torch.Tensor, rope_TD2: torch.Tensor, batch: Batch
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        attention, feed_forward = layer.attention, layer.feed_forward
-        shared = attention.wo.collectives.shared
+        layers = list(layers)
+        shared = layers[0].attention.wo.collectives.shared
         if shared is None or not self._streams(x_TC):
-            return super().run_layer(layer, x_TC, branch_TC, rope_TD2, batch)
+            return super().run_layers(layers, x_TC, rope_TD2, batch)
         cache = batch.cache
-        branch_TC = self._layer(
+        branch_TC = self._layers(
             x_TC,
-            branch_TC,
-            layer.attention_norm.weight,
-            attention.wqkv.weight,
-            attention.wo.weight,
-            layer.ffn_norm.weight,
-            feed_forward.w13.weight,
-            feed_forward.w2.weight,
-            layer.ffn_norm.eps,
+            [weight for layer in layers for weight in _weights(layer)],
+            layers[0].ffn_norm.eps,
             rope_TD2,
             batch.slots_T,
-            cache.keys[attention.index],
-            cache.values[attention.index],
+            cache.keys,
+            cache.values,
             batch.tables_SN,
             batch.query_starts_S1,
             batch.contexts_S,
@@ -94,3 +84,16 @@ class CpuKernels(PlainKernels):
 
     def silu_mul(self, gate_up_T2F: torch.Tensor) -> torch.Tensor:
         return self._silu_mul(gate_up_T2F)
+
+
+def _weights(layer: TransformerBlock) -> tuple[torch.Tensor, ...]:
+    """In the order in which the operator uses them."""
+    attention, feed_forward = layer.attention, layer.feed_forward
+    return (
+        layer.attention_norm.weight,
+        attention.wqkv.weight,
+        attention.wo.weight,
+        layer.ffn_norm.weight,
+        feed_forward.w13.weight,
+        feed_forward.w2.weight,
+    )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
 import torch
@@ -16,15 +17,13 @@ if TYPE_CHECKING:
 class PlainKernels:
     """See `llama2.kernels.Kernels`."""
 
-    def run_layer(
-        self,
-        layer: TransformerBlock,
-        x_TC: torch.Tensor,
-        branch_TC: torch.Tensor | None,
-        rope_TD2: torch.Tensor,
-        batch: Batch,
+    def run_layers(
+        self, layers: Iterable[TransformerBlock], x_TC: torch.Tensor, rope_TD2: torch.Tensor, batch: Batch
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        x_TC, branch_TC = layer(x_TC, branch_TC, rope_TD2, batch)
+        branch_TC: torch.Tensor | None = None
+        for layer in layers:
+            x_TC, branch_TC = layer(x_TC, branch_TC, rope_TD2, batch)
+        assert branch_TC is not None
         return x_TC, branch_TC
 
     def linear(self, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:

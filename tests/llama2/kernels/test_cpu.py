@@ -6,15 +6,20 @@ import os
 import subprocess
 import sys
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
+from typing import cast
 
 import pytest
 import torch
 
+from llama2.config import ModelArgs
 from llama2.kernels import choose_kernels, cpu_library
 from llama2.kernels.cpu import MAX_STREAMED_ROWS, CpuKernels
 from llama2.kernels.plain import PlainKernels
-from tests.support.batches import ragged_batch, random_cache
+from llama2.kv_cache import KVCache
+from llama2.model import Transformer, TransformerBlock
+from tests.support.batches import BLOCK_SIZE, CPU, NUM_BLOCKS, ragged_batch, random_cache
 
 DTYPES = [torch.float32, torch.bfloat16]
 # Relative to values near 1: fp32 sums in another order, and bf16 rounds to 8 bits.
@@ -130,6 +135,27 @@ def test_attend_gives_a_row_the_same_bits_in_any_company() -> None:
             torch.tensor([context], dtype=torch.int32),
         )
         assert torch.equal(alone[0], together[row]), row
+
+
+@pytest.mark.parametrize("spans", [[(1, 33)], [(1, 5), (1, 300), (1, 40)], [(1, 20), (5, 5), (30, 300)]])
+def test_all_layers_as_one_operator_give_the_bits_of_the_steps_one_by_one(spans: list[tuple[int, int]]) -> None:
+    args = ModelArgs(dim=72, n_layers=3, n_heads=6, n_kv_heads=2, head_dim=24, hidden_dim=100, vocab_size=50)
+    model = Transformer(args, kernels(torch.bfloat16)).bfloat16()
+    for weight in model.parameters():
+        weight.normal_(std=weight.shape[-1] ** -0.5)
+    model.finish(max_seq_len=400)
+    caches = [
+        KVCache(args, num_blocks=NUM_BLOCKS, block_size=BLOCK_SIZE, n_kv_heads=2, dtype=torch.bfloat16, device=CPU)
+        for _ in range(2)
+    ]
+    layers, batch = cast("list[TransformerBlock]", model.layers), ragged_batch(spans, caches[0])
+    x, rope = torch.randn(len(batch.positions_T), args.dim).bfloat16(), model.rope[batch.positions_T]
+    at_once = model.kernels.run_layers(layers, x.clone(), rope, batch)
+    one_by_one = PLAIN.run_layers(layers, x.clone(), rope, replace(batch, cache=caches[1]))
+    for actual, expected in zip(at_once, one_by_one, strict=True):
+        assert torch.equal(actual, expected)
+    for actual, expected in zip(caches[0].keys + caches[0].values, caches[1].keys + caches[1].values, strict=True):
+        assert torch.equal(actual, expected)
 
 
 def test_scores_that_differ_by_hundreds_do_not_overflow() -> None:
