@@ -1,1 +1,1 @@
-"""Measurements that print figures for people and, with --json, for programs."""
+"""Measurements that print figures for people, and write them as JSON for programs."""

@@ -1,6 +1,6 @@
 """Measures the converter against `cp -r` of the same bytes: rate, and the most anonymous memory of any process.
 
-    python -m benchmarks.convert [--gigabytes 4] [--processes 1] [--rounds 3] [--folder DIR] [--json]
+    python -m benchmarks.convert [--gigabytes 4] [--processes 1] [--rounds 3] [--folder DIR] [--out FILE]
 
 The checkpoint is synthetic: Llama's architecture at Meta's model parallel size 8, in bf16. Both ways start with the
 source in the page cache and nothing waiting for the disk, take turns, and end when all that they wrote is on the disk.
@@ -10,42 +10,48 @@ command takes for a checkpoint of nothing: interpreters, imports, and torchrun's
 
 from __future__ import annotations
 
-import json as json_format
 import math
 import shutil
 import subprocess
 import sys
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import Any
 
-import fire
 import psutil
 import tokenizers
 import torch
 
+from benchmarks.results import RESULTS, ROOT, save
+from benchmarks.tables import table
 from llama2.checkpoint.fairscale import write_fairscale
 from llama2.config import ModelArgs
+from scripts.flags import run
 
-ROOT = Path(__file__).resolve().parent.parent
 NUM_SHARDS = 8
 DTYPE = torch.bfloat16
 IDLE = "import torch, torch.distributed.checkpoint, time; print(flush=True); time.sleep(60)"
 
 
 def benchmark(
-    *, gigabytes: float = 4.0, processes: int = 1, rounds: int = 3, folder: str | None = None, json: bool = False
+    *,
+    gigabytes: float = 4.0,
+    processes: int = 1,
+    rounds: int = 3,
+    folder: str | None = None,
+    out: str = str(RESULTS / "convert.json"),
 ) -> None:
-    """Make a checkpoint, copy and convert it in turns, and print the figures.
+    """Make a checkpoint, copy and convert it in turns, print the figures, and write them as JSON.
 
     Args:
         gigabytes: size of the checkpoint, in 1e9 bytes.
         processes: 1 runs plain python, more run under torchrun.
         rounds: how often each is measured.
         folder: where to write, with room for twice the size; by default the system's temporary folder.
-        json: print one JSON object instead of a table.
+        out: the JSON file to write.
     """
     with TemporaryDirectory(dir=folder, prefix="benchmark-convert-") as scratch:
         source, result = Path(scratch, "source"), Path(scratch, "result")
@@ -60,26 +66,41 @@ def benchmark(
             converting.append(seconds)
             memory.append(anonymous)
         size = sum(file.stat().st_size for file in source.iterdir())
-    seconds, start, copy = min(converting), min(starting), min(copying)
+    seconds, copy = min(converting), min(copying)
+    after_start = seconds - min(starting)
     largest = max(math.prod(shape) for shape in args.parameter_shapes().values()) * DTYPE.itemsize
     interpreter = _idle_memory()
     figures = {
-        "checkpoint_bytes": size,
-        "processes": processes,
-        "seconds": round(seconds, 2),
-        "start_seconds": round(start, 2),
-        "mb_per_s": round(size / 1e6 / seconds),
-        "mb_per_s_after_start": round(size / 1e6 / (seconds - start)),
-        "cp_seconds": round(copy, 2),
-        "cp_mb_per_s": round(size / 1e6 / copy),
-        "ratio_to_cp": round(copy / seconds, 2),
-        "ratio_to_cp_after_start": round(copy / (seconds - start), 2),
+        "bytes": size,
+        "convert_seconds": converting,
+        "start_seconds": starting,
+        "cp_seconds": copying,
+        "convert_gb_per_s": size / 1e9 / seconds,
+        "cp_gb_per_s": size / 1e9 / copy,
+        "ratio": copy / seconds,
+        # Of a small checkpoint nothing is left.
+        "ratio_after_start": copy / after_start if after_start > 0 else None,
         "anonymous_bytes": max(memory),
         "interpreter_bytes": interpreter,
         "largest_tensor_bytes": largest,
-        "anonymous_above_interpreter_in_largest_tensors": round((max(memory) - interpreter) / largest, 2),
+        "anonymous_above_interpreter_in_largest_tensors": (max(memory) - interpreter) / largest,
     }
-    print(json_format.dumps(figures) if json else "\n".join(f"{value:>14}  {name}" for name, value in figures.items()))
+    print(_as_text(figures))
+    print(f"wrote {save(out, 'convert', {'gigabytes': gigabytes, 'processes': processes, 'rounds': rounds}, figures)}")
+
+
+def _as_text(figures: Mapping[str, Any]) -> str:
+    ratio = figures["ratio_after_start"]
+    row = [
+        f"{figures['bytes'] / 1e9:.2f}",
+        f"{figures['convert_gb_per_s']:.2f}",
+        f"{figures['cp_gb_per_s']:.2f}",
+        f"{figures['ratio']:.2f}",
+        "-" if ratio is None else f"{ratio:.2f}",
+        *(f"{figures[f'{name}_bytes'] / 1e6:.0f}" for name in ("anonymous", "interpreter", "largest_tensor")),
+    ]
+    header = ["GB", "convert GB/s", "cp GB/s", "ratio", "after start", "memory MB", "idle MB", "largest tensor MB"]
+    return table(header, [row])
 
 
 def make_checkpoint(folder: Path, *, nbytes: int) -> ModelArgs:
@@ -180,4 +201,4 @@ def _idle_memory() -> int:
 
 
 if __name__ == "__main__":
-    fire.Fire(benchmark)
+    run(benchmark)
