@@ -12,12 +12,12 @@ from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any
 
-import fire
 import torch
 import torch.nn.functional as functional
 
 from benchmarks.results import RESULTS, save
 from benchmarks.shapes import SHAPES
+from scripts.flags import run
 
 ARGS = SHAPES["7b"]
 DECODING = ((1, 128), (1, 1024), (1, 4096), (8, 1024), (64, 1024))
@@ -25,11 +25,11 @@ PROMPTS = ((1, 512), (1, 2048), (4, 512))
 BLOCK_SIZE = 16
 
 
-def benchmark(*, out: str | None = None) -> None:
+def benchmark(*, out: str = str(RESULTS / "gpu-kernels.json")) -> None:
     """Measure, print, and write a JSON file.
 
     Args:
-        out: the JSON file; by default benchmarks/results/gpu-kernels.json.
+        out: the JSON file to write.
     """
     if not torch.cuda.is_available():
         raise SystemExit("needs a CUDA GPU")
@@ -38,7 +38,7 @@ def benchmark(*, out: str | None = None) -> None:
         for row in (*_products(), *_steps(), *_attention()):
             print(f"{row['kernel']:32s} {row['microseconds']:9.1f} µs  {row['rate']:8.1f} {row['unit']}", flush=True)
             rows.append(row)
-    print(save(out or RESULTS / "gpu-kernels.json", "gpu-kernels", {"shape": "7b", "dtype": "bf16"}, rows))
+    print(save(out, "gpu-kernels", {"shape": "7b", "dtype": "bf16"}, rows))
 
 
 def _products() -> Iterator[dict[str, Any]]:
@@ -136,4 +136,4 @@ def _tables(sequences: int, blocks: int) -> torch.Tensor:
 
 
 if __name__ == "__main__":
-    fire.Fire(benchmark)
+    run(benchmark)

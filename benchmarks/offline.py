@@ -81,7 +81,7 @@ def benchmark(
         symm_mem_all_reduce: as in model-config.yaml.
         gpt_fast: the clone of gpt-fast's repository; by default .venv-peers/gpt-fast.
         name: what the model is called in tables and file names; by default its shape, or its folder's name.
-        out: the JSON file; by default benchmarks/results/offline-DEVICE-NAME.json. The plot is the same, but .png.
+        out: the JSON file; by default build/results/offline-DEVICE-NAME.json. The plot is the same, but .png.
         seed: of the prompts.
     """
     if (checkpoint is None) == (shape is None):
