@@ -29,7 +29,7 @@ from benchmarks.results import RESULTS, ROOT, save
 from benchmarks.tables import table
 from llama2.checkpoint.fairscale import write_fairscale
 from llama2.config import ModelArgs
-from scripts.flags import run
+from scripts.flags import check_amounts, check_counts, run
 
 NUM_SHARDS = 8
 DTYPE = torch.bfloat16
@@ -53,6 +53,8 @@ def benchmark(
         folder: where to write, with room for twice the size; by default the system's temporary folder.
         out: the JSON file to write.
     """
+    check_amounts(gigabytes=gigabytes)
+    check_counts(processes=processes, rounds=rounds)
     with TemporaryDirectory(dir=folder, prefix="benchmark-convert-") as scratch:
         source, result = Path(scratch, "source"), Path(scratch, "result")
         args = make_checkpoint(source, nbytes=int(gigabytes * 1e9))

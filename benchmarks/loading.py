@@ -28,7 +28,7 @@ from llama2.collectives import connect
 from llama2.loader import load_model
 from llama2.parallel import build_mesh, choose_device, init_process_group
 from llama2.threads import undivided
-from scripts.flags import run
+from scripts.flags import check_amounts, check_counts, run
 
 WANTED_RATIO = 0.7
 MAX_SEQ_LEN = 2048
@@ -51,6 +51,8 @@ def benchmark(
         device: cpu or cuda; by default a GPU where each rank has one.
         out: the JSON file to write.
     """
+    check_amounts(gigabytes=gigabytes)
+    check_counts(rounds=rounds)
     where = choose_device(device)
     init_process_group(where)
     with TemporaryDirectory(prefix="benchmark-loading-") as scratch:

@@ -34,7 +34,7 @@ from benchmarks.shapes import find_shape
 from llama2.config import EngineConfig, ModelArgs
 from llama2.engine.engine import Engine
 from llama2.parallel import choose_device, init_process_group
-from scripts.flags import run
+from scripts.flags import check_counts, given, run, several
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 CACHE = ROOT / "build" / "peers"
@@ -88,18 +88,19 @@ def benchmark(
         raise ValueError("give either --checkpoint DIR or --shape NAME")
     if dtype not in DTYPES:
         raise ValueError(f"dtype must be one of {', '.join(DTYPES)}, got {dtype!r}")
-    _check_positive(new_tokens=new_tokens, rounds=rounds, batches=_several(batches), contexts=_several(contexts))
-    largest = max(_several(batches))
+    check_counts(new_tokens=new_tokens, rounds=rounds, batches=several(batches), contexts=several(contexts))
+    check_counts(**given(threads=threads, max_step_tokens=max_step_tokens, max_seq_len=max_seq_len))
+    check_counts(least=0, seed=seed)
+    largest = max(several(batches))
     max_step_tokens = max_step_tokens or max(EngineConfig().max_step_tokens, 2 * largest)
     if max_step_tokens <= largest:
         raise ValueError(f"max_step_tokens must be more than the largest batch, {largest}, got {max_step_tokens}")
     if threads is not None:
-        _check_positive(threads=threads)
         torch.set_num_threads(threads)
     where = choose_device(device)
-    peers = find_peers([str(one) for one in _several(peer)], device_type=where.type)
+    peers = find_peers([str(one) for one in several(peer)], device_type=where.type)
     args = find_shape(shape) if shape else ModelArgs.load(str(checkpoint))
-    cells = [Cell(batch=batch, context=context) for context in _several(contexts) for batch in _several(batches)]
+    cells = [Cell(batch=batch, context=context) for context in several(contexts) for batch in several(batches)]
 
     init_process_group(where)
     ceilings = measure_ceilings(where, DTYPES[dtype])
@@ -153,8 +154,8 @@ def benchmark(
         "dtype": dtype,
         "ranks": ranks,
         "threads_per_rank": cores,
-        "batches": _several(batches),
-        "contexts": _several(contexts),
+        "batches": several(batches),
+        "contexts": several(contexts),
         "new_tokens": new_tokens,
         "rounds": rounds,
         "peers": list(peers),
@@ -280,20 +281,6 @@ class _Run:
             },
         )
         return Peer(kind.python, f"benchmarks.peers.{kind.module}", setup, log=CACHE / f"{name}.log")
-
-
-def _several(value: Any) -> list[Any]:
-    """A flag's value as a list: fire makes a tuple of "1,8", and a number of "1"."""
-    if isinstance(value, str):
-        return [part for part in value.split(",") if part]
-    return list(value) if isinstance(value, Sequence) else [value]
-
-
-def _check_positive(**values: int | list[Any]) -> None:
-    for name, value in values.items():
-        several = value if isinstance(value, list) else [value]
-        if not several or not all(type(one) is int and one >= 1 for one in several):
-            raise ValueError(f"{name} must be positive whole numbers, got {', '.join(map(str, several))}")
 
 
 if __name__ == "__main__":

@@ -41,7 +41,7 @@ from benchmarks.plots import Line, Panel, draw
 from benchmarks.results import RESULTS, ROOT, save
 from benchmarks.slo import Slo, highest_rate
 from benchmarks.tables import table
-from scripts.flags import run
+from scripts.flags import check_amounts, check_counts, given, run, several
 from scripts.serve import local_settings
 from scripts.temporary_server import MODEL, temporary_server
 from scripts.torchserve import ServerError
@@ -130,6 +130,17 @@ def benchmark(
         out: the JSON file to write; the plot stands beside it as .png.
     """
     settings = {name: value for name, value in locals().items() if name not in ("url", "key", "guidellm", "out")}
+    check_counts(
+        batch_size=batch_size,
+        max_seq_len=max_seq_len,
+        max_step_tokens=max_step_tokens,
+        prompt_tokens=prompt_tokens,
+        output_tokens=output_tokens,
+        requests=requests,
+        slo_rounds=slo_rounds,
+    )
+    check_counts(**given(tp=tp, concurrency=several(concurrency)))
+    check_amounts(seconds=seconds, **given(rates=several(rates), dollars_per_hour=dollars_per_hour))
     limits = Slo.parse(slo) if slo is not None else None
     if front_cost and url is not None:
         raise ValueError("front_cost needs a server that is started here: the engine alone must have the same settings")
@@ -152,10 +163,10 @@ def benchmark(
             url, key = stack.enter_context(_served(Path(checkpoint), server))
         target = Target(url=url, key=key, model=MODEL, tokenizer=Path(checkpoint))
         bench = Bench(target, work, guidellm=Path(guidellm), dollars_per_hour=dollars_per_hour)
-        clients = [*_several(concurrency)]
+        clients = several(concurrency)
         warmest = max(clients, default=8)
         bench.offer(clients=warmest, requests=warmest)  # warms up
-        loads = [bench.load(clients=one) for one in clients] + [bench.load(rate=one) for one in _several(rates)]
+        loads = [bench.load(clients=one) for one in clients] + [bench.load(rate=one) for one in several(rates)]
         if limits is not None:
             first = max((load.answered_per_s for load in loads), default=0.0) / 2 or 1.0
             found = highest_rate(lambda rate: bench.meets(limits, rate), first=first, rounds=slo_rounds)
@@ -261,10 +272,6 @@ def _engine_alone(checkpoint: str, server: Mapping[str, Any], work: Work) -> dic
 
 def _say(what: str) -> None:
     print(f"== {what}", file=sys.stderr, flush=True)
-
-
-def _several(values: Any) -> Sequence[Any]:
-    return values if isinstance(values, (tuple, list)) else (values,)
 
 
 def main() -> None:

@@ -18,7 +18,7 @@ from benchmarks.tables import table
 from llama2.config import EngineConfig
 from llama2.engine.engine import Engine
 from llama2.engine.sequence import Request, SamplingParams
-from scripts.flags import run
+from scripts.flags import check_counts, run
 
 WANTED_RATIO = 0.2
 SEED = 1
@@ -73,6 +73,9 @@ def benchmark(
         device: cuda or cpu; by default the best there is.
         out: the JSON file to write.
     """
+    check_counts(
+        prefix_tokens=prefix_tokens, suffix_tokens=suffix_tokens, rounds=rounds, max_step_tokens=max_step_tokens
+    )
     config = EngineConfig(
         max_seq_len=prefix_tokens + suffix_tokens + 1, max_batch_size=2, max_step_tokens=max_step_tokens
     )

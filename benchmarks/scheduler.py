@@ -24,7 +24,7 @@ from llama2.config import EngineConfig
 from llama2.engine.block_manager import BlockManager
 from llama2.engine.scheduler import Plan, Scheduler
 from llama2.engine.sequence import Request, SamplingParams, Sequence
-from scripts.flags import run
+from scripts.flags import check_counts, run, several
 
 BLOCK_SIZE = 16
 WARM_UP = 2 * BLOCK_SIZE  # steps
@@ -98,10 +98,12 @@ def benchmark(
         steps: how many steps are measured, after a few that are not.
         out: the JSON file to write.
     """
+    check_counts(running=several(running), context=context, steps=steps)
+    check_counts(least=0, waiting=several(waiting))
     rows = [
         measure(running=one, waiting=other, context=context, steps=steps)
-        for one in _several(running)
-        for other in _several(waiting)
+        for one in several(running)
+        for other in several(waiting)
     ]
     print(table(list(asdict(rows[0])), [[str(value) for value in asdict(row).values()] for row in rows]))
     settings = {"context": context, "steps": steps, "block_size": BLOCK_SIZE}
@@ -145,10 +147,6 @@ def _timed(times: list[float], function: Callable[..., Any], *args: Any) -> Any:
     result = function(*args)
     times.append((time.perf_counter() - start) * 1e6)
     return result
-
-
-def _several(values: int | tuple[int, ...]) -> tuple[int, ...]:
-    return values if isinstance(values, (tuple, list)) else (values,)
 
 
 if __name__ == "__main__":

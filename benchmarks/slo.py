@@ -37,7 +37,9 @@ class Slo:
             try:
                 limits[name] = float(value)
             except ValueError:
-                raise ValueError(f"slo: {name} must be a number of ms, got {value!r}") from None
+                limits[name] = math.nan
+            if not 0 < limits[name] < math.inf:
+                raise ValueError(f"slo: {name} must be a number of ms above 0, got {value!r}")
         return cls(ttft_ms=limits.get("ttft"), itl_ms=limits.get("itl"))
 
     def is_met_by(self, report: Mapping[str, Any]) -> bool:

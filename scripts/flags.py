@@ -1,14 +1,16 @@
-"""Owns what fire finds out too late: a command line with a flag that does not exist, or a word that is no flag.
+"""Owns what fire finds out too late, or not at all: a flag that does not exist, a word that is no flag, a value that
+makes no sense.
 
-Fire calls the function first and complains about what is left over afterwards.
+Fire calls the function first and complains about what is left over afterwards, and takes any value for any flag.
 """
 
 from __future__ import annotations
 
 import difflib
 import inspect
+import math
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import fire
@@ -40,3 +42,36 @@ def check_flags(arguments: Sequence[str], function: Callable[..., Any]) -> None:
         elif not former.startswith("--") or "=" in former:
             raise ValueError(f"unexpected argument {argument!r}: every option is a --flag")
         former = argument
+
+
+def several(value: Any) -> list[Any]:
+    """The value of a flag that takes one or more, as a list: fire makes a tuple of "1,8", and a number of "1"."""
+    if isinstance(value, str):
+        return [part for part in value.split(",") if part]
+    return list(value) if isinstance(value, Sequence) else [value]
+
+
+def given(**flags: Any) -> dict[str, Any]:
+    """Those flags that have a value, of such as may be left out: it is neither None nor an empty list."""
+    return {name: value for name, value in flags.items() if value not in (None, [])}
+
+
+def check_counts(*, least: int = 1, **flags: object) -> None:
+    """Refuse what is not a whole number of `least` or more. A list is of a flag that takes one or more.
+
+    Raises:
+        ValueError: it names the flag, what it takes, and the value.
+    """
+    _check(flags, lambda value: type(value) is int and value >= least, f"a whole number of {least} or more")
+
+
+def check_amounts(**flags: object) -> None:
+    """Refuse what is not a number above 0; otherwise as `check_counts`."""
+    _check(flags, lambda value: type(value) in (int, float) and 0 < value < math.inf, "a number above 0")
+
+
+def _check(flags: Mapping[str, object], is_valid: Callable[[Any], bool], kind: str) -> None:
+    for name, value in flags.items():
+        for one in (value or [""]) if isinstance(value, list) else [value]:
+            if not is_valid(one):
+                raise ValueError(f"--{name} must be {kind}, got {one!r}")

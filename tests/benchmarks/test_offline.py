@@ -133,7 +133,7 @@ def _run_on_a_rank(path: Path) -> str:
         (("--shape", "8b"), "shape must be one of 7b, 13b"),
         ((), "give either --checkpoint DIR or --shape NAME"),
         (("--shape", "tiny", "--peer", "ollama"), "peer must be one of transformers,"),
-        (("--shape", "tiny", "--batches", "1,x"), "batches must be positive whole numbers, got 1, x"),
+        (("--shape", "tiny", "--batches", "1,x"), "--batches must be a whole number of 1 or more, got 'x'"),
         (("--shape", "tiny", "--batches", "8", "--max_step_tokens", "8"), "more than the largest batch, 8, got 8"),
         (("--shape", "tiny", "--context", "8"), "unknown option --context: did you mean --contexts?"),
     ],

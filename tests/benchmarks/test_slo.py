@@ -41,7 +41,7 @@ def test_an_objective_is_read(text: str, slo: Slo) -> None:
     assert Slo.parse(text) == slo
 
 
-@pytest.mark.parametrize("text", ["", "500", "ttft", "ttft=fast", "total=3", "ttft=1,ttft=2"])
+@pytest.mark.parametrize("text", ["", "500", "ttft", "ttft=fast", "total=3", "ttft=1,ttft=2", "ttft=0", "itl=nan"])
 def test_an_objective_that_says_nothing_is_refused(text: str) -> None:
     with pytest.raises(ValueError, match="slo"):
         Slo.parse(text)
