@@ -12,8 +12,9 @@ prompts and the same number of tokens, in turns with ours, and sleeps while ours
 from __future__ import annotations
 
 import dataclasses
+import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -103,6 +104,10 @@ def benchmark(
     cells = [Cell(batch=batch, context=context) for context in several(contexts) for batch in several(batches)]
 
     init_process_group(where)
+    clone = Path(gpt_fast or GPT_FAST).resolve()
+    missing = {one: kind for one, kind in peers.items() if not kind.is_installed(clone)}
+    for one, kind in missing.items() if dist.get_rank() == 0 else ():
+        print(f"== {one} is left out: {_not_installed(kind)}", file=sys.stderr, flush=True)
     ceilings = measure_ceilings(where, DTYPES[dtype])
     if where.type == "cuda":
         torch.cuda.empty_cache()
@@ -137,9 +142,9 @@ def benchmark(
         device=where,
         seed=seed,
         source=source,
-        gpt_fast=Path(gpt_fast or GPT_FAST).resolve(),
+        gpt_fast=clone,
     )
-    figures = {"ready_seconds": ready_seconds, **run.measure(cells, peers)}
+    figures = {"ready_seconds": ready_seconds, **run.measure(cells, peers, missing)}
     engine.release()
 
     name = name or shape or Path(str(checkpoint)).resolve().name
@@ -186,15 +191,17 @@ class _Run:
     source: Source
     gpt_fast: Path
 
-    def measure(self, cells: list[Cell], peers: dict[str, PeerKind]) -> dict[str, Any]:
-        """Every cell, and every peer's, as JSON: `ceilings`, `rows` and `peers`."""
+    def measure(
+        self, cells: list[Cell], peers: Mapping[str, PeerKind], missing: Mapping[str, PeerKind]
+    ) -> dict[str, Any]:
+        """Every cell, and that of every peer which is not `missing`, as JSON: `ceilings`, `rows` and `peers`."""
         mine = MeasuredEngine(self.engine)
         reasons = {cell: reason for cell in cells if (reason := self._reason_to_skip(cell))}
         measured: dict[Cell, list[Done]] = {cell: [] for cell in cells if cell not in reasons}
         answers: dict[str, dict[str, Any]] = {}
         for name, kind in peers.items() if measured else ():
-            if not kind.is_installed(self.gpt_fast):
-                answers[name] = {"not_run": f"not installed: {kind.install}", "install": kind.install}
+            if name in missing:
+                answers[name] = {"not_run": _not_installed(kind), "install": kind.install}
                 continue
             try:
                 with self._start(name, kind, list(measured)) as theirs:
@@ -281,6 +288,10 @@ class _Run:
             },
         )
         return Peer(kind.python, f"benchmarks.peers.{kind.module}", setup, log=CACHE / f"{name}.log")
+
+
+def _not_installed(kind: PeerKind) -> str:
+    return f"not installed: {kind.install}"
 
 
 if __name__ == "__main__":

@@ -102,6 +102,26 @@ def test_a_peer_that_is_not_there_is_named_with_its_command_and_the_run_goes_on(
     assert f"gpt_fast: not installed: {command}" in printed
 
 
+def test_a_peer_that_is_not_there_is_named_before_anything_is_measured(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    """And before the minutes that our own measurement takes, in which it could have been installed."""
+
+    class Measured(Exception):
+        pass
+
+    def measure(*_: object) -> None:
+        raise Measured
+
+    monkeypatch.setattr(offline, "measure_ceilings", measure)
+    with pytest.raises(Measured):
+        run(tmp_path / "tiny.json", peer=("transformers", "gpt_fast"), gpt_fast=str(tmp_path))
+    assert capsys.readouterr().err.splitlines() == [
+        "== gpt_fast is left out: not installed: "
+        "git clone https://github.com/meta-pytorch/gpt-fast .venv-peers/gpt-fast"
+    ]
+
+
 def test_the_file_says_what_ran_where_and_a_plot_lies_beside_it(result: tuple[str, Path]) -> None:
     content = read(result[1])
     assert content["kind"] == "offline"
