@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import itertools
 import math
+import os
 import pickle
 import statistics
 import time
@@ -89,7 +90,8 @@ def benchmark(
     steps: int = 200,
     out: str = str(RESULTS / "scheduler.json"),
 ) -> None:
-    """Measure every pair of `running` and `waiting`, and print a row for each.
+    """Measure every pair of `running` and `waiting`, and print a row for each. Under torchrun rank 0 does it alone, as
+    it alone schedules.
 
     Args:
         running: how many sequences decode together.
@@ -100,6 +102,8 @@ def benchmark(
     """
     check_counts(running=several(running), context=context, steps=steps)
     check_counts(least=0, waiting=several(waiting))
+    if os.environ.get("RANK", "0") != "0":
+        return
     rows = [
         measure(running=one, waiting=other, context=context, steps=steps)
         for one in several(running)

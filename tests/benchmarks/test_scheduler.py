@@ -21,6 +21,16 @@ def test_every_part_of_a_step_is_timed(running: int, waiting: int) -> None:
     assert times.plan_bytes > running * 4 * (40 // 16), "block tables are in it"
 
 
+def test_of_several_ranks_one_measures_and_writes(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for rank, lines in (("1", 0), ("0", 4)):
+        monkeypatch.setenv("RANK", rank)
+        benchmark(running=1, waiting=0, context=20, steps=2, out=str(tmp_path / f"{rank}.json"))
+        assert len(capsys.readouterr().out.splitlines()) == lines
+    assert [path.name for path in tmp_path.iterdir()] == ["0.json"]
+
+
 def test_a_row_for_each_pair_is_printed_and_written(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     benchmark(running=(1, 2), waiting=(0, 3), context=20, steps=2, out=str(tmp_path / "scheduler.json"))
     rows = json.loads((tmp_path / "scheduler.json").read_text())["figures"]
