@@ -3,7 +3,8 @@
     python -m benchmarks.prefix [--checkpoint build/converted_checkpoints] [--prefix_tokens 1000] [--rounds 5]
 
 In each round a new prefix is asked twice, with another end each time, and no other request beside it. The same command
-runs under torchrun, on as many ranks. Wanted: the second time takes at most `WANTED_RATIO` of the first.
+runs under torchrun, on as many ranks. Wanted: with `WANTED_PREFIX` tokens in common the second time takes at most
+`WANTED_RATIO` of the first.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from llama2.engine.engine import Engine
 from llama2.engine.sequence import Request, SamplingParams
 from scripts.flags import check_counts, run
 
+WANTED_PREFIX = 1000
 WANTED_RATIO = 0.2
 SEED = 1
 
@@ -55,7 +57,7 @@ def measure(engine: Engine, *, prefix_tokens: int, suffix_tokens: int, rounds: i
 def benchmark(
     *,
     checkpoint: str = str(ROOT / "build" / "converted_checkpoints"),
-    prefix_tokens: int = 1000,
+    prefix_tokens: int = WANTED_PREFIX,
     suffix_tokens: int = 24,
     rounds: int = 5,
     max_step_tokens: int = 512,
@@ -89,10 +91,8 @@ def benchmark(
     rows = [[f"{first:.1f}", f"{again:.1f}", str(hits)] for first, again, hits in zip(*columns, strict=True)]
     print(table(["first, ms", "repeated, ms", "tokens from the cache"], rows))
     ratio = figures["ratio"]
-    print(
-        f"\nrepeated / first: {ratio['median']:.3f} (from {ratio['min']:.3f} to {ratio['max']:.3f}; wanted: at most "
-        f"{WANTED_RATIO})"
-    )
+    wanted = f"; wanted: at most {WANTED_RATIO}" if prefix_tokens == WANTED_PREFIX else ""
+    print(f"\nrepeated / first: {ratio['median']:.3f} (from {ratio['min']:.3f} to {ratio['max']:.3f}{wanted})")
     settings = {"prefix_tokens": prefix_tokens, "suffix_tokens": suffix_tokens, "max_step_tokens": max_step_tokens}
     print(f"written to {save(out, 'prefix', settings, figures)}")
 
