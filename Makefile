@@ -37,8 +37,8 @@ $(READY): pyproject.toml
 serve: $(READY)  ## convert, archive and serve a real model, and ask it two things (TP=2 PORT=8080)
 	@$(BIN)/python -m scripts.serve serve $(if $(TP),--tp $(TP)) --port $(PORT)
 
-stop: $(READY)  ## stop what `make serve` started
-	@$(BIN)/python -m scripts.serve stop
+stop:  ## stop what `make serve` started
+	@if test -e $(READY); then $(BIN)/python -m scripts.serve stop; else echo "nothing to stop: nothing is set up yet"; fi
 
 chat: $(CHAT)  ## a page in the browser to chat with what `make serve` serves (PORT=8080)
 	@$(BIN)/python -m apps.chat --base_url http://127.0.0.1:$(PORT)/predictions/llama/1.0/v1
@@ -76,6 +76,5 @@ bench: $(READY)  ## speed: converter, loading, scheduler, prefix cache, engine (
 	$(BIN)/python -m benchmarks.prefix
 	$(BIN)/python -m benchmarks.offline --checkpoint build/converted_checkpoints --batches 1,8,32 --contexts 128,1024
 
-clean:  ## remove all that was made, except the virtual environments
-	@test ! -x $(BIN)/python || $(BIN)/python -m scripts.serve stop
+clean: stop  ## remove all that was made, except the virtual environments
 	rm -rf build .mypy_cache .pytest_cache .ruff_cache .hypothesis *.egg-info
