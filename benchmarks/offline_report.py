@@ -107,7 +107,8 @@ def plot(path: Path, title: str, figures: dict[str, Any]) -> Path:
                 label = f"limit at {context}" if dashed else f"context {context}"
                 ys = [row[f"{what}_{key}"] for row in mine]
                 lines.append(Line(label=label, xs=batches, ys=ys, color=color, dashed=dashed))
-        panels.append(Panel(title=what, x="batch", y="tokens/s", lines=lines, log_x=True, log_y=True))
+        # Decoding gains most of its rate from the batch, a prompt next to nothing.
+        panels.append(Panel(title=what, x="batch", y="tokens/s", lines=lines, log_x=True, log_y=what == "decode"))
     lines = []
     for name, peer in figures["peers"].items():
         theirs = _present(peer.get("rows", []))

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from matplotlib.figure import Figure
-from matplotlib.ticker import ScalarFormatter
+from matplotlib.ticker import LogLocator, NullFormatter, ScalarFormatter, StrMethodFormatter
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -25,7 +25,8 @@ class Line:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Panel:
-    """One pair of axes, with its lines. A logarithmic x axis has its ticks at the points of the lines."""
+    """One pair of axes, with its lines. A logarithmic x axis has its ticks at the points of the lines, a logarithmic y
+    axis at 1, 2 and 5 of each power of ten."""
 
     title: str
     x: str
@@ -42,16 +43,20 @@ def draw(path: Path | str, title: str, panels: list[Panel]) -> Path:
     figure.suptitle(title)
     for axes, panel in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels, strict=True):
         for line in panel.lines:
-            style = "--" if line.dashed else "-"
-            axes.plot(line.xs, line.ys, style, marker="o", color=f"C{line.color}", label=line.label, markersize=4)
+            style, fill = ("--", "none") if line.dashed else ("-", "full")
+            looks = {"color": f"C{line.color}", "marker": "o", "fillstyle": fill, "markersize": 4}
+            axes.plot(line.xs, line.ys, style, label=line.label, **looks)
         if panel.log_x:
             axes.set_xscale("log", base=2)
             axes.set_xticks(sorted({x for line in panel.lines for x in line.xs}))
             axes.xaxis.set_major_formatter(ScalarFormatter())
         if panel.log_y:
             axes.set_yscale("log")
+            axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+            axes.yaxis.set_minor_formatter(NullFormatter())
         else:
             axes.set_ylim(bottom=0)
+        axes.yaxis.set_major_formatter(StrMethodFormatter("{x:,g}"))
         axes.set_title(panel.title)
         axes.set_xlabel(panel.x)
         axes.set_ylabel(panel.y)
