@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import json
 import os
-import subprocess
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from benchmarks.load import Load, LoadError, Work
+from benchmarks.programs import complete
 from benchmarks.results import ROOT
 
 CLIENTS = 32
@@ -44,7 +44,7 @@ def engine_alone(checkpoint: Path, server: Mapping[str, Any], work: Work) -> dic
     command += ["--nproc_per_node", str(torchrun["nproc-per-node"]), "-m", "benchmarks.engine_only"]
     command += [word for name, value in options.items() for word in (f"--{name}", str(value))]
     environ = {**os.environ, "OMP_NUM_THREADS": str(torchrun["OMP_NUMBER_THREADS"])}
-    done = subprocess.run(command, cwd=ROOT, env=environ, capture_output=True, text=True)
+    done = complete(command, cwd=ROOT, environ=environ)
     lines = [line for line in done.stdout.splitlines() if line.startswith("{")]
     if done.returncode or not lines:
         raise LoadError(f"the engine alone failed:\n{done.stderr[-2000:]}")

@@ -8,13 +8,13 @@ from __future__ import annotations
 import json
 import math
 import os
-import subprocess
 import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from benchmarks.programs import complete
 from benchmarks.results import ROOT
 
 GUIDELLM = ROOT / ".venv-clients" / "bin" / "guidellm"
@@ -112,7 +112,7 @@ def offer(
         command += [word for name, value in options for word in (f"--{name}", value)]
         # One process makes some thousand tokens/s of load, and takes few processors from the server beside it.
         environ = {"GUIDELLM__MAX_WORKER_PROCESSES": "1", **os.environ, "HF_HUB_OFFLINE": "1"}
-        done = subprocess.run(command, cwd=folder, env=environ, capture_output=True, text=True)
+        done = complete(command, cwd=folder, environ=environ)
         if done.returncode or not report.exists():
             raise LoadError(f"guidellm failed:\n{(done.stdout + done.stderr)[-2000:]}")
         return json.loads(report.read_text(encoding="utf-8"))
