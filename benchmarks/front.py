@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import sys
@@ -51,20 +52,23 @@ def engine_alone(checkpoint: Path, server: Mapping[str, Any], work: Work) -> dic
     return json.loads(lines[-1])
 
 
-def front_cost(alone: Sequence[Mapping[str, float]], many: Load, one: Load) -> dict[str, Any]:
+def front_cost(
+    alone: Sequence[Mapping[str, float]], many: Load, one: Load, cores: Mapping[str, float]
+) -> dict[str, Any]:
     """What the front takes away.
 
     Args:
         alone: what the engine did by itself, each time that it was measured; the best of them counts.
         many: the load of `CLIENTS` clients.
         one: the load of a single client.
+        cores: what kept how many processors busy during the load of `CLIENTS` clients; see cpu_shares.py.
     """
     best = {"tokens_per_s": max(run["tokens_per_s"] for run in alone), "ttft_ms": min(run["ttft_ms"] for run in alone)}
     return {
-        "clients": CLIENTS,
         "engine_alone": [dict(run) for run in alone],
-        "tokens_per_s": many.tokens_per_s,
+        "load": dataclasses.asdict(many),
         "ratio_to_engine": many.tokens_per_s / best["tokens_per_s"],
         "ttft_ms_of_one": one.ttft_ms.get("p50"),
         "added_ttft_ms": one.ttft_ms["p50"] - best["ttft_ms"] if one.ttft_ms else None,
+        "cores": dict(cores),
     }

@@ -149,6 +149,12 @@ def read_report(
     )
 
 
+def span(report: Mapping[str, Any]) -> tuple[float, float]:
+    """From when to when the load went on whose rates are reported, in seconds since the epoch."""
+    (benchmark,) = report["benchmarks"]
+    return benchmark["start_time"], benchmark["end_time"]
+
+
 def dollars_per_1k_tokens(dollars_per_hour: float | None, tokens_per_s: float) -> float | None:
     """What 1,000 generated tokens cost on a machine that is paid by the hour; None where nothing is known of that."""
     if dollars_per_hour is None or not tokens_per_s:

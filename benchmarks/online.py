@@ -10,6 +10,7 @@ over its tokens.
 
 `--slo` searches for the highest rate at which 90 % of what is sent meets it. `--front_cost` compares with the engine
 alone, on the same ranks and with the same work, before and after: tokens/s at 32 clients, time to first token of one.
+It says too what kept the processors busy meanwhile: on one machine the load and the front take them from the engine.
 """
 
 from __future__ import annotations
@@ -20,11 +21,12 @@ import itertools
 import math
 import signal
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from benchmarks import front
+from benchmarks.cpu_shares import CpuWatch
 from benchmarks.load import (
     GUIDELLM,
     PERCENTILES,
@@ -36,6 +38,7 @@ from benchmarks.load import (
     guidellm_percentiles,
     offer,
     read_report,
+    span,
 )
 from benchmarks.plots import Line, Panel, draw
 from benchmarks.results import RESULTS, ROOT, save
@@ -160,7 +163,9 @@ def benchmark(
     alone = [_engine_alone(checkpoint, server, work)] if front_cost else []
     with contextlib.ExitStack() as stack:
         if url is None or key is None:
-            url, key = stack.enter_context(_served(Path(checkpoint), server))
+            _say("start TorchServe")
+            running = stack.enter_context(temporary_server(Path(checkpoint), server, timeout=READY_SECONDS))
+            url, key = f"http://127.0.0.1:{running.ports.inference}/predictions/{MODEL}/1.0", running.key("inference")
         target = Target(url=url, key=key, model=MODEL, tokenizer=Path(checkpoint))
         bench = Bench(target, work, guidellm=Path(guidellm), dollars_per_hour=dollars_per_hour)
         clients = several(concurrency)
@@ -172,11 +177,13 @@ def benchmark(
             found = highest_rate(lambda rate: bench.meets(limits, rate), first=first, rounds=slo_rounds)
             figures["slo"] = {**dataclasses.asdict(limits), "highest_rate_per_s": found}
         if front_cost:
-            many = bench.load(clients=front.CLIENTS)
+            with CpuWatch(running.processes()) as watch:
+                many = bench.offer(clients=front.CLIENTS)
             one = read_report(bench.offer(clients=1, requests=front.ALONE, output_tokens=2), clients=1)
     if front_cost:
         alone.append(_engine_alone(checkpoint, server, work))
-        figures["front"] = front.front_cost(alone, many, one)
+        cores = watch.cores(*span(many))
+        figures["front"] = front.front_cost(alone, read_report(many, clients=front.CLIENTS), one, cores)
     figures["loads"] = bench.rows
     print(as_text(figures))
     path = save(out, "online", settings, figures)
@@ -192,11 +199,14 @@ def as_text(figures: Mapping[str, Any]) -> str:
         limits = " and ".join(f"{name[:-3]} <= {slo[name]:g} ms" for name in ("ttft_ms", "itl_ms") if slo[name])
         parts.append(f"p90 of {limits}: up to {slo['highest_rate_per_s']:.2f} requests/s")
     if cost := figures.get("front"):
+        added = "-" if cost["added_ttft_ms"] is None else f"{cost['added_ttft_ms']:.1f}"
         parts.append(
-            f"the front: {cost['ratio_to_engine']:.3f} of the engine's tokens/s at {cost['clients']} clients "
-            f"(wanted: at least {front.WANTED_RATIO}), {cost['added_ttft_ms']:.1f} ms to the first token of one "
+            f"the front: {cost['ratio_to_engine']:.3f} of the engine's tokens/s at {cost['load']['clients']} clients "
+            f"(wanted: at least {front.WANTED_RATIO}), {added} ms to the first token of one "
             f"(wanted: at most {front.WANTED_MS})"
         )
+        cores = ", ".join(f"{part} {busy:.2f}" for part, busy in cost["cores"].items())
+        parts.append(f"processors busy meanwhile: {cores}; together {sum(cost['cores'].values()):.2f}")
     return "\n".join(parts)
 
 
@@ -255,14 +265,6 @@ def _cells(row: Mapping[str, Any]) -> list[str]:
 
 def _offered(row: Mapping[str, Any]) -> str:
     return f"{row['clients']} clients" if row["clients"] else f"{row['offered_per_s']:.3g}/s"
-
-
-@contextlib.contextmanager
-def _served(checkpoint: Path, settings: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
-    """Where the server listens that lives in this block, and its key."""
-    _say("start TorchServe")
-    with temporary_server(checkpoint, settings, timeout=READY_SECONDS) as server:
-        yield f"http://127.0.0.1:{server.ports.inference}/predictions/{MODEL}/1.0", server.key("inference")
 
 
 def _engine_alone(checkpoint: str, server: Mapping[str, Any], work: Work) -> dict[str, float]:

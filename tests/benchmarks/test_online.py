@@ -11,7 +11,15 @@ from typing import Any
 import pytest
 
 from benchmarks import front, online
-from benchmarks.load import LoadError, Target, Work, dollars_per_1k_tokens, guidellm_percentiles, offer, read_report
+from benchmarks.load import (
+    LoadError,
+    Target,
+    Work,
+    dollars_per_1k_tokens,
+    guidellm_percentiles,
+    offer,
+    read_report,
+)
 from tests.benchmarks.reports import report
 
 TEN = report(ttft_ms=[float(index) for index in range(10, 110, 10)], itl_ms=[5.0] * 10, failed=1, unfinished=[None])
@@ -70,9 +78,20 @@ def test_the_table_has_a_row_for_each_load_with_offered_and_answered_apart() -> 
 def test_the_front_is_compared_with_the_best_of_the_engine_alone() -> None:
     alone = [{"tokens_per_s": 20.0, "ttft_ms": 45.0}, {"tokens_per_s": 16.0, "ttft_ms": 40.0}]
     load = read_report(TEN, clients=32)
-    cost = front.front_cost(alone, load, load)
+    cost = front.front_cost(alone, load, load, {"engine": 1.5, "java": 0.25})
     assert cost["ratio_to_engine"] == pytest.approx(load.tokens_per_s / 20)
     assert cost["added_ttft_ms"] == pytest.approx(60 - 40)
+    *_, ratio, cores = online.as_text({"loads": [], "front": cost}).splitlines()
+    assert ratio.startswith(f"the front: {load.tokens_per_s / 20:.3f} of the engine's tokens/s at 32 clients")
+    assert cores == "processors busy meanwhile: engine 1.50, java 0.25; together 1.75"
+
+
+def test_a_front_that_answered_nobody_has_no_time_to_a_first_token() -> None:
+    nothing = read_report(report(ttft_ms=[], itl_ms=[], unfinished=[None] * 32), clients=32)
+    cost = front.front_cost([{"tokens_per_s": 20.0, "ttft_ms": 45.0}], nothing, nothing, {})
+    text = online.as_text({"loads": [], "front": cost})
+    assert "the front: 0.000 of the engine's tokens/s" in text
+    assert "- ms to the first token of one" in text
 
 
 @pytest.mark.parametrize("rows", [[as_row(TEN, clients=8)], [as_row(TEN, clients=8), as_row(TEN, rate=2.5)]])
