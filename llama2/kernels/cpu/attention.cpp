@@ -3,14 +3,11 @@
 // The context is cut into parts of a fixed length, each with a softmax of its own, and the parts are merged
 // (FlashDecoding, https://crfm.stanford.edu/2023/10/12/flashdecoding.html). The cuts depend on nothing else, and neither
 // does the order of any sum: a row gets the same bits in whatever company and with however many threads.
-#include <ATen/ATen.h>
-#include <ATen/Parallel.h>
 #include <torch/library.h>
 
 #include <numeric>
-#include <vector>
 
-#include "kernels.h"
+#include "attention.h"
 #include "lanes.h"
 
 namespace llama2 {
@@ -37,30 +34,6 @@ struct Problem {
       __builtin_prefetch(keys + offset + d);
       __builtin_prefetch(values + offset + d);
     }
-  }
-};
-
-// Rows [row, row + rows) of a sequence, of which the first sees `context` positions and each next one more; of them the
-// heads [head, head + heads), which share a key head; and of their contexts the positions [begin, end).
-struct Part {
-  int64_t sequence, row, rows, context, head, heads, begin, end;
-
-  int64_t queries() const { return rows * heads; }
-  // How many positions from `first` on query q sees, at most `count`.
-  int64_t visible(int64_t q, int64_t first, int64_t count) const {
-    return std::clamp<int64_t>(context + q / heads - first, 0, count);
-  }
-};
-
-// A query's highest score, and the sum of its weights relative to that.
-struct Softmax {
-  float highest = -std::numeric_limits<float>::infinity(), weights = 0.f;
-
-  // The factor for what was summed so far, now that a score of `other` has been seen.
-  float raise(float other) {
-    const float before = highest;
-    highest = std::max(highest, other);
-    return before == highest ? 1.f : std::exp(before - highest);
   }
 };
 
@@ -148,6 +121,7 @@ void attend(const Problem<T>& problem, const Part& part, float* out, Softmax* so
   int64_t offsets[kRun];
   float scores[kQueries][kRun], shrink[kQueries];
   std::fill(out, out + part.queries() * dim, 0.f);
+  std::fill(softmax, softmax + part.queries(), Softmax());
   for (int64_t first = part.begin; first < part.end; first += kRun) {
     const int64_t count = std::min(kRun, part.end - first);
     for (int64_t p = 0; p < count; p++) offsets[p] = problem.offset(part.sequence, first + p, kv_head);
@@ -191,77 +165,88 @@ void merge(const float* outs, const Softmax* softmaxes, int64_t count, int64_t s
 
 }  // namespace
 
-// queries (T, H, D); keys, values (blocks, block size, K, D); tables (S, N), contexts (S) and starts (S + 1), int32:
-// sequence s has the rows [starts[s], starts[s + 1]), sees contexts[s] positions at the last of them and one less at each
-// before, and finds them in the blocks of tables[s]. Returns (T, H, D).
-at::Tensor paged_attention(const at::Tensor& queries, const at::Tensor& keys, const at::Tensor& values,
-                           const at::Tensor& tables, const at::Tensor& starts, const at::Tensor& contexts) {
-  TORCH_CHECK(queries.is_contiguous() && keys.is_contiguous() && values.is_contiguous() && tables.is_contiguous(),
-              "paged_attention takes contiguous tensors");
-  const int64_t heads = queries.size(1), dim = queries.size(2), kv_heads = keys.size(2), group = heads / kv_heads;
+Attention::Attention(const Heads& heads, int64_t block_size, const at::Tensor& tables, const at::Tensor& starts,
+                     const at::Tensor& contexts)
+    : heads_(heads),
+      block_size_(block_size),
+      table_width_(tables.size(1)),
+      tables_(tables.const_data_ptr<int32_t>()) {
+  TORCH_CHECK(tables.is_contiguous(), "attention takes contiguous tables");
+  const int64_t group = heads.heads / heads.kv_heads;
   const auto* start = starts.const_data_ptr<int32_t>();
   const auto* context = contexts.const_data_ptr<int32_t>();
-
-  // A tile is the rows and heads of a part. Its parts lie one after the other; heads innermost: key heads lie side by
-  // side, so that a thread finds the cache lines of the next fetched already.
-  struct Tile {
-    Part first;
-    int64_t part, count;
-  };
-  std::vector<Tile> tiles;
-  std::vector<Part> parts;
-  std::vector<int64_t> place{0};  // of each part's first query among all of them, and the end
-  int64_t scores = 0;
   for (int64_t sequence = 0; sequence < contexts.size(0); sequence++) {
     const int64_t rows = start[sequence + 1] - start[sequence];
     const int64_t heads_at_once = std::min(group, kQueries), rows_at_once = std::max<int64_t>(1, kQueries / group);
+    const int64_t slices = heads.kv_heads * ceil_div(group, heads_at_once);
     for (int64_t row = 0; row < rows; row += rows_at_once) {
       const int64_t some = std::min(rows_at_once, rows - row), seen = context[sequence] - rows + row + 1;
-      const int64_t last = seen + some - 1, cuts = ceil_div(last, kPart), slices = kv_heads * ceil_div(group, heads_at_once);
-      const int64_t first_part = parts.size();
+      const int64_t last = seen + some - 1, first_part = parts_.size();
       for (int64_t begin = 0; begin < last; begin += kPart)
-        for (int64_t kv_head = 0; kv_head < kv_heads; kv_head++)
+        for (int64_t kv_head = 0; kv_head < heads.kv_heads; kv_head++)
           for (int64_t head = 0; head < group; head += heads_at_once) {
-            parts.push_back({sequence, start[sequence] + row, some, seen, kv_head * group + head,
-                             std::min(heads_at_once, group - head), begin, std::min(begin + kPart, last)});
-            place.push_back(place.back() + parts.back().queries());
-            scores += parts.back().queries() * (parts.back().end - begin);
+            parts_.push_back({sequence, start[sequence] + row, some, seen, kv_head * group + head,
+                              std::min(heads_at_once, group - head), begin, std::min(begin + kPart, last)});
+            place_.push_back(place_.back() + parts_.back().queries());
+            scores_ += parts_.back().queries() * (parts_.back().end - begin);
           }
       for (int64_t slice = 0; slice < slices; slice++)
-        tiles.push_back({parts[first_part + slice], first_part + slice, cuts});
+        tiles_.push_back({parts_[first_part + slice], first_part + slice, ceil_div(last, kPart)});
     }
   }
-  auto outs = at::empty({place.back(), dim}, queries.options().dtype(at::kFloat));
-  auto* out = outs.mutable_data_ptr<float>();
-  std::vector<Softmax> softmaxes(place.back());
+  softmaxes_.resize(place_.back());
+  outs_ = at::empty({place_.back(), heads.dim}, at::kFloat);
+}
+
+bool Attention::is_worth_waking() const { return scores_ >= kAlone; }
+
+template <typename T>
+void Attention::run(const Team& team, const T* queries, const T* keys, const T* values, T* result) {
+  const int64_t heads = heads_.heads, dim = heads_.dim;
+  const Problem<T> problem{queries, keys, values, tables_, table_width_, block_size_, heads, heads_.kv_heads, dim};
+  auto* out = outs_.mutable_data_ptr<float>();
+  team.share(parts_.size(), [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; i++) attend(problem, parts_[i], out + place_[i] * dim, &softmaxes_[place_[i]]);
+  });
+  team.share(tiles_.size(), [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; i++) {
+      const auto& [part, first, count] = tiles_[i];
+      // Every cut of a tile has the same slices: the next one's queries are as far as those of all slices together.
+      const int64_t stride = part.rows * heads;
+      for (int64_t q = 0; q < part.queries(); q++)
+        merge(out + (place_[first] + q) * dim, &softmaxes_[place_[first] + q], count, stride, dim,
+              result + ((part.row + q / part.heads) * heads + part.head + q % part.heads) * dim);
+    }
+  });
+}
+
+template void Attention::run(const Team&, const BFloat16*, const BFloat16*, const BFloat16*, BFloat16*);
+
+namespace {
+
+// The same for tensors, as an operator that returns the result.
+at::Tensor paged_attention_op(const at::Tensor& queries, const at::Tensor& keys, const at::Tensor& values,
+                              const at::Tensor& tables, const at::Tensor& starts, const at::Tensor& contexts) {
+  TORCH_CHECK(queries.is_contiguous() && keys.is_contiguous() && values.is_contiguous(),
+              "paged_attention takes contiguous tensors");
   auto result = at::empty_like(queries);
+  Attention attention({queries.size(1), keys.size(2), queries.size(2)}, keys.size(1), tables, starts, contexts);
   LLAMA2_DISPATCH(queries.scalar_type(), "paged_attention", [&] {
-    const Problem<scalar_t> problem{
-        queries.const_data_ptr<scalar_t>(), keys.const_data_ptr<scalar_t>(), values.const_data_ptr<scalar_t>(),
-        tables.const_data_ptr<int32_t>(), tables.size(1), keys.size(1), heads, kv_heads, dim};
-    at::parallel_for(0, parts.size(), scores < kAlone ? parts.size() : 1, [&](int64_t begin, int64_t end) {
-      for (int64_t i = begin; i < end; i++) attend(problem, parts[i], out + place[i] * dim, &softmaxes[place[i]]);
-    });
-    auto* to = result.mutable_data_ptr<scalar_t>();
-    at::parallel_for(0, tiles.size(), 64, [&](int64_t begin, int64_t end) {
-      for (int64_t i = begin; i < end; i++) {
-        const auto& [part, first, count] = tiles[i];
-        // Every cut of a tile has the same slices: the next one's queries are as far as those of all slices together.
-        const int64_t stride = part.rows * heads;
-        for (int64_t q = 0; q < part.queries(); q++)
-          merge(out + (place[first] + q) * dim, &softmaxes[place[first] + q], count, stride, dim,
-                to + ((part.row + q / part.heads) * heads + part.head + q % part.heads) * dim);
-      }
+    Team::run(attention.is_worth_waking(), [&](const Team& team) {
+      attention.run(team, queries.const_data_ptr<scalar_t>(), keys.const_data_ptr<scalar_t>(),
+                    values.const_data_ptr<scalar_t>(), result.mutable_data_ptr<scalar_t>());
     });
   });
   return result;
 }
+
+}  // namespace
 
 TORCH_LIBRARY_FRAGMENT(llama2_cpu, library) {
   library.def(
       "paged_attention(Tensor queries, Tensor keys, Tensor values, Tensor tables, Tensor starts, Tensor contexts) "
       "-> Tensor");
 }
-TORCH_LIBRARY_IMPL(llama2_cpu, CPU, library) { library.impl("paged_attention", &paged_attention); }
+TORCH_LIBRARY_IMPL(llama2_cpu, CPU, library) { library.impl("paged_attention", &paged_attention_op); }
 
 }  // namespace llama2

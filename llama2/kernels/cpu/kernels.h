@@ -1,23 +1,27 @@
-// The operators, for those that are made of others. Each is described where it is defined.
+// The steps that a team shares, for the operator that is made of them. Each is described where it is defined.
 #pragma once
 
 #include <ATen/ATen.h>
+#include <c10/util/BFloat16.h>
 
-#include <optional>
+#include "attention.h"
+#include "team.h"
 
 namespace llama2 {
 
-at::Tensor linear(const at::Tensor& x, const at::Tensor& w);
+void linear(const Team& team, const at::BFloat16* x, const at::BFloat16* w, at::BFloat16* y, int64_t rows,
+            int64_t inputs, int64_t outputs);
 
-at::Tensor add_rms_norm(at::Tensor x, const std::optional<at::Tensor>& branch, const at::Tensor& weight, double eps);
+template <typename T>
+void add_rms_norm(const Team& team, T* x, const T* branch, const T* weight, float eps, T* result, int64_t rows,
+                  int64_t dim);
 
-at::Tensor rotate_and_store(const at::Tensor& qkv, const at::Tensor& rope, const at::Tensor& slots, at::Tensor keys,
-                            at::Tensor values);
+template <typename T>
+void rotate_and_store(const Team& team, const T* qkv, const float* rope, const int64_t* slots, T* queries, T* keys,
+                      T* values, int64_t tokens, const Heads& heads);
 
-at::Tensor paged_attention(const at::Tensor& queries, const at::Tensor& keys, const at::Tensor& values,
-                           const at::Tensor& tables, const at::Tensor& starts, const at::Tensor& contexts);
-
-at::Tensor silu_mul(const at::Tensor& gate_up);
+template <typename T>
+void silu_mul(const Team& team, const T* gate_up, T* result, int64_t rows, int64_t width);
 
 void all_reduce(at::Tensor x, at::Tensor mapping, int64_t rank, int64_t world_size, int64_t slot_bytes,
                 double patience);

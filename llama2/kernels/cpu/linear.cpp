@@ -1,7 +1,6 @@
 // Owns the product of a few bf16 rows with a weight, as decoding needs it: the weight streams through once, as it lies
 // in memory, and what is left of the time goes into the products. Many rows are better off with oneDNN (F.linear).
 #include <ATen/ATen.h>
-#include <ATen/Parallel.h>
 #include <torch/library.h>
 
 #include "kernels.h"
@@ -12,6 +11,7 @@ namespace {
 
 constexpr int kOutputs = 4;  // outputs and rows of a tile: its 16 sums stay in registers
 constexpr int kRows = 4;
+constexpr int64_t kAlone = 64;  // outputs that one thread has sooner than it has woken another
 
 // y[m][n] = x[m] · w[n] for R rows and kOutputs outputs. The first tile over a weight asks memory for the next one's.
 template <int R>
@@ -56,35 +56,44 @@ inline void one_output(const BFloat16* x, const BFloat16* w, BFloat16* y, int64_
 
 }  // namespace
 
-// x (M, K) and w (N, K), bf16 and contiguous; returns x wᵀ (M, N), summed in fp32. A row's result is the same bits in
-// whatever company it comes.
-at::Tensor linear(const at::Tensor& x, const at::Tensor& w) {
-  TORCH_CHECK(x.scalar_type() == at::kBFloat16 && w.scalar_type() == at::kBFloat16, "linear takes bf16");
-  TORCH_CHECK(x.dim() == 2 && w.dim() == 2 && x.size(1) == w.size(1), "linear: shapes do not fit");
-  TORCH_CHECK(x.is_contiguous() && w.is_contiguous(), "linear takes contiguous tensors");
-  const int64_t rows = x.size(0), inputs = x.size(1), outputs = w.size(0);
-  auto y = at::empty({rows, outputs}, x.options());
-  const auto* from = x.const_data_ptr<BFloat16>();
-  const auto* weight = w.const_data_ptr<BFloat16>();
-  auto* to = y.mutable_data_ptr<BFloat16>();
-  at::parallel_for(0, ceil_div(outputs, kOutputs), 16, [&](int64_t begin, int64_t end) {
+// x (rows, inputs), w (outputs, inputs); y (rows, outputs) becomes x wᵀ, summed in fp32. A row's result is the same bits in whatever
+// company it comes.
+void linear(const Team& team, const BFloat16* x, const BFloat16* w, BFloat16* y, int64_t rows, int64_t inputs,
+            int64_t outputs) {
+  team.share(ceil_div(outputs, kOutputs), [&](int64_t begin, int64_t end) {
     int64_t n = begin * kOutputs;
     for (const int64_t last = std::min(end * kOutputs, outputs); n < last;) {
       if (n + kOutputs <= last) {
-        all_rows(from, weight + n * inputs, to + n, rows, inputs, outputs);
+        all_rows(x, w + n * inputs, y + n, rows, inputs, outputs);
         n += kOutputs;
       } else {
-        one_output(from, weight + n * inputs, to + n, rows, inputs, outputs);
+        one_output(x, w + n * inputs, y + n, rows, inputs, outputs);
         n += 1;
       }
     }
   });
+}
+
+namespace {
+
+// The same for tensors, bf16 and contiguous; returns y.
+at::Tensor linear_op(const at::Tensor& x, const at::Tensor& w) {
+  TORCH_CHECK(x.scalar_type() == at::kBFloat16 && w.scalar_type() == at::kBFloat16, "linear takes bf16");
+  TORCH_CHECK(x.dim() == 2 && w.dim() == 2 && x.size(1) == w.size(1), "linear: shapes do not fit");
+  TORCH_CHECK(x.is_contiguous() && w.is_contiguous(), "linear takes contiguous tensors");
+  auto y = at::empty({x.size(0), w.size(0)}, x.options());
+  Team::run(w.size(0) > kAlone, [&](const Team& team) {
+    linear(team, x.const_data_ptr<BFloat16>(), w.const_data_ptr<BFloat16>(), y.mutable_data_ptr<BFloat16>(), x.size(0),
+           x.size(1), w.size(0));
+  });
   return y;
 }
+
+}  // namespace
 
 TORCH_LIBRARY_FRAGMENT(llama2_cpu, library) {
   library.def("linear(Tensor x, Tensor w) -> Tensor");
 }
-TORCH_LIBRARY_IMPL(llama2_cpu, CPU, library) { library.impl("linear", &linear); }
+TORCH_LIBRARY_IMPL(llama2_cpu, CPU, library) { library.impl("linear", &linear_op); }
 
 }  // namespace llama2

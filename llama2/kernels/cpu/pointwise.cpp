@@ -1,7 +1,6 @@
 // Owns the small steps between the products: residual and norm, rotary embedding on the way into the cache, and the
 // gate. Each reads and writes its tensors once, in fp32 within.
 #include <ATen/ATen.h>
-#include <ATen/Parallel.h>
 #include <torch/library.h>
 
 #include "kernels.h"
@@ -10,97 +9,127 @@
 namespace llama2 {
 namespace {
 
-// Work below this many values is not worth waking a thread for.
-constexpr int64_t kGrain = 16384;
+constexpr int64_t kAlone = 16384;  // values that one thread has sooner than it has woken another
+constexpr int64_t kPiece = 256;    // values of a row that stay with one thread
 
 }  // namespace
 
-// x (T, C) += branch (T, C) if there is one, rounded; returns the RMS norm of x, times weight (C).
-at::Tensor add_rms_norm(at::Tensor x, const std::optional<at::Tensor>& branch, const at::Tensor& weight, double eps) {
-  const int64_t rows = x.size(0), dim = x.size(1);
+// x (T, C) += branch (T, C) if there is one, rounded; result is the RMS norm of x, times weight (C).
+template <typename T>
+void add_rms_norm(const Team& team, T* x, const T* branch, const T* weight, float eps, T* result, int64_t rows,
+                  int64_t dim) {
+  team.share(rows, [&](int64_t begin, int64_t end) {
+    for (int64_t row = begin; row < end; row++) {
+      auto* values = x + row * dim;
+      Floats squares(0.f);
+      for_lanes(dim, [&](int64_t c, auto... count) {
+        auto value = load(values + c, count...);
+        if (branch) {
+          store(values + c, value + load(branch + row * dim + c, count...), count...);
+          value = load(values + c, count...);
+        }
+        squares = at::vec::fmadd(value, value, squares);
+      });
+      const Floats scale(1.f / std::sqrt(sum(squares) / dim + eps));
+      for_lanes(dim, [&](int64_t c, auto... count) {
+        store(result + row * dim + c, load(values + c, count...) * scale * load(weight + c, count...), count...);
+      });
+    }
+  });
+}
+
+// qkv (T, (H + 2 K) D): queries (T, H, D) become its own, rotated; rotated keys and values go to `slots` (T) of the
+// caches (blocks, block size, K, D). rope (T, D / 2, 2) holds cos and sin for pairs of neighbours.
+template <typename T>
+void rotate_and_store(const Team& team, const T* qkv, const float* rope, const int64_t* slots, T* queries, T* keys,
+                      T* values, int64_t tokens, const Heads& heads) {
+  const int64_t dim = heads.dim, all = heads.heads + 2 * heads.kv_heads;
+  team.share(tokens * all, [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; i++) {
+      const int64_t token = i / all, head = i % all, kv_head = head - heads.heads;
+      const T* in = qkv + i * dim;
+      const int64_t slot = slots[token] * heads.kv_heads;
+      if (kv_head >= heads.kv_heads) {
+        std::copy(in, in + dim, values + (slot + kv_head - heads.kv_heads) * dim);
+        continue;
+      }
+      T* out = kv_head < 0 ? queries + (token * heads.heads + head) * dim : keys + (slot + kv_head) * dim;
+      const float* turn = rope + token * dim;
+      for (int64_t d = 0; d < dim; d += 2) {
+        const float even = in[d], odd = in[d + 1], cos = turn[d], sin = turn[d + 1];
+        out[d] = even * cos - odd * sin;
+        out[d + 1] = even * sin + odd * cos;
+      }
+    }
+  });
+}
+
+// gate_up (T, 2 F): result (T, F) becomes silu of the first half, times the second.
+template <typename T>
+void silu_mul(const Team& team, const T* gate_up, T* result, int64_t rows, int64_t width) {
+  const int64_t pieces = ceil_div(width, kPiece);
+  team.share(rows * pieces, [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; i++) {
+      const int64_t row = i / pieces, first = i % pieces * kPiece;
+      const T *gates = gate_up + row * 2 * width + first, *ups = gates + width;
+      T* to = result + row * width + first;
+      for_lanes(std::min(kPiece, width - first), [&](int64_t f, auto... count) {
+        const auto gate = load(gates + f, count...);
+        store(to + f, gate / (Floats(1.f) + gate.neg().exp_u20()) * load(ups + f, count...), count...);
+      });
+    }
+  });
+}
+
+template void add_rms_norm(const Team&, BFloat16*, const BFloat16*, const BFloat16*, float, BFloat16*, int64_t,
+                           int64_t);
+template void rotate_and_store(const Team&, const BFloat16*, const float*, const int64_t*, BFloat16*, BFloat16*,
+                               BFloat16*, int64_t, const Heads&);
+template void silu_mul(const Team&, const BFloat16*, BFloat16*, int64_t, int64_t);
+
+// The same for tensors, as operators: each returns its result.
+namespace {
+
+at::Tensor add_rms_norm_op(at::Tensor x, const std::optional<at::Tensor>& branch, const at::Tensor& weight,
+                           double eps) {
   auto result = at::empty_like(x);
   LLAMA2_DISPATCH(x.scalar_type(), "add_rms_norm", [&] {
-    auto* xs = x.mutable_data_ptr<scalar_t>();
-    const auto* branches = branch ? branch->const_data_ptr<scalar_t>() : nullptr;
-    const auto* weights = weight.const_data_ptr<scalar_t>();
-    auto* results = result.mutable_data_ptr<scalar_t>();
-    at::parallel_for(0, rows, std::max<int64_t>(1, kGrain / dim), [&](int64_t begin, int64_t end) {
-      for (int64_t row = begin; row < end; row++) {
-        auto* values = xs + row * dim;
-        Floats squares(0.f);
-        for_lanes(dim, [&](int64_t c, auto... count) {
-          auto value = load(values + c, count...);
-          if (branches) {
-            store(values + c, value + load(branches + row * dim + c, count...), count...);
-            value = load(values + c, count...);
-          }
-          squares = at::vec::fmadd(value, value, squares);
-        });
-        const Floats scale(1.f / std::sqrt(sum(squares) / dim + static_cast<float>(eps)));
-        for_lanes(dim, [&](int64_t c, auto... count) {
-          store(results + row * dim + c, load(values + c, count...) * scale * load(weights + c, count...), count...);
-        });
-      }
+    Team::run(x.numel() > kAlone, [&](const Team& team) {
+      add_rms_norm(team, x.mutable_data_ptr<scalar_t>(), branch ? branch->const_data_ptr<scalar_t>() : nullptr,
+                   weight.const_data_ptr<scalar_t>(), static_cast<float>(eps), result.mutable_data_ptr<scalar_t>(),
+                   x.size(0), x.size(1));
     });
   });
   return result;
 }
 
-// qkv (T, (H + 2 K) D): the rotated queries are returned (T, H, D); rotated keys and values go to `slots` (T) of the
-// caches (blocks, block size, K, D). rope (T, D / 2, 2) holds cos and sin for pairs of neighbours.
-at::Tensor rotate_and_store(
-    const at::Tensor& qkv, const at::Tensor& rope, const at::Tensor& slots, at::Tensor keys, at::Tensor values) {
-  const int64_t tokens = qkv.size(0), kv_heads = keys.size(2), head_dim = keys.size(3);
-  const int64_t heads = qkv.size(1) / head_dim - 2 * kv_heads;
-  auto queries = at::empty({tokens, heads, head_dim}, qkv.options());
-  const auto* turns = rope.const_data_ptr<float>();
-  const auto* slot = slots.const_data_ptr<int64_t>();
+at::Tensor rotate_and_store_op(const at::Tensor& qkv, const at::Tensor& rope, const at::Tensor& slots, at::Tensor keys,
+                               at::Tensor values) {
+  const int64_t tokens = qkv.size(0), kv_heads = keys.size(2), dim = keys.size(3);
+  const Heads heads{qkv.size(1) / dim - 2 * kv_heads, kv_heads, dim};
+  auto queries = at::empty({tokens, heads.heads, dim}, qkv.options());
   LLAMA2_DISPATCH(qkv.scalar_type(), "rotate_and_store", [&] {
-    const auto* from = qkv.const_data_ptr<scalar_t>();
-    auto* query = queries.mutable_data_ptr<scalar_t>();
-    auto* key = keys.mutable_data_ptr<scalar_t>();
-    auto* value = values.mutable_data_ptr<scalar_t>();
-    auto rotate = [&](const scalar_t* in, const float* turn, scalar_t* out) {
-      for (int64_t d = 0; d < head_dim; d += 2) {
-        const float even = in[d], odd = in[d + 1], cos = turn[d], sin = turn[d + 1];
-        out[d] = even * cos - odd * sin;
-        out[d + 1] = even * sin + odd * cos;
-      }
-    };
-    at::parallel_for(0, tokens, std::max<int64_t>(1, kGrain / qkv.size(1)), [&](int64_t begin, int64_t end) {
-      for (int64_t t = begin; t < end; t++) {
-        const auto* in = from + t * qkv.size(1);
-        const auto* turn = turns + t * head_dim;
-        const int64_t at = slot[t] * kv_heads * head_dim;
-        for (int64_t h = 0; h < heads; h++) rotate(in + h * head_dim, turn, query + (t * heads + h) * head_dim);
-        in += heads * head_dim;
-        for (int64_t h = 0; h < kv_heads; h++) rotate(in + h * head_dim, turn, key + at + h * head_dim);
-        in += kv_heads * head_dim;
-        std::copy(in, in + kv_heads * head_dim, value + at);
-      }
+    Team::run(qkv.numel() > kAlone, [&](const Team& team) {
+      rotate_and_store(team, qkv.const_data_ptr<scalar_t>(), rope.const_data_ptr<float>(),
+                       slots.const_data_ptr<int64_t>(), queries.mutable_data_ptr<scalar_t>(),
+                       keys.mutable_data_ptr<scalar_t>(), values.mutable_data_ptr<scalar_t>(), tokens, heads);
     });
   });
   return queries;
 }
 
-// gate_up (T, 2 F): silu of the first half, times the second.
-at::Tensor silu_mul(const at::Tensor& gate_up) {
+at::Tensor silu_mul_op(const at::Tensor& gate_up) {
   const int64_t rows = gate_up.size(0), width = gate_up.size(1) / 2;
   auto result = at::empty({rows, width}, gate_up.options());
   LLAMA2_DISPATCH(gate_up.scalar_type(), "silu_mul", [&] {
-    const auto* from = gate_up.const_data_ptr<scalar_t>();
-    auto* to = result.mutable_data_ptr<scalar_t>();
-    at::parallel_for(0, rows, std::max<int64_t>(1, kGrain / (8 * width)), [&](int64_t begin, int64_t end) {
-      for (int64_t row = begin; row < end; row++)
-        for_lanes(width, [&](int64_t f, auto... count) {
-          const auto gate = load(from + row * 2 * width + f, count...);
-          const auto up = load(from + (row * 2 + 1) * width + f, count...);
-          store(to + row * width + f, gate / (Floats(1.f) + gate.neg().exp_u20()) * up, count...);
-        });
+    Team::run(8 * result.numel() > kAlone, [&](const Team& team) {
+      silu_mul(team, gate_up.const_data_ptr<scalar_t>(), result.mutable_data_ptr<scalar_t>(), rows, width);
     });
   });
   return result;
 }
+
+}  // namespace
 
 TORCH_LIBRARY_FRAGMENT(llama2_cpu, library) {
   library.def("add_rms_norm(Tensor(a!) x, Tensor? branch, Tensor weight, float eps) -> Tensor");
@@ -108,9 +137,9 @@ TORCH_LIBRARY_FRAGMENT(llama2_cpu, library) {
   library.def("silu_mul(Tensor gate_up) -> Tensor");
 }
 TORCH_LIBRARY_IMPL(llama2_cpu, CPU, library) {
-  library.impl("add_rms_norm", &add_rms_norm);
-  library.impl("rotate_and_store", &rotate_and_store);
-  library.impl("silu_mul", &silu_mul);
+  library.impl("add_rms_norm", &add_rms_norm_op);
+  library.impl("rotate_and_store", &rotate_and_store_op);
+  library.impl("silu_mul", &silu_mul_op);
 }
 
 }  // namespace llama2

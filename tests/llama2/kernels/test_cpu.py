@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import mmap
 import os
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import cast
@@ -13,6 +14,7 @@ from typing import cast
 import pytest
 import torch
 
+from llama2.collectives import SharedMemoryCollectives
 from llama2.config import ModelArgs
 from llama2.kernels import choose_kernels, cpu_library
 from llama2.kernels.cpu import MAX_STREAMED_ROWS, CpuKernels
@@ -137,25 +139,60 @@ def test_attend_gives_a_row_the_same_bits_in_any_company() -> None:
         assert torch.equal(alone[0], together[row]), row
 
 
-@pytest.mark.parametrize("spans", [[(1, 33)], [(1, 5), (1, 300), (1, 40)], [(1, 20), (5, 5), (30, 300)]])
-def test_all_layers_as_one_operator_give_the_bits_of_the_steps_one_by_one(spans: list[tuple[int, int]]) -> None:
-    args = ModelArgs(dim=72, n_layers=3, n_heads=6, n_kv_heads=2, head_dim=24, hidden_dim=100, vocab_size=50)
+@pytest.fixture
+def set_threads() -> Iterator[Callable[[int], None]]:
+    before = torch.get_num_threads()
+    yield torch.set_num_threads
+    torch.set_num_threads(before)
+
+
+def small_model() -> Transformer:
+    args = ModelArgs(dim=72, n_layers=3, n_heads=6, n_kv_heads=2, head_dim=24, hidden_dim=300, vocab_size=50)
     model = Transformer(args, kernels(torch.bfloat16)).bfloat16()
     for weight in model.parameters():
         weight.normal_(std=weight.shape[-1] ** -0.5)
     model.finish(max_seq_len=400)
-    caches = [
-        KVCache(args, num_blocks=NUM_BLOCKS, block_size=BLOCK_SIZE, n_kv_heads=2, dtype=torch.bfloat16, device=CPU)
-        for _ in range(2)
-    ]
+    return model
+
+
+def empty_cache(args: ModelArgs) -> KVCache:
+    return KVCache(
+        args,
+        num_blocks=NUM_BLOCKS,
+        block_size=BLOCK_SIZE,
+        n_kv_heads=args.n_kv_heads,
+        dtype=torch.bfloat16,
+        device=CPU,
+    )
+
+
+@pytest.mark.parametrize("threads", [1, 2, 3])
+@pytest.mark.parametrize("spans", [[(1, 33)], [(1, 5), (1, 300), (1, 40)], [(1, 20), (5, 5), (30, 300)]])
+def test_all_layers_as_one_operator_give_the_bits_of_the_steps_one_by_one(
+    spans: list[tuple[int, int]], threads: int, set_threads: Callable[[int], None]
+) -> None:
+    model = small_model()
+    caches = [empty_cache(model.args), empty_cache(model.args)]
     layers, batch = cast("list[TransformerBlock]", model.layers), ragged_batch(spans, caches[0])
-    x, rope = torch.randn(len(batch.positions_T), args.dim).bfloat16(), model.rope[batch.positions_T]
-    at_once = model.kernels.run_layers(layers, x.clone(), rope, batch)
+    x, rope = torch.randn(len(batch.positions_T), model.args.dim).bfloat16(), model.rope[batch.positions_T]
     one_by_one = PLAIN.run_layers(layers, x.clone(), rope, replace(batch, cache=caches[1]))
+    set_threads(threads)
+    at_once = model.kernels.run_layers(layers, x.clone(), rope, batch)
     for actual, expected in zip(at_once, one_by_one, strict=True):
         assert torch.equal(actual, expected)
     for actual, expected in zip(caches[0].keys + caches[0].values, caches[1].keys + caches[1].values, strict=True):
         assert torch.equal(actual, expected)
+
+
+def test_a_rank_that_does_not_come_ends_the_layers_on_every_thread(set_threads: Callable[[int], None]) -> None:
+    model = small_model()
+    layers, batch = cast("list[TransformerBlock]", model.layers), ragged_batch([(1, 33)], empty_cache(model.args))
+    x, rope = torch.randn(1, model.args.dim).bfloat16(), model.rope[batch.positions_T]
+    mapping = mmap.mmap(-1, SharedMemoryCollectives.mapping_bytes(2))
+    layers[0].attention.wo.collectives = SharedMemoryCollectives(mapping, 0, 2, stall_seconds=0.1)
+    set_threads(2)
+    with pytest.raises(RuntimeError, match="rank 1 stands at operation 0 and did not reach operation 1"):
+        model.kernels.run_layers(layers, x, rope, batch)
 
 
 def test_scores_that_differ_by_hundreds_do_not_overflow() -> None:
