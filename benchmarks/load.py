@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import statistics
 import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -153,6 +154,17 @@ def span(report: Mapping[str, Any]) -> tuple[float, float]:
     """From when to when the load went on whose rates are reported, in seconds since the epoch."""
     (benchmark,) = report["benchmarks"]
     return benchmark["start_time"], benchmark["end_time"]
+
+
+def lateness(report: Mapping[str, Any]) -> float:
+    """Seconds by which the requests were sent later than planned, as a median: then they came in a burst."""
+    late = [
+        request["request_start_time"] - request["info"]["timings"]["targeted_start"]
+        for requests in _requests(report).values()
+        for request in requests
+        if request["request_start_time"] is not None
+    ]
+    return statistics.median(late) if late else 0.0
 
 
 def dollars_per_1k_tokens(dollars_per_hour: float | None, tokens_per_s: float) -> float | None:

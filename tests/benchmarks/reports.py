@@ -13,15 +13,16 @@ def report(
     unfinished: tuple[float | None, ...] | list[float | None] = (),
     output_tokens: int = 8,
     spacing: float = 0.5,
+    late: float = 0.0,
 ) -> dict[str, Any]:
-    """Requests that begin `spacing` seconds apart. Of each that was answered there are both latencies; of each that was
-    cut off its time to first token, or None if it had none."""
+    """Requests that begin `spacing` seconds apart, each `late` seconds after it was to. Of each that was answered there
+    are both latencies; of each that was cut off its time to first token, or None if it had none."""
     answered = [
-        _request(index, first, between, (first + between * (output_tokens - 1)) / 1000, spacing)
+        _request(index, first, between, (first + between * (output_tokens - 1)) / 1000, spacing, late)
         for index, (first, between) in enumerate(zip(ttft_ms, itl_ms, strict=True))
     ]
-    cut = [_request(len(answered) + index, first, None, None, spacing) for index, first in enumerate(unfinished)]
-    broken = [_request(len(answered) + len(cut) + index, None, None, None, spacing) for index in range(failed)]
+    cut = [_request(len(answered) + index, first, None, None, spacing, late) for index, first in enumerate(unfinished)]
+    broken = [_request(len(answered) + len(cut) + index, None, None, None, spacing, late) for index in range(failed)]
     duration = max((one["request_start_time"] + one["request_latency"] for one in answered), default=1.0)
     metrics: dict[str, Any] = {
         name: {"successful": _summary([one[name] for one in answered])}
@@ -41,10 +42,11 @@ def report(
 
 
 def _request(
-    index: int, ttft: float | None, itl: float | None, latency: float | None, spacing: float
+    index: int, ttft: float | None, itl: float | None, latency: float | None, spacing: float, late: float
 ) -> dict[str, Any]:
     return {
         "request_start_time": index * spacing,
+        "info": {"timings": {"targeted_start": index * spacing - late}},
         "time_to_first_token_ms": ttft,
         "inter_token_latency_ms": itl,
         "request_latency": latency,

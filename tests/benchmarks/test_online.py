@@ -145,3 +145,23 @@ def test_what_a_failed_guidellm_said_is_shown(tmp_path: Path) -> None:
 def test_a_mistake_is_refused_before_anything_starts(changes: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         online.benchmark(**changes)
+
+
+@pytest.mark.parametrize(("late", "loads"), [([0.0], 1), ([30.0, 30.0, 0.1], 3)])
+def test_a_load_that_came_late_is_made_again(late: list[float], loads: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What was planned for many seconds would have come in a burst."""
+    reports = [report(ttft_ms=[1.0] * 5, itl_ms=[1.0] * 5, late=one) for one in late]
+    seeds: list[int] = []
+
+    def offered(*_: Any, seed: int, **__: Any) -> dict[str, Any]:
+        seeds.append(seed)
+        return reports[len(seeds) - 1]
+
+    monkeypatch.setattr(online, "offer", offered)
+    bench = online.Bench(TARGET, WORK, guidellm=Path("guidellm"), dollars_per_hour=None)
+    assert bench.offer(rate=2.0) is reports[-1]
+    assert len(set(seeds)) == loads
+    reports[:] = [report(ttft_ms=[1.0], itl_ms=[1.0], late=30.0)] * 10
+    with pytest.raises(LoadError, match="late 3 times"):
+        bench.offer(rate=2.0)
+    assert bench.offer(clients=3) is reports[0], "clients have no plan to be late for"
