@@ -40,7 +40,7 @@ def serve(*, tp: int | None = None, port: int = 8080) -> None:
         port: of the inference API; the management, metrics and gRPC APIs have the next four.
     """
     _check("TP", tp, 1, 1024)
-    _check("PORT", port, 2048, 65533)
+    _check("PORT", port, 2048, 65531)
     meta, converted, store = BUILD / "smollm2-meta", BUILD / "converted_checkpoints", BUILD / "model_store"
     if not (meta / "params.json").exists():
         _run("write SmolLM2-135M-Instruct as Meta would, in 3 shards", "-m", "scripts.smollm2",

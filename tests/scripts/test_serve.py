@@ -56,7 +56,7 @@ def test_a_running_server_is_kept_only_for_the_same_settings_and_code(build: Pat
     [
         (["--tp", "x"], "TP must be a whole number from 1 to 1024, got 'x'"),
         (["--tp", "0"], "TP must be a whole number from 1 to 1024, got 0"),
-        (["--port", "99999"], "PORT must be a whole number from 2048 to 65533, got 99999"),
+        (["--port", "99999"], "PORT must be a whole number from 2048 to 65531, got 99999"),
     ],
 )
 def test_a_wrong_argument_is_refused_before_anything_is_done(arguments: list[str], message: str, build: Path) -> None:
