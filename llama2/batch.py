@@ -22,10 +22,11 @@ class Span:
 class Batch:
     """The T tokens of one forward pass, of S sequences, without padding between them; tensors on the model's device.
 
-    The `num_single` sequences that bring one token each, as all do that decode, come first. Sequence s has the rows
+    The `num_single` sequences that bring one token each, as all do that decode, come first; None where only the tensors
+    know how many, in a pass that was recorded for any such number. Sequence s has the rows
     [query_starts_S1[s], query_starts_S1[s + 1]), sees contexts_S[s] positions after the pass, and its blocks are
     tables_SN[s] (int32, padded with 0). positions_T and slots_T (int64) say where each token stands in its sequence
-    and in the cache.
+    and in the cache. A recorded pass has no `spans`, and may have tokens and sequences that are nobody's.
     """
 
     positions_T: torch.Tensor
@@ -34,5 +35,5 @@ class Batch:
     contexts_S: torch.Tensor
     tables_SN: torch.Tensor
     spans: tuple[Span, ...]
-    num_single: int
+    num_single: int | None
     cache: KVCache

@@ -106,7 +106,7 @@ class FeedForward(Module):
         self.w2 = RowLinear(args.hidden_dim, args.dim, kernels)
 
     def forward(self, x_TC: torch.Tensor) -> torch.Tensor:
-        return self.w2(self.kernels.silu_mul(self.w13(x_TC)))
+        return self.w2(self.kernels.gated_linear(x_TC, self.w13.weight))
 
 
 class AddNorm(Module):

@@ -288,7 +288,10 @@ class Engine:
         self._thread.start()
 
     def close(self) -> None:
-        """Rank 0: end the loop and let the other ranks go. Another rank: wait until rank 0 did so."""
+        """Rank 0: end the loop and let the other ranks go. Another rank: wait until rank 0 did so.
+
+        Comes before the end of the process group.
+        """
         with self._lock:
             self._closing = True
             self._lock.notify_all()
@@ -296,6 +299,7 @@ class Engine:
             self._thread.join()
         elif self.rank == 0:
             self.release()
+        self._group.close()
 
     def release(self, result: Any = None) -> Any:
         """Rank 0: end `follow` on the other ranks, where it returns `result`."""

@@ -1,40 +1,60 @@
-"""Owns decoding without launches: passes of one token per sequence, recorded once per batch size and replayed.
+"""Owns passes without launches: recorded once per size, and replayed with other contents of the same tensors.
 
-Recorded are some sizes only, the buckets; a smaller batch is filled up with rows that write into the cache's scratch
-block and whose logits nobody reads. What a recording reads and writes lies at fixed addresses: its inputs, which a
-replay overwrites first, and the logits, which the next replay overwrites.
+Passes of one token per sequence are recorded for some batch sizes, and passes that hold pieces of prompts too for some
+numbers of tokens. A smaller pass is filled up: with rows that belong to no sequence and write into the cache's scratch
+block, and with sequences that have no row. What a recording reads and writes lies at fixed addresses: its inputs, which
+a replay overwrites first, and the logits, which the next replay overwrites.
 
 How something is recorded is a `Record`: on a GPU CUDA graphs, anywhere else whatever runs the same function again.
 """
 
 from __future__ import annotations
 
-from array import array
+import weakref
 from bisect import bisect_left
 from collections.abc import Callable
+from typing import Protocol
 
 import torch
 from tqdm import tqdm
 
-from llama2.batch import Span
 from llama2.config import EngineConfig
 from llama2.engine.inputs import Inputs, LatestIds, Sizes, host_inputs
 from llama2.engine.scheduler import Chunk, Plan
 from llama2.kv_cache import KVCache
 from llama2.model import Transformer
 
-# Runs a procedure that works on fixed tensors, and returns what does the same again.
-Record = Callable[[Callable[[], None]], Callable[[], None]]
+# Beyond, a pass computes for longer than its launches take.
+MAX_RECORDED_TOKENS = 512
 
 
-def bucket_sizes(max_batch_size: int) -> tuple[int, ...]:
-    """1, 2, 4, 8, then multiples of 8, as far as they are below `max_batch_size`; and that itself."""
+class Recording(Protocol):
+    """A procedure on fixed tensors that can be run again."""
+
+    def replay(self) -> None: ...
+
+    def reset(self) -> None:
+        """Give up what the recording holds; it cannot be replayed any more."""
+
+
+# Runs a procedure, and returns what does the same again.
+Record = Callable[[Callable[[], None]], Recording]
+
+
+def batch_sizes(max_batch_size: int) -> tuple[int, ...]:
+    """Of passes that only decode: 1, 2, 4, 8, then multiples of 8, as far as they are below the largest; and that."""
     sizes = (1, 2, 4, *range(8, max_batch_size, 8))
     return (*(size for size in sizes if size < max_batch_size), max_batch_size)
 
 
-class DecodeGraphs:
-    """The recordings of one rank. All ranks must make them, and run them, at the same points."""
+def token_sizes(max_step_tokens: int) -> tuple[int, ...]:
+    """Of passes that hold prompts: tokens, up to the largest pass or the largest that is worth recording."""
+    largest = min(max_step_tokens, MAX_RECORDED_TOKENS)
+    return (*(size for size in (32, 64, 128, 256, 384) if size < largest), largest)
+
+
+class PassGraphs:
+    """The recordings of one rank. All ranks must make them, run them and close them at the same points."""
 
     @torch.inference_mode()
     def __init__(
@@ -50,60 +70,82 @@ class DecodeGraphs:
         self._cache = cache
         self._latest = latest
         self._device = device
-        self._blocks = config.blocks_per_sequence
-        self._sizes = bucket_sizes(config.max_batch_size)
-        self._filler = Chunk(0, 0, (0,), array("i", [cache.scratch_block]), "last")
+        self._batch_sizes = batch_sizes(config.max_batch_size)
+        self._token_sizes = token_sizes(config.max_step_tokens)
         self._logits_RV: torch.Tensor | None = None
         leads = model.output.collectives.rank == 0
         if leads:
             shape = (config.max_batch_size, model.args.vocab_size)
             self._logits_RV = torch.empty(shape, dtype=torch.float32, device=device)
-        self._inputs: dict[int, Inputs] = {}
-        self._replays: dict[int, Callable[[], None]] = {}
+        most, blocks = config.max_batch_size, config.blocks_per_sequence
+        # By whether it may hold prompts, and its tokens.
+        sizes = {
+            (True, size): Sizes(tokens=size, sequences=most, rows=most, blocks=blocks) for size in self._token_sizes
+        }
+        for size in self._batch_sizes:
+            sizes[False, size] = Sizes(tokens=size, sequences=size, rows=size, blocks=blocks)
+        self._inputs: dict[tuple[bool, int], Inputs] = {}
+        self._recordings: dict[tuple[bool, int], Recording] = {}
+        # A process group must outlive what is recorded of it: at the end of the process, too.
+        self.close = weakref.finalize(self, _reset, self._recordings)
         # The largest first: the others find room in the memory that it took.
-        bar = tqdm(self._sizes[::-1], desc="record decoding", unit="batch size", delay=2, disable=not leads)
-        for size in bar:
-            self._inputs[size] = Inputs(self._sizes_of(size), device)
-            self._fill(size, [])
-            self._replays[size] = record(self._procedure(size))
+        order = sorted(sizes, key=lambda key: (key[1], key[0]), reverse=True)
+        for key in tqdm(order, desc="record passes", unit="size", delay=2, disable=not leads):
+            self._inputs[key] = Inputs(sizes[key], device)
+            self._fill(key, ())
+            self._recordings[key] = record(self._procedure(key))
 
     def takes(self, plan: Plan) -> bool:
-        """Does every sequence bring one token, with no claim on its logits beyond this step?"""
-        return all(len(chunk.token_ids) == 1 and chunk.logits != "all" for chunk in plan.chunks)
+        """Is it small enough, with no claim on its logits beyond this step?"""
+        has_prompts, tokens = _measure(plan)
+        largest = (self._token_sizes if has_prompts else self._batch_sizes)[-1]
+        return tokens <= largest and all(chunk.logits != "all" for chunk in plan.chunks)
 
     def run(self, plan: Plan) -> torch.Tensor | None:
         """On rank 0: fp32 logits (R, V) of the chunks that ask for them, overwritten by the next run."""
-        size = self._sizes[bisect_left(self._sizes, len(plan.chunks))]
-        self._fill(size, list(plan.chunks))
-        self._replays[size]()
-        if self._logits_RV is None:
-            return None
-        rows = [row for row, chunk in enumerate(plan.chunks) if chunk.logits == "last"]
-        if len(rows) == len(plan.chunks):
-            return self._logits_RV[: len(rows)]
-        return self._logits_RV[rows]
+        has_prompts, tokens = _measure(plan)
+        sizes = self._token_sizes if has_prompts else self._batch_sizes
+        key = has_prompts, sizes[bisect_left(sizes, tokens)]
+        rows = self._fill(key, plan.chunks)
+        self._recordings[key].replay()
+        return None if self._logits_RV is None else self._logits_RV[:rows]
 
-    def _sizes_of(self, size: int) -> Sizes:
-        return Sizes(tokens=size, sequences=size, rows=size, blocks=self._blocks)
+    def _fill(self, key: tuple[bool, int], chunks: tuple[Chunk, ...]) -> int:
+        """Hand a pass its inputs; returns how many of its logits are asked for."""
+        rows, row = [], 0
+        for chunk in chunks:
+            row += len(chunk.token_ids)
+            if chunk.logits == "last":
+                rows.append(row - 1)
+        inputs = self._inputs[key]
+        host = host_inputs(inputs.sizes, self._device)
+        host.fill(chunks, rows, self._cache)
+        inputs.copy_(host)
+        return len(rows)
 
-    def _fill(self, size: int, chunks: list[Chunk]) -> None:
-        host = host_inputs(self._sizes_of(size), self._device)
-        host.fill([*chunks, *[self._filler] * (size - len(chunks))], range(size), self._cache.block_size)
-        self._inputs[size].copy_(host)
+    def _procedure(self, key: tuple[bool, int]) -> Callable[[], None]:
+        (has_prompts, size), inputs = key, self._inputs[key]
+        # No kernel that is recorded may ask the host where a sequence stands.
+        batch = inputs.batch((), None if has_prompts else size, self._cache)
 
-    def _procedure(self, size: int) -> Callable[[], None]:
-        inputs = self._inputs[size]
-        # No kernel that is recorded may ask the host how long a context is: here it says how long they can become.
-        longest = self._blocks * self._cache.block_size
-        spans = tuple(Span(row=row, length=1, context=longest) for row in range(size))
-        batch = inputs.batch(spans, size, self._cache)
-
-        def decode() -> None:
+        def compute() -> None:
             logits_RV = self._model(self._latest.resolve(inputs.tokens_T), batch, inputs.rows_R)
             if self._logits_RV is not None:
-                self._logits_RV[:size].copy_(logits_RV)
+                self._logits_RV[: inputs.sizes.rows].copy_(logits_RV)
 
-        return decode
+        return compute
+
+
+def _measure(plan: Plan) -> tuple[bool, int]:
+    """Does a sequence bring more than one token, and how many do all bring?"""
+    tokens = sum(len(chunk.token_ids) for chunk in plan.chunks)
+    return tokens > len(plan.chunks), tokens
+
+
+def _reset(recordings: dict[tuple[bool, int], Recording]) -> None:
+    for recording in recordings.values():
+        recording.reset()
+    recordings.clear()
 
 
 class CudaRecorder:
@@ -113,7 +155,7 @@ class CudaRecorder:
         self._pool = torch.cuda.graph_pool_handle()
         self._stream = torch.cuda.Stream()
 
-    def __call__(self, procedure: Callable[[], None]) -> Callable[[], None]:
+    def __call__(self, procedure: Callable[[], None]) -> Recording:
         # Once for real: kernels are compiled and libraries set up, which a recording cannot hold.
         self._stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(self._stream):
@@ -123,7 +165,7 @@ class CudaRecorder:
         # Other threads of this process, such as NCCL's watchdog, may go on using the GPU.
         with torch.cuda.graph(graph, pool=self._pool, stream=self._stream, capture_error_mode="thread_local"):
             procedure()
-        return graph.replay
+        return graph
 
 
 def choose_record(device: torch.device) -> Record | None:

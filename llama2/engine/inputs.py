@@ -42,24 +42,31 @@ class Inputs:
         self.query_starts_S1, self.contexts_S, tables = narrow_bytes.view(torch.int32).split(narrow)
         self.tables_SN = tables.view(sizes.sequences, sizes.blocks)
 
-    def fill(self, chunks: Items[Chunk], rows: Items[int], block_size: int) -> None:
-        """Write what `chunks` bring, one after the other, and the rows whose logits are asked for; on the host."""
-        lengths_S = np.array([len(chunk.token_ids) for chunk in chunks])
-        firsts_S = np.array([chunk.start for chunk in chunks])
+    def fill(self, chunks: Items[Chunk], rows: Items[int], cache: KVCache) -> None:
+        """Write what `chunks` bring, one after the other, and the rows whose logits are asked for; on the host.
+
+        There may be less of it than there is room: the rest are tokens of no sequence, which write into the cache's
+        scratch block, sequences without a token, and rows that nobody reads.
+        """
+        block_size = cache.block_size
+        lengths_S = np.array([len(chunk.token_ids) for chunk in chunks], dtype=np.int64)
+        firsts_S = np.array([chunk.start for chunk in chunks], dtype=np.int64)
         ends_S = lengths_S.cumsum()
         sequence_T = np.arange(len(chunks)).repeat(lengths_S)
-        positions_T = np.arange(ends_S[-1]) + (firsts_S - ends_S + lengths_S)[sequence_T]
+        tokens = len(sequence_T)
+        positions_T = np.arange(tokens) + (firsts_S - ends_S + lengths_S)[sequence_T]
         tables_SN = self.tables_SN.numpy()
         tables_SN[:] = 0
-        for table_N, chunk in zip(tables_SN, chunks, strict=True):
+        for table_N, chunk in zip(tables_SN, chunks, strict=False):
             table_N[: len(chunk.block_table)] = chunk.block_table
         blocks_T = tables_SN[sequence_T, positions_T // block_size].astype(np.int64)
-        self.tokens_T.numpy()[:] = list(chain.from_iterable(chunk.token_ids for chunk in chunks))
-        self.positions_T.numpy()[:] = positions_T
-        self.slots_T.numpy()[:] = blocks_T * block_size + positions_T % block_size
-        self.rows_R.numpy()[:] = rows
-        self.query_starts_S1.numpy()[:] = [0, *ends_S]
-        self.contexts_S.numpy()[:] = firsts_S + lengths_S
+        token_ids = list(chain.from_iterable(chunk.token_ids for chunk in chunks))
+        _write(self.tokens_T, token_ids, 0)
+        _write(self.positions_T, positions_T, 0)
+        _write(self.slots_T, blocks_T * block_size + positions_T % block_size, cache.scratch_block * block_size)
+        _write(self.rows_R, rows, 0)
+        _write(self.query_starts_S1, [0, *ends_S], tokens)
+        _write(self.contexts_S, firsts_S + lengths_S, 0)
 
     def copy_(self, host: Inputs) -> Inputs:
         """Take over the contents of inputs of the same sizes; from pinned memory, without waiting for it."""
@@ -67,7 +74,7 @@ class Inputs:
         self._buffer.copy_(host._buffer, non_blocking=True)
         return self
 
-    def batch(self, spans: tuple[Span, ...], num_single: int, cache: KVCache) -> Batch:
+    def batch(self, spans: tuple[Span, ...], num_single: int | None, cache: KVCache) -> Batch:
         return Batch(
             positions_T=self.positions_T,
             slots_T=self.slots_T,
@@ -78,6 +85,12 @@ class Inputs:
             num_single=num_single,
             cache=cache,
         )
+
+
+def _write(to: torch.Tensor, values: Items[int] | np.ndarray, filler: int) -> None:
+    array = to.numpy()
+    array[: len(values)] = values
+    array[len(values) :] = filler
 
 
 class LatestIds:

@@ -50,6 +50,10 @@ class Lockstep:
         self._collectives.broadcast_object(_Release(result))
         return result
 
+    def close(self) -> None:
+        """Give up what this rank holds of the process group."""
+        self._runner.close()
+
     def follow(self) -> Any:
         """A rank other than 0: run what rank 0 leads until it releases the group; returns what it sent along.
 

@@ -1,19 +1,21 @@
-"""Owns one forward pass: from a plan through the model to the logits asked for, recorded or step by step.
+"""Owns one forward pass: from a plan through the model to the logits asked for, recorded or launched anew.
 
 Knows no requests: every plan is complete by itself, so a rank keeps nothing between two plans but its KV cache.
 """
 
 from __future__ import annotations
 
+from array import array
 from contextlib import nullcontext
+from itertools import islice
 
 import torch
 
 from llama2.batch import Batch, Span
 from llama2.config import EngineConfig
-from llama2.engine.graphs import DecodeGraphs, choose_record
+from llama2.engine.graphs import PassGraphs, choose_record
 from llama2.engine.inputs import Inputs, LatestIds, Sizes, host_inputs
-from llama2.engine.scheduler import Plan
+from llama2.engine.scheduler import Chunk, Plan
 from llama2.kv_cache import KVCache
 from llama2.model import Transformer
 
@@ -22,16 +24,45 @@ class Runner:
     """Runs plans on this rank. All ranks must make one, and run the same plans, in the same order."""
 
     def __init__(self, model: Transformer, cache: KVCache, device: torch.device, config: EngineConfig) -> None:
-        """On a GPU decoding is recorded here, unless `config` says otherwise."""
+        """On a GPU passes are recorded here, unless `config` says otherwise, and one of the largest size is run."""
         self._model = model
         self._cache = cache
         self._device = device
         self._latest = LatestIds(config.max_batch_size, model.output.collectives, device)
-        self._graphs: DecodeGraphs | None = None
+        self._graphs: PassGraphs | None = None
         with self._on_device():
             record = choose_record(device) if config.cuda_graphs else None
             if record is not None:
-                self._graphs = DecodeGraphs(model, cache, self._latest, device, config, record)
+                self._graphs = PassGraphs(model, cache, self._latest, device, config, record)
+        if device.type == "cuda":
+            self.warm_up(config)
+
+    @torch.inference_mode()
+    def warm_up(self, config: EngineConfig) -> None:
+        """Run a pass as large as they become, on blocks that no sequence has yet.
+
+        What compiles and loads with it, no request waits for.
+        """
+        free = iter(range(self._cache.num_blocks))
+        chunks: list[Chunk] = []
+        left = config.max_step_tokens
+        # Where there are several, the first one decodes and the others bring prompts: every kernel has its share.
+        decoding = min(1, config.max_batch_size - 1)
+        for length in (*[1] * decoding, *[config.max_seq_len] * (config.max_batch_size - decoding)):
+            length = min(length, left)
+            blocks = array("i", islice(free, -(-length // self._cache.block_size)))
+            if not blocks or len(blocks) * self._cache.block_size < length:
+                break
+            chunks.append(Chunk(len(chunks), 0, (0,) * length, blocks, "last"))
+            left -= length
+        with self._on_device():
+            self._launch(Plan(step=0, chunks=tuple(chunks)))
+
+    def close(self) -> None:
+        """Give up what was recorded, as must be before the process group ends. All ranks call it."""
+        if self._graphs is not None:
+            self._graphs.close()
+            self._graphs = None
 
     @torch.inference_mode()
     def feed(self, ids_R: torch.Tensor) -> None:
@@ -50,9 +81,12 @@ class Runner:
                 self._latest.share()
             if self._graphs is not None and self._graphs.takes(plan):
                 return self._graphs.run(plan)
-            inputs, batch = self._inputs(plan)
-            tokens_T = self._latest.resolve(inputs.tokens_T) if plan.has_unread else inputs.tokens_T
-            return self._model(tokens_T, batch, inputs.rows_R)
+            return self._launch(plan)
+
+    def _launch(self, plan: Plan) -> torch.Tensor | None:
+        inputs, batch = self._inputs(plan)
+        tokens_T = self._latest.resolve(inputs.tokens_T) if plan.has_unread else inputs.tokens_T
+        return self._model(tokens_T, batch, inputs.rows_R)
 
     def _on_device(self) -> torch.cuda.device | nullcontext[None]:
         """A thread of its own begins on GPU 0, whichever this rank's is."""
@@ -79,7 +113,7 @@ class Runner:
         blocks = max(len(chunk.block_table) for chunk in order)
         sizes = Sizes(tokens=row, sequences=len(order), rows=len(rows), blocks=blocks)
         inputs = host_inputs(sizes, self._device)
-        inputs.fill(order, rows, self._cache.block_size)
+        inputs.fill(order, rows, self._cache)
         if self._device.type != "cpu":
             inputs = Inputs(sizes, self._device).copy_(inputs)
         return inputs, inputs.batch(tuple(spans), sum(span.length == 1 for span in spans), self._cache)

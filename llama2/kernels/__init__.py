@@ -30,6 +30,9 @@ class Kernels(Protocol):
     def linear(self, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
         """x (T, C) times weight (F, C), transposed: (T, F)."""
 
+    def gated_linear(self, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+        """x (T, C) times weight (2 F, C), transposed: silu of the first half, times the second: (T, F)."""
+
     def add_rms_norm(
         self, x_TC: torch.Tensor, branch_TC: torch.Tensor | None, weight_C: torch.Tensor, eps: float
     ) -> tuple[torch.Tensor, torch.Tensor]:
@@ -47,9 +50,6 @@ class Kernels(Protocol):
         H query heads share K key heads in groups of H / K, in order.
         """
 
-    def silu_mul(self, gate_up_T2F: torch.Tensor) -> torch.Tensor:
-        """silu of the first half of the features, times the second half: (T, F)."""
-
 
 def choose_kernels(device: torch.device, dtype: torch.dtype) -> Kernels:
     """The fastest arithmetic for models of `dtype` on `device`; the first call on a machine may compile it."""
@@ -62,7 +62,7 @@ def choose_kernels(device: torch.device, dtype: torch.dtype) -> Kernels:
     if device.type == "cuda":
         from llama2.kernels.cuda import CudaKernels
 
-        return CudaKernels()
+        return CudaKernels(device, hopper=torch.cuda.get_device_capability(device)[0] == 9)
     from llama2.kernels.plain import PlainKernels
 
     return PlainKernels()

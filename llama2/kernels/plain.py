@@ -29,6 +29,9 @@ class PlainKernels:
     def linear(self, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
         return functional.linear(x, weight)
 
+    def gated_linear(self, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+        return self.silu_mul(self.linear(x, weight))
+
     def add_rms_norm(
         self, x_TC: torch.Tensor, branch_TC: torch.Tensor | None, weight_C: torch.Tensor, eps: float
     ) -> tuple[torch.Tensor, torch.Tensor]:
@@ -44,6 +47,7 @@ class PlainKernels:
         return _rotate(q_THD, rope_TD2)
 
     def attend(self, q_THD: torch.Tensor, batch: Batch, layer: int) -> torch.Tensor:
+        assert batch.spans, "a recorded pass needs kernels that ask the tensors alone"
         out_THD = torch.empty_like(q_THD)
         for sequence in range(len(batch.spans)):
             _attend_span(q_THD, batch, layer, sequence, out_THD)

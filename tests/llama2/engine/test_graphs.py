@@ -1,4 +1,4 @@
-"""Decoding from recordings computes what decoding step by step computes, on any device.
+"""A recorded pass computes what the same pass computes when it is launched anew, on any device.
 
 A CPU records nothing: there a "recording" is the procedure itself, which works on the same fixed tensors.
 """
@@ -8,7 +8,7 @@ from __future__ import annotations
 import logging
 from array import array
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,11 +16,13 @@ import pytest
 import torch
 
 from llama2 import LLM, SamplingParams
+from llama2.batch import Batch
 from llama2.config import EngineConfig
 from llama2.engine import runner as runner_module
-from llama2.engine.graphs import DecodeGraphs, bucket_sizes
+from llama2.engine.graphs import Recording, batch_sizes, token_sizes
 from llama2.engine.inputs import Inputs, Sizes
 from llama2.engine.scheduler import Chunk, Logits, Plan
+from llama2.kv_cache import KVCache
 from tests.support.checkpoints import write_checkpoint
 from tests.support.ranks import run_ranks
 from tests.support.tokenizers import tiny_sentencepiece
@@ -30,23 +32,41 @@ CPU = torch.device("cpu")
 GREEDY = SamplingParams(temperature=0, max_new_tokens=25, ignore_eos=True)
 
 
+@dataclass
 class Recorder:
-    """Keeps what it was given, and counts the replays of each."""
+    """Notes the replays of what it was given, by the sizes that it was given in this order."""
 
-    def __init__(self) -> None:
-        self.replayed: list[int] = []
-        self._count = 0
+    sizes: list[str]
+    replayed: list[str] = field(default_factory=list)
+    reset: list[str] = field(default_factory=list)
+    _count: int = 0
 
-    def __call__(self, procedure: Callable[[], None]) -> Callable[[], None]:
-        index = self._count
+    def __call__(self, procedure: Callable[[], None]) -> Recording:
+        size = self.sizes[self._count]
         self._count += 1
         procedure()
+        return Recorded(self, size, procedure)
 
-        def replay() -> None:
-            self.replayed.append(index)
-            procedure()
 
-        return replay
+@dataclass
+class Recorded:
+    recorder: Recorder
+    size: str
+    procedure: Callable[[], None]
+
+    def replay(self) -> None:
+        self.recorder.replayed.append(self.size)
+        self.procedure()
+
+    def reset(self) -> None:
+        self.recorder.reset.append(self.size)
+
+
+def recorder_of(max_batch_size: int, max_step_tokens: int = 512) -> Recorder:
+    """Of passes that decode so many sequences, "3", or that hold so many "tokens: 64"; the largest first."""
+    sizes = [(size, f"{size}") for size in batch_sizes(max_batch_size)]
+    sizes += [(size, f"tokens: {size}") for size in token_sizes(max_step_tokens)]
+    return Recorder([name for _, name in sorted(sizes, reverse=True)])
 
 
 @pytest.fixture(scope="module")
@@ -58,7 +78,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def recorded(folder: Path, monkeypatch: pytest.MonkeyPatch, **settings: Any) -> tuple[LLM, Recorder]:
-    recorder = Recorder()
+    recorder = recorder_of(settings["max_batch_size"], settings.get("max_step_tokens", 512))
     monkeypatch.setattr(runner_module, "choose_record", lambda device: recorder)
     llm = LLM(folder, **settings)
     monkeypatch.undo()
@@ -81,12 +101,20 @@ def prompt(length: int) -> list[int]:
     ],
 )
 def test_buckets_grow_to_the_largest_batch_and_no_further(largest: int, sizes: tuple[int, ...]) -> None:
-    assert bucket_sizes(largest) == sizes
+    assert batch_sizes(largest) == sizes
+
+
+@pytest.mark.parametrize(
+    ("largest", "sizes"),
+    [(1, (1,)), (32, (32,)), (100, (32, 64, 100)), (512, (32, 64, 128, 256, 384, 512)), (2048, token_sizes(512))],
+)
+def test_passes_with_prompts_are_recorded_as_far_as_it_pays(largest: int, sizes: tuple[int, ...]) -> None:
+    assert token_sizes(largest) == sizes
 
 
 def test_replies_are_the_same_recorded_and_not(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Also while prompts come in between, batches shrink, and rows are drawn from a distribution."""
-    settings: dict[str, Any] = {"max_seq_len": 128, "max_batch_size": 6, "max_step_tokens": 32}
+    settings: dict[str, Any] = {"max_seq_len": 128, "max_batch_size": 6, "max_step_tokens": 40}
     llm, recorder = recorded(folder, monkeypatch, **settings)
     plain = LLM(folder, **settings)
     prompts = [prompt(length) for length in (1, 3, 16, 17, 40, 70, 5, 9)]
@@ -95,15 +123,16 @@ def test_replies_are_the_same_recorded_and_not(folder: Path, monkeypatch: pytest
         for index in range(len(prompts))
     ]
     assert llm.generate(prompts, params) == plain.generate(prompts, params)
-    assert set(recorder.replayed) == {0, 1, 2, 3}, "every bucket was used"
+    assert set(recorder.replayed) == set(recorder.sizes), "every size was used"
 
 
 def test_the_smallest_bucket_that_holds_the_batch_is_replayed(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     llm, recorder = recorded(folder, monkeypatch, max_seq_len=64, max_batch_size=9)
-    for count, index in ((1, 4), (2, 3), (3, 2), (5, 1), (8, 1), (9, 0)):  # recorded largest first: 9, 8, 4, 2, 1
+    for count, size in ((1, "1"), (2, "2"), (3, "4"), (5, "8"), (8, "8"), (9, "9")):
         recorder.replayed.clear()
-        llm.generate([prompt(4)] * count, replace(GREEDY, max_new_tokens=3))
-        assert set(recorder.replayed) == {index}, count
+        llm.generate([prompt(8)] * count, replace(GREEDY, max_new_tokens=3))
+        tokens = "tokens: 32" if count * 8 <= 32 else "tokens: 64" if count * 8 <= 64 else "tokens: 128"
+        assert recorder.replayed == [tokens, size, size], count
 
 
 def test_what_is_kept_beyond_the_step_is_not_replayed(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -135,14 +164,14 @@ def test_rows_that_fill_a_bucket_touch_no_block_of_a_sequence(folder: Path, monk
         layer.fill_(1)
     chunks = tuple(Chunk(key, 16, (7,), array("i", [key, 3 + key]), "last") for key in range(3))
     runner.run(Plan(step=1, chunks=chunks))
-    assert recorder.replayed == [1]  # 8, 4, …
+    assert recorder.replayed == ["4"]
     for layer in (*cache.keys, *cache.values):
         written = (layer != 1).flatten(2).any(-1).nonzero().tolist()
         assert written == [[3, 0], [4, 0], [5, 0], [cache.scratch_block, 0]]
 
 
-def reply_on_a_rank(folder: str) -> tuple[list[list[int]], list[int]]:
-    recorder = Recorder()
+def reply_on_a_rank(folder: str) -> tuple[list[list[int]], list[str]]:
+    recorder = recorder_of(3)
     runner_module.choose_record = lambda device: recorder
     replies = LLM(folder, max_seq_len=64, max_batch_size=3).generate([prompt(length) for length in (1, 9, 20)], GREEDY)
     return [reply.token_ids for reply in replies], recorder.replayed
@@ -155,12 +184,54 @@ def test_two_ranks_replay_the_same_and_reply_as_one_does(folder: Path) -> None:
     assert led_by == followed != []
 
 
-def test_a_mixed_plan_runs_step_by_step() -> None:
-    graphs = DecodeGraphs.__new__(DecodeGraphs)
+def test_a_plan_is_recorded_unless_it_is_large_or_its_logits_are_kept(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    llm, _ = recorded(folder, monkeypatch, max_seq_len=64, max_batch_size=2, max_step_tokens=40)
+    graphs = llm._engine._group._runner._graphs
+    assert graphs is not None
     single = Chunk(0, 5, (1,), array("i", [0]), "last")
+    piece = Chunk(1, 0, (1, 2), array("i", [1]), "last")
     assert graphs.takes(Plan(step=1, chunks=(single, single._replace(logits="none"))))
-    assert not graphs.takes(Plan(step=1, chunks=(single, Chunk(1, 0, (1, 2), array("i", [1]), "last"))))
+    assert graphs.takes(Plan(step=1, chunks=(single, piece._replace(token_ids=(1,) * 39))))
+    assert not graphs.takes(Plan(step=1, chunks=(single, piece._replace(token_ids=(1,) * 40))))
+    assert not graphs.takes(Plan(step=1, chunks=(single, piece._replace(logits="all"))))
     assert not graphs.takes(Plan(step=1, chunks=(single._replace(logits="all"),)))
+
+
+def test_what_was_recorded_is_given_up_once(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """When the engine is closed, or at the latest when the process ends: the process group goes after it."""
+    llm, recorder = recorded(folder, monkeypatch, max_seq_len=64, max_batch_size=2)
+    graphs = llm._engine._group._runner._graphs
+    assert graphs is not None
+    assert graphs.close.atexit
+    assert not recorder.reset
+    llm._engine.close()
+    graphs.close()
+    assert sorted(recorder.reset) == sorted(recorder.sizes)
+
+
+@pytest.mark.parametrize("max_batch_size", [1, 3])
+def test_a_first_pass_is_as_large_as_passes_become(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, max_batch_size: int
+) -> None:
+    config = EngineConfig(max_seq_len=20, max_batch_size=max_batch_size, max_step_tokens=30)
+    llm = LLM(folder, max_seq_len=20, max_batch_size=max_batch_size, max_step_tokens=30)
+    passes: list[list[int]] = []
+    model = llm._engine._group._runner._model
+
+    def run(tokens_T: torch.Tensor, batch: Batch, rows_R: torch.Tensor) -> None:
+        passes.append(batch.query_starts_S1.diff().tolist())
+
+    monkeypatch.setattr(type(model), "forward", lambda self, *inputs: run(*inputs))
+    llm._engine._group._runner.warm_up(config)
+    assert passes == [{1: [20], 3: [1, 20, 9]}[max_batch_size]]
+
+
+def small_cache(*, block_size: int) -> KVCache:
+    """Of nine blocks, so that the tenth is the scratch block."""
+    args = tiny_args()
+    return KVCache(args, num_blocks=9, block_size=block_size, n_kv_heads=1, dtype=torch.float32, device=CPU)
 
 
 def test_inputs_lie_where_the_plan_says() -> None:
@@ -171,7 +242,7 @@ def test_inputs_lie_where_the_plan_says() -> None:
         Chunk(1, 0, (11, 12), array("i", [5]), "none"),
         Chunk(2, 7, (13, 14, 15), array("i", [1, 2, 3]), "last"),
     ]
-    inputs.fill(chunks, [0, 5], 4)
+    inputs.fill(chunks, [0, 5], small_cache(block_size=4))
     copied = Inputs(sizes, CPU).copy_(inputs)
     assert copied.tokens_T.tolist() == [10, 11, 12, 13, 14, 15]
     assert copied.positions_T.tolist() == [4, 0, 1, 7, 8, 9]
@@ -180,6 +251,12 @@ def test_inputs_lie_where_the_plan_says() -> None:
     assert copied.query_starts_S1.tolist() == [0, 1, 3, 6]
     assert copied.contexts_S.tolist() == [5, 2, 10]
     assert copied.tables_SN.tolist() == [[7, 8, 0], [5, 0, 0], [1, 2, 3]]
+    roomy = Inputs(Sizes(tokens=8, sequences=5, rows=3, blocks=4), CPU)
+    roomy.fill(chunks, [0, 5], small_cache(block_size=4))
+    assert roomy.tokens_T.tolist() == [10, 11, 12, 13, 14, 15, 0, 0]
+    assert roomy.slots_T.tolist() == [32, 20, 21, 11, 12, 13, 36, 36], "nobody's write into the scratch block"
+    assert roomy.query_starts_S1.tolist() == [0, 1, 3, 6, 6, 6]
+    assert roomy.contexts_S.tolist() == [5, 2, 10, 0, 0]
     dtypes = {name: getattr(copied, name).dtype for name in ("tokens_T", "slots_T", "contexts_S", "tables_SN")}
     assert list(dtypes.values()) == [torch.int64, torch.int64, torch.int32, torch.int32]
 

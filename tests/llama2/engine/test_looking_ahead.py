@@ -19,6 +19,7 @@ from llama2.engine.sequence import Output, Request, SamplingParams
 from llama2.grammar import GrammarCompiler
 from tests.support.checkpoints import write_checkpoint
 from tests.support.ranks import run_ranks
+from tests.support.recordings import Rerun
 from tests.support.tokenizers import tiny_sentencepiece
 from tests.support.weights import random_weights, tiny_args
 
@@ -152,14 +153,9 @@ def test_the_next_step_is_on_its_way_before_the_tokens_are_read(folder: Path, mo
     assert events == ["run", "run", "read", "run", "read", "run", "read", "read"]
 
 
-def record(procedure: Callable[[], None]) -> Callable[[], None]:
-    procedure()
-    return procedure
-
-
 def replies_of_a_rank(folder: str, recorded: bool) -> Replies | None:
     if recorded:
-        runner_module.choose_record = lambda device: record
+        runner_module.choose_record = lambda device: Rerun
     engine = make(Path(folder), looks_ahead=True)
     if engine.rank != 0:
         engine.follow()

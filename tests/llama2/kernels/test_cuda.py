@@ -1,24 +1,28 @@
 """The Triton kernels compute what plain PyTorch computes: on a GPU, or on any CPU in Triton's interpreter, slowly.
 
-TRITON_INTERPRET=1 python -m pytest tests/llama2/kernels/test_cuda.py
+`make test-kernels` does the latter.
 """
 
 from __future__ import annotations
 
 import importlib.util
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
+from copy import copy
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import pytest
 import torch
+import torch.nn.functional as functional
 
 from llama2 import LLM, Completion, SamplingParams
+from llama2.kernels import choose_kernels
 from llama2.kernels.plain import PlainKernels
 from tests.support.batches import BLOCK_SIZE, ragged_batch, random_cache
 from tests.support.checkpoints import write_checkpoint
+from tests.support.recordings import Rerun
 from tests.support.tokenizers import tiny_sentencepiece
 from tests.support.weights import random_weights, tiny_args
 
@@ -49,9 +53,12 @@ def deterministic() -> Iterator[None]:
 
 @pytest.fixture(scope="module")
 def kernels() -> CudaKernels:
+    """As they are chosen for a GPU; the interpreter knows nothing of Hopper's own."""
     from llama2.kernels.cuda import CudaKernels
 
-    return CudaKernels()
+    if DEVICE.type == "cuda":
+        return cast("CudaKernels", choose_kernels(DEVICE, torch.bfloat16))
+    return CudaKernels(DEVICE)
 
 
 def randn(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
@@ -70,6 +77,21 @@ def assert_near(actual: torch.Tensor, expected: torch.Tensor) -> None:
 def test_linear(kernels: CudaKernels, dtype: torch.dtype, rows: int, inputs: int, outputs: int) -> None:
     x, weight = randn(rows, inputs, dtype=dtype), randn(outputs, inputs, dtype=dtype) / inputs**0.5
     assert_near(kernels.linear(x, weight), PLAIN.linear(x.float(), weight.float()).to(dtype))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("rows", [0, 1, 2, 3])
+@pytest.mark.parametrize(("inputs", "outputs"), [(64, 64), (1100, 14), (30, 42)])
+def test_gated_linear(kernels: CudaKernels, dtype: torch.dtype, rows: int, inputs: int, outputs: int) -> None:
+    x, weight = randn(rows, inputs, dtype=dtype), randn(outputs, inputs, dtype=dtype) / inputs**0.5
+    assert_near(kernels.gated_linear(x, weight), PLAIN.gated_linear(x.float(), weight.float()).to(dtype))
+
+
+@pytest.mark.parametrize("inputs", [9000, 17000])
+def test_products_of_every_width_have_tiles(kernels: CudaKernels, inputs: int) -> None:
+    """Also those whose first tiles are fetched early, and whose last is cut."""
+    x, weight = randn(2, inputs), randn(6, inputs) / inputs**0.5
+    assert_near(kernels.linear(x, weight), PLAIN.linear(x, weight))
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -132,6 +154,7 @@ def test_attend_gives_a_decoding_row_the_same_bits_in_any_company(kernels: CudaK
         blocks = -(-span.context // BLOCK_SIZE)
         one = replace(
             steps,
+            query_starts_S1=steps.query_starts_S1[:2],
             contexts_S=steps.contexts_S[row : row + 1],
             tables_SN=steps.tables_SN[row : row + 1, :blocks],
             spans=(replace(span, row=0),),
@@ -151,23 +174,47 @@ def test_a_context_of_many_pieces(kernels: CudaKernels, monkeypatch: pytest.Monk
     assert_near(kernels.attend(q, steps, 0), PLAIN.attend(q, steps, 0))
 
 
-def test_a_row_that_fills_a_graph_does_no_harm(kernels: CudaKernels) -> None:
-    """It attends to one position of the block that belongs to nobody, and the others see nothing of it."""
-    shared = random_cache(kv_heads=2, head_dim=16, dtype=torch.float32, device=DEVICE)
-    steps = ragged_batch([(1, 40)], shared)
-    q = randn(2, 4, 16)
-    filler = torch.zeros_like(steps.tables_SN)
-    filler[0, 0] = shared.scratch_block
+@pytest.mark.parametrize("spans", [[(1, 40)], [(1, 600), (1, 7)], [(1, 300), (1, 2), (33, 290), (2, 2)], [(70, 70)]])
+def test_a_recorded_pass_attends_as_the_same_pass_unrecorded(
+    kernels: CudaKernels, spans: list[tuple[int, int]]
+) -> None:
+    """Bit for bit, though it has room for more sequences and rows, and only the tensors know how many there are."""
+    batch = ragged_batch(spans, random_cache(kv_heads=2, head_dim=16, dtype=HALF, device=DEVICE))
+    rows, sequences, room = sum(length for length, _ in spans), len(spans), 3
+    q = randn(rows + room, 4, 16, dtype=HALF)
     padded = replace(
-        steps,
-        tables_SN=torch.cat([steps.tables_SN, filler]),
-        contexts_S=torch.tensor([40, 1], dtype=torch.int32, device=DEVICE),
-        num_single=2,
+        batch,
+        tables_SN=functional.pad(batch.tables_SN, (0, 2, 0, room)),
+        contexts_S=functional.pad(batch.contexts_S, (0, room)),
+        query_starts_S1=functional.pad(batch.query_starts_S1, (0, room), value=rows),
+        num_single=sequences + room if batch.num_single == sequences else None,
     )
-    out = kernels.attend(q, padded, 0)
-    assert torch.equal(out[:1], kernels.attend(q[:1], steps, 0))
-    value = shared.values[0][shared.scratch_block, 0]
-    torch.testing.assert_close(out[1], value.repeat_interleave(2, 0), atol=1e-6, rtol=0)
+    assert torch.equal(kernels.attend(q, padded, 0)[:rows], kernels.attend(q[:rows], batch, 0))
+
+
+@pytest.mark.parametrize("spans", [[(1, 300), (1, 20)], [(1, 30), (50, 160)]], ids=["decode", "mixed"])
+def test_the_cache_may_keep_heads_apart(kernels: CudaKernels, spans: list[tuple[int, int]]) -> None:
+    """(block, head, position, D) in memory: other addresses, the same bits."""
+    batch = ragged_batch(spans, random_cache(kv_heads=2, head_dim=16, dtype=HALF, device=DEVICE))
+    apart = copy(batch.cache)
+    apart.keys, apart.values = (
+        [cache[0].transpose(1, 2).contiguous().transpose(1, 2)] for cache in (batch.cache.keys, batch.cache.values)
+    )
+    rows = sum(length for length, _ in spans)
+    qkv, angles = randn(rows, 8 * 16, dtype=HALF), randn(rows, 8)
+    rope = torch.stack((angles.cos(), angles.sin()), dim=-1)
+    found = []
+    for steps in (batch, replace(batch, cache=apart)):
+        q = kernels.rotate_and_store(qkv, rope, steps, 0)
+        found.append((kernels.attend(q, steps, 0), steps.cache.keys[0], steps.cache.values[0]))
+    for one, other in zip(*found, strict=True):
+        assert torch.equal(one, other)
+
+
+def test_the_counts_of_finished_programs_are_zero_again(kernels: CudaKernels) -> None:
+    steps = ragged_batch([(1, 600), (1, 3), (1, 257)], random_cache(kv_heads=2, head_dim=16, dtype=HALF, device=DEVICE))
+    kernels.attend(randn(3, 4, 16, dtype=HALF), steps, 0)
+    assert not kernels._arrived.any()
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -178,7 +225,7 @@ def test_silu_mul(kernels: CudaKernels, dtype: torch.dtype, shape: tuple[int, in
 
 
 def test_a_model_on_these_kernels_replies_as_on_others(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Whole, and with decoding recorded where a GPU can do so: prompts, mixed steps, and batches that shrink."""
+    """Whole, and with passes recorded where a GPU can do so: prompts, mixed steps, and batches that shrink."""
     args = tiny_args(vocab_size=512, n_kv_heads=2, n_layers=1)
     tokenizer = tiny_sentencepiece(tmp_path, vocab_size=512)
     folder = write_checkpoint(tmp_path / "checkpoint", args, random_weights(args), tokenizer)
@@ -194,13 +241,9 @@ def test_a_model_on_these_kernels_replies_as_on_others(tmp_path: Path, monkeypat
     expected = reply()
     monkeypatch.undo()
 
-    def again(procedure: Callable[[], None]) -> Callable[[], None]:
-        procedure()
-        return procedure
-
     if DEVICE.type == "cpu":
         from llama2.kernels.cuda import CudaKernels
 
-        monkeypatch.setattr("llama2.loader.choose_kernels", lambda device, dtype: CudaKernels())
-        monkeypatch.setattr("llama2.engine.runner.choose_record", lambda device: again)
+        monkeypatch.setattr("llama2.loader.choose_kernels", lambda device, dtype: CudaKernels(device))
+        monkeypatch.setattr("llama2.engine.runner.choose_record", lambda device: Rerun)
     assert reply() == expected
