@@ -5,6 +5,7 @@ VENV   := .venv
 BIN    := $(VENV)/bin
 READY  := $(VENV)/.ready
 CHAT   := $(VENV)/.chat
+TRITON := $(VENV)/.triton
 # Of its own, since the clients ask for versions of their own.
 CLIENTS := .venv-clients
 
@@ -13,7 +14,7 @@ TP   ?=
 PORT ?= 8080
 
 .DEFAULT_GOAL := help
-.PHONY: help setup serve stop chat lint test test-clients bench clean
+.PHONY: help setup serve stop chat lint test test-kernels test-clients bench clean
 
 help:  ## list the targets
 	@sed -nE 's/^([a-z-]+):.*## (.*)/\1\t\2/p' $(MAKEFILE_LIST) | expand -t 14
@@ -54,6 +55,16 @@ lint: $(READY)  ## format, lint and types
 
 test: lint  ## lint, types, and all tests: unit, distributed, end to end
 	$(BIN)/python -m pytest
+
+# A test of many compilations, and one in an interpreter that is chosen at import.
+test-kernels: $(TRITON)  ## the GPU's kernels without a GPU: in Triton's interpreter, and compiled for A100 and H200
+	TRITON_INTERPRET=1 $(BIN)/python -m pytest tests/llama2/kernels/test_cuda.py
+	$(BIN)/python -m pytest -m slow tests/llama2/kernels/test_cuda_code.py
+
+# CUDA builds of torch bring a Triton of their own.
+$(TRITON): $(READY)
+	@$(BIN)/python -c 'import triton' 2>/dev/null || $(BIN)/pip install --quiet --editable '.[triton]'
+	@touch $(TRITON)
 
 test-clients: $(CHAT) $(CLIENTS)/.ready  ## the OpenAI API, asked offline by clients that others wrote; the chat page
 	SERVER_PYTHON=$(BIN)/python $(CLIENTS)/bin/python -m pytest -m clients tests/clients

@@ -1,0 +1,169 @@
+"""The Triton kernels as machine code for GPUs that are not here, at the shapes of the models that we serve.
+
+What an interpreter cannot show: that they compile, that registers suffice, how many programs fit on a multiprocessor,
+which way the weights take, and what a kernel does before it waits for the one before it. `make test-kernels` runs them.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
+from functools import cache
+from typing import TYPE_CHECKING
+
+import pytest
+import torch
+
+from benchmarks.shapes import SHAPES
+from llama2.batch import Batch
+from llama2.config import ModelArgs
+from llama2.kv_cache import KVCache
+from llama2.model import Transformer
+
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(
+        importlib.util.find_spec("triton") is None or os.environ.get("TRITON_INTERPRET") == "1",
+        reason="needs triton, and not as an interpreter",
+    ),
+]
+if TYPE_CHECKING:
+    from tests.support.cuda_compiler import Launch, MachineCode
+
+META = torch.device("meta")
+# Registers and bytes of shared memory of a multiprocessor, of which each program takes 1,024 more than it asks for.
+REGISTERS = 64 << 10
+SHARED_BYTES = {80: 164 << 10, 90: 228 << 10}
+
+
+def share_of(args: ModelArgs, ranks: int) -> ModelArgs:
+    """What one of `ranks` computes, as a model of its own."""
+    return replace(
+        args,
+        n_heads=args.n_heads // ranks,
+        n_kv_heads=args.n_kv_heads // ranks,
+        hidden_dim=args.hidden_dim // ranks,
+        vocab_size=args.vocab_size // ranks,
+    )
+
+
+MODELS = {f"{name} TP {ranks}": share_of(SHAPES[name], ranks) for name in ("7b", "13b", "70b") for ranks in (1, 8)}
+MODELS["SmolLM2"] = SHAPES["135m"]
+TARGETS = [(name, dtype, cap) for cap in (90, 80) for dtype in (torch.bfloat16, torch.float16) for name in MODELS]
+
+
+@dataclass(frozen=True, slots=True)
+class Built:
+    launch: Launch
+    code: MachineCode
+    capability: int
+
+    def __str__(self) -> str:
+        return f"{self.launch.name} {self.launch.constants} for {self.capability}"
+
+    @property
+    def programs_per_multiprocessor(self) -> int:
+        threads = 32 * self.launch.option("num_warps")
+        by_registers = REGISTERS // (self.code.registers * threads)
+        return min(by_registers, SHARED_BYTES[self.capability] // (self.code.shared_bytes + 1024))
+
+
+@cache
+def launches_of(name: str, dtype: torch.dtype, hopper: bool) -> frozenset[Launch]:
+    """Those of a layer and the head: of passes that decode 1, 2 and 8 rows, and of some that hold a prompt too."""
+    from llama2.kernels.cuda import CudaKernels
+    from tests.support.cuda_compiler import noted_launches
+
+    args = replace(MODELS[name], n_layers=1)
+    with META:
+        model = Transformer(args, CudaKernels(META, hopper=hopper)).to(dtype)
+        model.finish(4096)
+    kv_cache = KVCache(args, num_blocks=256, block_size=16, n_kv_heads=args.n_kv_heads, dtype=dtype, device=META)
+
+    def batch(lengths: list[int], num_single: int | None) -> Batch:
+        tokens, sequences = sum(lengths), len(lengths)
+        return Batch(
+            positions_T=torch.empty(tokens, dtype=torch.int64, device=META),
+            slots_T=torch.empty(tokens, dtype=torch.int64, device=META),
+            query_starts_S1=torch.empty(sequences + 1, dtype=torch.int32, device=META),
+            contexts_S=torch.empty(sequences, dtype=torch.int32, device=META),
+            tables_SN=torch.empty(sequences, 256, dtype=torch.int32, device=META),
+            spans=(),
+            num_single=num_single,
+            cache=kv_cache,
+        )
+
+    with noted_launches() as launches, torch.inference_mode():
+        for steps in (batch([1], 1), batch([1, 1], 2), batch([1] * 8, 8), batch([1, 511], 1), batch([1, 511], None)):
+            tokens_T = torch.empty(len(steps.positions_T), dtype=torch.int64, device=META)
+            rows_R = torch.empty(len(steps.contexts_S), dtype=torch.int64, device=META)
+            model(tokens_T, steps, rows_R)
+    return frozenset(launches)
+
+
+@cache
+def build(launch: Launch, capability: int) -> Built:
+    from tests.support.cuda_compiler import compile_for
+
+    return Built(launch, compile_for(launch, capability), capability)
+
+
+@pytest.fixture(scope="module", params=TARGETS, ids=lambda target: f"{target[0]}, {target[1]}, sm_{target[2]}")
+def kernels(request: pytest.FixtureRequest) -> list[Built]:
+    name, dtype, capability = request.param
+    launches = launches_of(name, dtype, capability >= 90)
+    with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:
+        return list(pool.map(build, launches, [capability] * len(launches)))
+
+
+def of(kernels: list[Built], name: str) -> list[Built]:
+    found = [one for one in kernels if one.launch.name == name]
+    assert found, f"{name} is launched no more"
+    return found
+
+
+def test_registers_suffice(kernels: list[Built]) -> None:
+    for one in kernels:
+        assert one.code.stack_bytes == one.code.count("LDL", "STL") == 0, f"{one} needs more"
+
+
+def test_weights_go_from_memory_to_registers(kernels: list[Built]) -> None:
+    """Not by way of shared memory, which a product has for its sums over warps alone."""
+    for one in of(kernels, "_linear"):
+        assert one.code.count("LDSM", "LDGSTS", "UBLKCP", "UTMALDG") == 0, one
+        assert one.code.shared_bytes <= 256, one
+        assert one.code.count("LDG") >= one.launch.constant("C") / one.launch.constant("K") * one.launch.constant("N")
+
+
+def test_attention_of_prompts_has_two_programs_on_a_multiprocessor(kernels: list[Built]) -> None:
+    for one in of(kernels, "_attend_prompts"):
+        assert one.programs_per_multiprocessor >= 2, one
+        assert one.code.count("HGMMA" if one.capability >= 90 else "HMMA") > 0, one
+
+
+def test_attention_of_decoding_fetches_keys_ahead(kernels: list[Built]) -> None:
+    for one in of(kernels, "_attend_pieces"):
+        assert one.programs_per_multiprocessor >= 2, one
+        assert one.code.count("LDGSTS") > 0, one
+
+
+def test_nothing_is_written_before_earlier_kernels_have_ended(kernels: list[Built]) -> None:
+    """ACQBULK is griddepcontrol.wait; what is read before it are weights and the inputs of the pass."""
+    for one in kernels:
+        if one.capability < 90:
+            assert one.code.count("ACQBULK") == 0, one
+            continue
+        assert one.launch.option("launch_pdl"), one
+        assert one.code.count("ACQBULK") == 1, one
+        early = one.code.before("ACQBULK")
+        assert not {"STG", "ATOMG", "RED", "LDGSTS"} & set(early), one
+
+
+def test_weights_are_on_their_way_before_earlier_kernels_have_ended(kernels: list[Built]) -> None:
+    for one in of(kernels, "_linear"):
+        if one.capability >= 90:
+            tiles = -(-min(one.launch.constant("C"), one.launch.constant("EARLY")) // one.launch.constant("K"))
+            # A row of a tile is one load for each thread, 16 bytes wide.
+            assert one.code.before("ACQBULK").count("LDG") == tiles * one.launch.constant("N"), one
