@@ -100,6 +100,10 @@ class LLM:
         """The logits (T, V), fp32 on the CPU, that the model gives after each of T ids."""
         return cast(torch.Tensor, self._on_rank_0(lambda: self._engine.score(token_ids)))
 
+    def close(self) -> None:
+        """Let go of the GPUs' recordings. Under torchrun every rank calls it, before it ends the process group."""
+        self._engine.close()
+
     def _run(
         self,
         prompts: list[list[int]],

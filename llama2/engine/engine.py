@@ -288,9 +288,9 @@ class Engine:
         self._thread.start()
 
     def close(self) -> None:
-        """Rank 0: end the loop and let the other ranks go. Another rank: wait until rank 0 did so.
+        """Rank 0: end the loop and let the other ranks go. Another rank: take part until rank 0 did so.
 
-        Comes before the end of the process group.
+        All ranks call it before they end the process group, of which the engine may have recorded calls.
         """
         with self._lock:
             self._closing = True
@@ -299,6 +299,8 @@ class Engine:
             self._thread.join()
         elif self.rank == 0:
             self.release()
+        else:
+            self.follow()
         self._group.close()
 
     def release(self, result: Any = None) -> Any:

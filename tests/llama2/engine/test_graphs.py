@@ -170,18 +170,21 @@ def test_rows_that_fill_a_bucket_touch_no_block_of_a_sequence(folder: Path, monk
         assert written == [[3, 0], [4, 0], [5, 0], [cache.scratch_block, 0]]
 
 
-def reply_on_a_rank(folder: str) -> tuple[list[list[int]], list[str]]:
+def reply_on_a_rank(folder: str) -> tuple[list[list[int]], list[str], list[str]]:
     recorder = recorder_of(3)
     runner_module.choose_record = lambda device: recorder
-    replies = LLM(folder, max_seq_len=64, max_batch_size=3).generate([prompt(length) for length in (1, 9, 20)], GREEDY)
-    return [reply.token_ids for reply in replies], recorder.replayed
+    llm = LLM(folder, max_seq_len=64, max_batch_size=3)
+    replies = llm.generate([prompt(length) for length in (1, 9, 20)], GREEDY)
+    llm.close()
+    return [reply.token_ids for reply in replies], recorder.replayed, recorder.reset
 
 
 def test_two_ranks_replay_the_same_and_reply_as_one_does(folder: Path) -> None:
     expected = LLM(folder, max_seq_len=64, max_batch_size=3).generate([prompt(length) for length in (1, 9, 20)], GREEDY)
-    (leads, led_by), (follows, followed) = run_ranks(2, reply_on_a_rank, str(folder))
+    (leads, led_by, given_up), (follows, followed, _) = run_ranks(2, reply_on_a_rank, str(folder))
     assert leads == follows == [reply.token_ids for reply in expected]
     assert led_by == followed != []
+    assert given_up, "and both close"
 
 
 def test_a_plan_is_recorded_unless_it_is_large_or_its_logits_are_kept(
