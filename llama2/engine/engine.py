@@ -28,6 +28,7 @@ from llama2.engine.runner import Runner
 from llama2.engine.sampler import Choice, Sampler
 from llama2.engine.scheduler import Plan, Scheduler
 from llama2.engine.sequence import FinishReason, Output, Request, Sequence
+from llama2.engine.transfer import row_index, select
 from llama2.kv_cache import KVCache, count_blocks
 from llama2.loader import load_model
 from llama2.model import Transformer
@@ -404,10 +405,8 @@ class Engine:
                     self._replies.open(fork)
             rows += [row - 1] * len(replies)
             sequences += replies
-        # Mostly that is every row in its place: then no index goes to the device, and no row is copied.
-        wanted_RV = logits_RV if rows == list(range(len(logits_RV))) else logits_RV[rows]
         if rows:
-            choice = self._sampler.sample(wanted_RV, sequences)
+            choice = self._sampler.sample(select(logits_RV, row_index(rows, logits_RV)), sequences)
             if self._looks_ahead:
                 self._group.feed(choice.ids_R)
             self._unread = sequences, choice

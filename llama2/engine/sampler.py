@@ -28,7 +28,7 @@ from torch.nn import functional
 
 from llama2.engine.logprobs import Logprobs
 from llama2.engine.sequence import Sequence, TokenLogprobs
-from llama2.engine.transfer import Download, upload
+from llama2.engine.transfer import Download, row_index, select, upload
 
 # How many of the likeliest tokens are looked at before a row is sorted whole: a nucleus is nearly always small, and
 # sorting a large vocabulary costs more than all the rest together. On a GPU it costs less than to wait for the answer.
@@ -63,8 +63,8 @@ class Choice:
         self._num_top = {row: number for row, number in wanted.items() if number is not None}
         self._logprobs: Logprobs | None = None
         if self._num_top:
-            rows_N = _index(list(self._num_top), logits_RV)
-            self._logprobs = Logprobs(_select(logits_RV, rows_N), _select(ids_R, rows_N).clamp(min=0))
+            rows_N = row_index(list(self._num_top), logits_RV)
+            self._logprobs = Logprobs(select(logits_RV, rows_N), select(ids_R, rows_N).clamp(min=0))
 
     def read(self) -> list[Sampled]:
         """Wait for the tokens.
@@ -113,15 +113,15 @@ class Sampler:
         for size in _candidate_sizes(logits):
             if not rows:
                 break
-            at_N = _index(rows, logits)
+            at_N = row_index(rows, logits)
             drawn_N = self._draw(
-                _select(logits_RV, at_N),
-                _select(peak_R, at_N),
-                _select(likeliest_R, at_N),
+                select(logits_RV, at_N),
+                select(peak_R, at_N),
+                select(likeliest_R, at_N),
                 [sequences[row] for row in rows],
                 size,
             )
-            token_R = _put(token_R, at_N, torch.where(_select(is_sound_R, at_N), drawn_N, _BROKEN))
+            token_R = _put(token_R, at_N, torch.where(select(is_sound_R, at_N), drawn_N, _BROKEN))
             if size < logits.shape[-1]:
                 rows = (token_R == _OPEN).nonzero()[:, 0].tolist()
         return Choice(token_R, logits, sequences)
@@ -151,15 +151,15 @@ class Sampler:
         if rows or any(one.min_p for one in params):
             floor_N = min_p_N.float()
             if rows:
-                at_M = _index(rows, logits_NV)
+                at_M = row_index(rows, logits_NV)
                 nucleus_M, is_open_M = _nucleus_floor(
-                    _select(weights_NV, at_M),
-                    _select(top_k_N.long(), at_M),
-                    _select(top_p_N, at_M),
+                    select(weights_NV, at_M),
+                    select(top_k_N.long(), at_M),
+                    select(top_p_N, at_M),
                     has_top_k=any(0 < one.top_k < vocab_size for one in params),
                     size=size,
                 )
-                floor_N = _put(floor_N, at_M, torch.maximum(_select(floor_N, at_M), nucleus_M))
+                floor_N = _put(floor_N, at_M, torch.maximum(select(floor_N, at_M), nucleus_M))
                 is_open_N = _put(is_open_N, at_M, is_open_M)
             weights_NV.masked_fill_(weights_NV < floor_N[:, None], 0)
         token_N = _invert(weights_NV, uniform_N)
@@ -182,15 +182,6 @@ class Sampler:
 def _candidate_sizes(logits_RV: Tensor) -> list[int]:
     vocab_size = logits_RV.shape[-1]
     return [*(size for size in _CANDIDATES[logits_RV.device.type] if size < vocab_size), vocab_size]
-
-
-def _index(rows: list[int], values_RV: Tensor) -> Tensor | None:
-    """The rows in question, None if that is all of them, as it mostly is."""
-    return None if len(rows) == len(values_RV) else upload(rows, values_RV)
-
-
-def _select(values_RV: Tensor, rows_N: Tensor | None) -> Tensor:
-    return values_RV if rows_N is None else values_RV.index_select(0, rows_N)
 
 
 def _put(values_R: Tensor, rows_N: Tensor | None, values_N: Tensor) -> Tensor:

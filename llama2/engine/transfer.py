@@ -17,6 +17,16 @@ def upload(values: list[Any], beside: Tensor, dtype: torch.dtype = torch.int64) 
     return torch.tensor(values, dtype=dtype, pin_memory=device.type == "cuda").to(device, non_blocking=True)
 
 
+def row_index(rows: list[int], values_RX: Tensor) -> Tensor | None:
+    """What `select` takes for these rows, in this order: None if they are all, as they mostly are."""
+    return None if rows == list(range(len(values_RX))) else upload(rows, values_RX)
+
+
+def select(values_RX: Tensor, rows_N: Tensor | None) -> Tensor:
+    """(N, X): those rows. With a list in brackets PyTorch would copy it from pageable memory, and wait for that."""
+    return values_RX if rows_N is None else values_RX.index_select(0, rows_N)
+
+
 class Download:
     """Tensors on their way to the host; the device may still be computing them."""
 

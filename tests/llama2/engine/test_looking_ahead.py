@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from llama2.config import EngineConfig
 from llama2.engine import runner as runner_module
@@ -151,6 +152,24 @@ def test_the_next_step_is_on_its_way_before_the_tokens_are_read(folder: Path, mo
     while engine.has_work:
         engine.step()
     assert events == ["run", "run", "read", "run", "read", "run", "read", "read"]
+
+
+def test_no_step_takes_rows_by_a_list(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a GPU that is a copy from pageable memory: the host would wait for it, behind the step that it looks ahead to.
+
+    Rows are left over where a sequence ended while the next step was on its way, and told apart by what they ask for.
+    """
+    engine = make(folder, looks_ahead=True)
+    by_list: list[Any] = []
+    original = torch.Tensor.__getitem__
+
+    def noted(self: torch.Tensor, index: Any) -> Any:
+        by_list.extend(one for one in (index if isinstance(index, tuple) else (index,)) if isinstance(one, list))
+        return original(self, index)
+
+    monkeypatch.setattr(torch.Tensor, "__getitem__", noted)
+    replies(engine)
+    assert by_list == []
 
 
 def replies_of_a_rank(folder: str, recorded: bool) -> Replies | None:
