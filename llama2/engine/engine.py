@@ -178,7 +178,7 @@ class Engine:
                 "TP=%d on %s, %s, KV cache of %d blocks of %d tokens",
                 collectives.world_size, device.type, dtype, num_blocks, config.block_size,
             )  # fmt: skip
-        return cls(
+        engine = cls(
             args=args,
             config=config,
             tokenizer=tokenizer,
@@ -187,6 +187,9 @@ class Engine:
             # A CPU has computed a step when the call returns.
             looks_ahead=device.type != "cpu",
         )
+        if engine.rank == 0 and device.type != "cpu":
+            engine._sampler.warm_up(args.vocab_size, config.max_batch_size, device)
+        return engine
 
     # ---- rank 0, from any thread ----
 

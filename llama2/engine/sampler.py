@@ -11,7 +11,7 @@ equal weight stay or go together, and nothing depends on the order in which a de
 On a GPU the host waits for nothing but the ids, and for these when it reads them; what it must know beside them takes
 the place of an id.
 
-Axes: R rows, N those rows that a step is about, V vocabulary, K candidates.
+Axes: R rows, N those rows that a step is about, V vocabulary.
 """
 
 from __future__ import annotations
@@ -27,15 +27,12 @@ from torch import Tensor
 from torch.nn import functional
 
 from llama2.engine.logprobs import Logprobs
-from llama2.engine.sequence import Sequence, TokenLogprobs
+from llama2.engine.nucleus import nucleus_floor
+from llama2.engine.sequence import Request, SamplingParams, Sequence, TokenLogprobs
 from llama2.engine.transfer import Download, row_index, select, upload
 
-# How many of the likeliest tokens are looked at before a row is sorted whole: a nucleus is nearly always small, and
-# sorting a large vocabulary costs more than all the rest together. On a GPU it costs less than to wait for the answer.
-_CANDIDATES = {"cpu": (64, 1024), "cuda": ()}
-
-# In the place of an id: the row holds NaN or infinity; its nucleus does not end among the candidates.
-_BROKEN, _OPEN = -1, -2
+# In the place of an id: the row holds NaN or infinity.
+_BROKEN = -1
 
 # The width of the blocks in which a row is searched.
 _BLOCK = 256
@@ -110,29 +107,33 @@ class Sampler:
         is_sound_R = torch.isfinite(peak_R if logits_RV is own_RV else own_RV.amax(dim=-1))
         token_R = torch.where(is_sound_R, likeliest_R, _BROKEN)
         rows = [row for row, sequence in enumerate(sequences) if sequence.request.params.temperature > 0]
-        for size in _candidate_sizes(logits):
-            if not rows:
-                break
+        if rows:
             at_N = row_index(rows, logits)
             drawn_N = self._draw(
                 select(logits_RV, at_N),
                 select(peak_R, at_N),
                 select(likeliest_R, at_N),
                 [sequences[row] for row in rows],
-                size,
             )
             token_R = _put(token_R, at_N, torch.where(select(is_sound_R, at_N), drawn_N, _BROKEN))
-            if size < logits.shape[-1]:
-                rows = (token_R == _OPEN).nonzero()[:, 0].tolist()
         return Choice(token_R, logits, sequences)
 
-    def _draw(
-        self, logits_NV: Tensor, peak_N: Tensor, likeliest_N: Tensor, sequences: Items[Sequence], size: int
-    ) -> Tensor:
-        """Invert each row's cumulative distribution, in the order of the vocabulary, at one uniform number.
+    def warm_up(self, vocab_size: int, batch_size: int, device: torch.device) -> None:
+        """Choose from logits that mean nothing, so that no request waits until kernels are compiled and loaded.
 
-        _OPEN where it takes more than the `size` likeliest tokens to know what top_k and top_p leave.
+        A full batch: so the memory that it takes is known to be there.
         """
+        greedy = SamplingParams(temperature=0, logprobs=0)
+        filtered = SamplingParams(top_k=1, top_p=0.5, min_p=0.1, repetition_penalty=1.1, logit_bias={0: 1.0})
+        logits_RV = torch.zeros(batch_size, vocab_size, device=device)
+        # One row of another kind is what takes some rows from among others.
+        for first, rest in ((greedy, greedy), (filtered, filtered), (greedy, filtered)):
+            kinds = [first, *[rest] * (batch_size - 1)]
+            requests = [Request(request_id="warm-up", prompt_ids=(0,), params=one) for one in kinds]
+            self.sample(logits_RV, [Sequence.of(one, row) for row, one in enumerate(requests)]).read()
+
+    def _draw(self, logits_NV: Tensor, peak_N: Tensor, likeliest_N: Tensor, sequences: Items[Sequence]) -> Tensor:
+        """Invert each row's cumulative distribution, in the order of the vocabulary, at one uniform number."""
         params = [sequence.request.params for sequence in sequences]
         vocab_size = logits_NV.shape[-1]
         numbers = [
@@ -146,26 +147,16 @@ class Sampler:
         # The peak becomes 0 before the division, so no temperature overflows; the clamp keeps 0 / 0 away.
         temperature_N = temperature_N.float().clamp_(min=torch.finfo(torch.float32).tiny)
         weights_NV = (logits_NV - peak_N[:, None]).div_(temperature_N[:, None]).exp_()
-        is_open_N = torch.zeros_like(likeliest_N, dtype=torch.bool)
-        rows = [row for row, one in enumerate(params) if 0 < one.top_k < vocab_size or one.top_p < 1]
-        if rows or any(one.min_p for one in params):
+        has_nucleus = any(0 < one.top_k < vocab_size or one.top_p < 1 for one in params)
+        if has_nucleus or any(one.min_p for one in params):
             floor_N = min_p_N.float()
-            if rows:
-                at_M = row_index(rows, logits_NV)
-                nucleus_M, is_open_M = _nucleus_floor(
-                    select(weights_NV, at_M),
-                    select(top_k_N.long(), at_M),
-                    select(top_p_N, at_M),
-                    has_top_k=any(0 < one.top_k < vocab_size for one in params),
-                    size=size,
-                )
-                floor_N = _put(floor_N, at_M, torch.maximum(select(floor_N, at_M), nucleus_M))
-                is_open_N = _put(is_open_N, at_M, is_open_M)
+            if has_nucleus:
+                floor_N = torch.maximum(floor_N, nucleus_floor(weights_NV, top_k_N.long(), top_p_N))
             weights_NV.masked_fill_(weights_NV < floor_N[:, None], 0)
         token_N = _invert(weights_NV, uniform_N)
         # Where the two sums of `_invert` round apart, a number in the gap may fall on a token that is ruled out.
         is_possible_N = weights_NV.gather(-1, token_N[:, None])[:, 0] > 0
-        return torch.where(is_open_N, _OPEN, torch.where(is_possible_N, token_N, likeliest_N))
+        return torch.where(is_possible_N, token_N, likeliest_N)
 
     def _uniform(self, sequence: Sequence) -> float:
         """The number in (0, 1) that decides the sequence's next token: the same on every device and version."""
@@ -177,11 +168,6 @@ class Sampler:
         digest = hashlib.blake2b(f"{stream} token {sequence.num_generated}".encode(), digest_size=8).digest()
         # 52 bits and a half: exact in a double, and never 0 or 1.
         return ((int.from_bytes(digest, "little") >> 12) + 0.5) / 2**52
-
-
-def _candidate_sizes(logits_RV: Tensor) -> list[int]:
-    vocab_size = logits_RV.shape[-1]
-    return [*(size for size in _CANDIDATES[logits_RV.device.type] if size < vocab_size), vocab_size]
 
 
 def _put(values_R: Tensor, rows_N: Tensor | None, values_N: Tensor) -> Tensor:
@@ -239,30 +225,6 @@ def _penalize(logits_RV: Tensor, sequences: Items[Sequence]) -> Tensor:
     logit_T -= frequency_T * count_T + presence_T * (count_T > 0)
     # A tiny repetition penalty may overflow: that is the request's wish for these tokens, no fault of the model.
     return logits_RV.index_put((row_T, token_T), logit_T.clamp_(max=limits.max))
-
-
-def _nucleus_floor(
-    weights_NV: Tensor, top_k_N: Tensor, top_p_N: Tensor, *, has_top_k: bool, size: int
-) -> tuple[Tensor, Tensor]:
-    """The least weight that stays: of the top_k largest, the fewest that together reach top_p of their sum.
-
-    From the `size` largest weights; the second result says where these do not prove the answer.
-    """
-    vocab_size = weights_NV.shape[-1]
-    if size < vocab_size:
-        candidates_NK = weights_NV.topk(size, dim=-1).values
-    else:
-        candidates_NK = weights_NV.sort(dim=-1, descending=True).values
-    has_top_k_N = top_k_N < vocab_size
-    k_floor_N = candidates_NK.gather(-1, top_k_N.clamp(max=size)[:, None] - 1)[:, 0] * has_top_k_N
-    kept_NV = torch.where(weights_NV < k_floor_N[:, None], 0, weights_NV) if has_top_k else weights_NV
-    mass_N = top_p_N * kept_NV.sum(dim=-1)
-    cumulative_NK = candidates_NK.cumsum(dim=-1, dtype=torch.float64)
-    # A candidate stays as long as those before it do not yet reach the mass. In a row of NaN none does.
-    num_kept_N = (cumulative_NK - candidates_NK < mass_N[:, None]).sum(dim=-1).clamp_(min=1)
-    p_floor_N = candidates_NK.gather(-1, num_kept_N[:, None] - 1)[:, 0]
-    is_open_N = (has_top_k_N & (top_k_N > size)) | (cumulative_NK[:, -1] < mass_N)
-    return torch.maximum(k_floor_N, p_floor_N), is_open_N & (size < vocab_size)
 
 
 def _blocks(values_NV: Tensor, fill: float) -> Tensor:

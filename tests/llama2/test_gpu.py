@@ -153,6 +153,26 @@ def test_a_decoding_step_waits_for_the_gpu_once(
     assert len(waits) == 10
 
 
+def test_no_request_waits_for_the_samplers_kernel_to_be_compiled(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In batches of any size: numbers for an odd and for an even number of rows lie at other addresses."""
+    import triton
+
+    from llama2.kernels import triton_sampling
+
+    compiled: list[str] = []
+
+    def noted(**about: Any) -> None:
+        compiled.append(about["fn"].name)
+
+    triton_sampling._nucleus_floor.device_caches.clear()
+    monkeypatch.setattr(triton.knobs.runtime, "jit_cache_hook", noted)
+    llm = LLM(folder, dtype=torch.bfloat16, device="cuda", max_seq_len=256, max_batch_size=3)
+    assert compiled.count("_nucleus_floor") == 1
+    for size in (1, 2, 3):
+        llm.generate([prompt(5)] * size, SamplingParams(top_k=50, max_new_tokens=4, ignore_eos=True))
+    assert compiled.count("_nucleus_floor") == 1
+
+
 SCRIPT = """
 import json, sys, torch
 from llama2 import LLM, SamplingParams

@@ -15,6 +15,7 @@ from transformers.generation.logits_process import (
     TopPLogitsWarper,
 )
 
+from llama2.engine import nucleus
 from llama2.engine import sampler as sampler_module
 from llama2.engine.sampler import Sampler
 from llama2.engine.sequence import Request, SamplingParams, Sequence
@@ -181,7 +182,8 @@ def test_the_host_waits_for_a_gpu_when_it_reads_and_not_before(
     monkeypatch: pytest.MonkeyPatch, rows: list[dict[str, Any]]
 ) -> None:
     """Every number that it asks of a tensor would be a wait; it asks for the ids, and for nothing else."""
-    monkeypatch.setattr(sampler_module, "_CANDIDATES", {"cpu": sampler_module._CANDIDATES["cuda"]})
+    # A GPU's search for the nucleus is a kernel; here any floor that takes no look at a number stands for it.
+    monkeypatch.setattr(sampler_module, "nucleus_floor", lambda weights_NV, *_: weights_NV.amax(dim=-1) / 2)
     asked: list[str] = []
     for name in ("tolist", "item", "__bool__", "__int__", "__float__", "nonzero"):
         original = getattr(torch.Tensor, name)
@@ -209,12 +211,12 @@ def test_what_was_chosen_stays_when_the_logits_are_overwritten() -> None:
     assert choice.read() == expected
 
 
-def test_a_gpus_way_to_a_nucleus_leads_to_the_same_tokens(monkeypatch: pytest.MonkeyPatch) -> None:
-    """It sorts every row whole, where a CPU looks at a few candidates first."""
+def test_a_few_candidates_lead_to_the_tokens_of_all(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A nucleus that they prove is the one that a sort of the whole row finds."""
     logits = make_logits(len(MIXED), 3000)
     sequences = [make_sequence(row, generated=[5, 6, 6], **params) for row, params in enumerate(MIXED)]
     expected = Sampler(0).sample(logits, sequences).read()
-    monkeypatch.setattr(sampler_module, "_CANDIDATES", {"cpu": sampler_module._CANDIDATES["cuda"]})
+    monkeypatch.setattr(nucleus, "CANDIDATES", ())
     assert Sampler(0).sample(logits, sequences).read() == expected
 
 
@@ -390,6 +392,23 @@ def test_equal_weights_stay_or_go_together() -> None:
         tokens = sample_ids(logits, [make_sequence(row, **params) for row in range(400)])
         assert {*tokens} <= {*range(100, 200)}
         assert len({*tokens}) > 80
+
+
+@pytest.mark.parametrize("batch_size", [1, 4])
+def test_warming_up_searches_a_nucleus_in_a_full_batch_and_shifts_no_draw(
+    monkeypatch: pytest.MonkeyPatch, batch_size: int
+) -> None:
+    shapes: list[torch.Size] = []
+
+    def noted(weights_NV: torch.Tensor, top_k_N: torch.Tensor, top_p_N: torch.Tensor) -> torch.Tensor:
+        shapes.append(weights_NV.shape)
+        return nucleus.nucleus_floor(weights_NV, top_k_N, top_p_N)
+
+    monkeypatch.setattr(sampler_module, "nucleus_floor", noted)
+    sampler = Sampler(0)
+    sampler.warm_up(300, batch_size, torch.device("cpu"))
+    assert (batch_size, 300) in shapes
+    assert stream(make_sequence(**PLAIN), sampler) == stream(make_sequence(**PLAIN), Sampler(0))
 
 
 @pytest.mark.gpu
