@@ -124,26 +124,20 @@ class GrammarMatcher:
         import xgrammar
 
         self._matcher = xgrammar.GrammarMatcher(compiled)
-        self._apply = xgrammar.apply_token_bitmask_inplace
         self._mask = xgrammar.allocate_token_bitmask(1, vocabulary.size)
         self._vocabulary = vocabulary
         self._first_mask_W = first_mask_W
         self._over = False
 
-    def restrict(self, logits_V: Tensor) -> None:
-        """Set to -inf, in place, what cannot follow; where nothing can, the end of the reply still can."""
-        if self._first_mask_W is not None:
-            self._mask[0] = self._first_mask_W
-        elif not self._over:
+    def mask_W(self) -> Tensor:
+        """What can follow, as `Matcher` says it; where nothing can, the end of the reply still can."""
+        if self._over:
+            return self._vocabulary.ends_mask_W
+        mask_W = self._first_mask_W
+        if mask_W is None:
             self._matcher.fill_next_token_bitmask(self._mask)
-        if self._over or not self._mask.any():
-            self._mask[0] = self._vocabulary.ends_mask_W
-        if logits_V.device.type == "cpu":
-            self._apply(logits_V, self._mask[0], backend="cpu")
-        else:
-            # Pinned: nobody waits for the copy. xgrammar's first choice is Triton, which a machine need not have.
-            mask_W = self._mask[0].pin_memory().to(logits_V.device, non_blocking=True)
-            self._apply(logits_V, mask_W, backend="torch_native")
+            mask_W = self._mask[0]
+        return mask_W if mask_W.any() else self._vocabulary.ends_mask_W
 
     def accept(self, token_id: int) -> None:
         if self._first_mask_W is not None and token_id in self._vocabulary.first_bytes:

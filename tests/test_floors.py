@@ -43,6 +43,7 @@ FLOORS = {
     "llama2.engine.logprobs": 1,
     "llama2.engine.sampler": 1,
     "llama2.engine.nucleus": 1,
+    "llama2.engine.token_masks": 1,
     "llama2.engine.block_manager": 1,
     "llama2.config": 0,
     "llama2.splits": 0,

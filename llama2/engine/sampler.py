@@ -29,6 +29,7 @@ from torch.nn import functional
 from llama2.engine.logprobs import Logprobs
 from llama2.engine.nucleus import nucleus_floor
 from llama2.engine.sequence import Request, SamplingParams, Sequence, TokenLogprobs
+from llama2.engine.token_masks import forbid
 from llama2.engine.transfer import Download, row_index, select, upload
 
 # In the place of an id: the row holds NaN or infinity.
@@ -101,7 +102,7 @@ class Sampler:
             sequences: one per row.
         """
         own_RV = logits.float()
-        logits_RV = _penalize(_restrict(own_RV, sequences), sequences)
+        logits_RV = _penalize(_restrict(_bias(own_RV, sequences), sequences), sequences)
         peak_R, likeliest_R = _maximum(logits_RV)
         # A maximum hands a NaN on.
         is_sound_R = torch.isfinite(peak_R if logits_RV is own_RV else own_RV.amax(dim=-1))
@@ -175,20 +176,29 @@ def _put(values_R: Tensor, rows_N: Tensor | None, values_N: Tensor) -> Tensor:
     return values_N if rows_N is None else values_R.index_copy(0, rows_N, values_N)
 
 
-def _restrict(logits_RV: Tensor, sequences: Items[Sequence]) -> Tensor:
-    """Add the logit biases, and leave no chance to the tokens that a grammar forbids; other rows pass through."""
-    rows = [row for row, one in enumerate(sequences) if one.matcher or one.request.params.logit_bias]
-    if not rows:
+def _bias(logits_RV: Tensor, sequences: Items[Sequence]) -> Tensor:
+    """Add the logit biases of those rows that have any; other rows pass through."""
+    biases = [
+        (row, token_id, bias)
+        for row, sequence in enumerate(sequences)
+        for token_id, bias in sequence.request.params.logit_bias.items()
+    ]
+    if not biases:
         return logits_RV
-    logits_RV = logits_RV.clone()  # the caller's own, where it was fp32 already
-    for row in rows:
-        bias, matcher = sequences[row].request.params.logit_bias, sequences[row].matcher
-        if bias:
-            values = upload(list(bias.values()), logits_RV, torch.float32)
-            logits_RV[row].index_add_(0, upload(list(bias), logits_RV), values)
-        if matcher:
-            matcher.restrict(logits_RV[row])
-    return logits_RV
+    # T: each token that a row is biased for; its numbers are exact in a double.
+    row_T, token_T, bias_T = upload(biases, logits_RV, torch.float64).unbind(-1)
+    at_T = row_T.long(), token_T.long()
+    return logits_RV.index_put(at_T, logits_RV[at_T] + bias_T.float())
+
+
+def _restrict(logits_RV: Tensor, sequences: Items[Sequence]) -> Tensor:
+    """Leave no chance to the tokens that a grammar forbids; rows without one pass through."""
+    matchers = {row: one.matcher for row, one in enumerate(sequences) if one.matcher is not None}
+    if not matchers:
+        return logits_RV
+    at_N = row_index(list(matchers), logits_RV)
+    masks = [matcher.mask_W() for matcher in matchers.values()]
+    return _put(logits_RV, at_N, forbid(select(logits_RV, at_N), masks))
 
 
 def _penalize(logits_RV: Tensor, sequences: Items[Sequence]) -> Tensor:

@@ -90,8 +90,9 @@ def _check_number(name: str, value: Any, *, low: float, high: float, open_low: b
 class Matcher(Protocol):
     """One reply's way through a grammar."""
 
-    def restrict(self, logits_V: Any) -> None:
-        """Set the logits (a tensor) of every token that cannot follow now to -inf, in place. Some token always can."""
+    def mask_W(self) -> Any:
+        """What can follow now, some token always: int32 words (a tensor on the CPU), a bit for each of 32 ids, the
+        lowest id's first. It holds until the next call."""
 
     def accept(self, token_id: int) -> None:
         """The token was chosen."""

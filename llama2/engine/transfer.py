@@ -5,6 +5,7 @@ Knows no model. On a CPU nothing moves.
 
 from __future__ import annotations
 
+from collections.abc import Sequence as Items
 from typing import Any
 
 import torch
@@ -15,6 +16,13 @@ def upload(values: list[Any], beside: Tensor, dtype: torch.dtype = torch.int64) 
     """Numbers, or rows of them, on another tensor's device. Copies from memory that is not pinned would wait for it."""
     device = beside.device
     return torch.tensor(values, dtype=dtype, pin_memory=device.type == "cuda").to(device, non_blocking=True)
+
+
+def upload_rows(rows: Items[Tensor], beside: Tensor) -> Tensor:
+    """Tensors of the host, alike in shape, as rows of one on another tensor's device: a single copy, as `upload`'s."""
+    pinned = beside.device.type == "cuda"
+    stacked = torch.empty((len(rows), *rows[0].shape), dtype=rows[0].dtype, pin_memory=pinned)
+    return torch.stack(list(rows), out=stacked).to(beside.device, non_blocking=True)
 
 
 def row_index(rows: list[int], values_RX: Tensor) -> Tensor | None:

@@ -18,9 +18,10 @@ from hypothesis import strategies as st
 from pydantic import BaseModel, ConfigDict, Field
 
 import llama2.grammar
+from llama2.engine.token_masks import forbid
 from llama2.grammar import MAX_CHOICES, GrammarCompiler
 from llama2.tokenizer import Tokenizer, load_tokenizer
-from tests.support.replies import PADDING, follows, random_reply
+from tests.support.replies import PADDING, follows, random_reply, restrict
 from tests.support.tokenizer_json import smollm2_tokenizer
 from tests.support.tokenizers import tiny_sentencepiece
 
@@ -232,41 +233,30 @@ def test_a_text_of_its_own_may_begin_as_the_model_writes_words(sp: Both) -> None
     grammar = compiler.choice(["the dog"])
     word = tokenizer.encode("the")[0]
     assert tokenizer.token_bytes(word) == b" the"
-    logits = {continues: torch.zeros(tokenizer.vocab_size + PADDING) for continues in (True, False)}
-    for continues_prompt, logits_V in logits.items():
-        grammar.matcher(continues_prompt=continues_prompt).restrict(logits_V)
-    assert logits[True][word] == -torch.inf
-    assert logits[False][word] == 0
+    zeros_V = torch.zeros(tokenizer.vocab_size + PADDING)
+    assert restrict(grammar.matcher(continues_prompt=True), zeros_V)[word] == -torch.inf
+    assert restrict(grammar.matcher(continues_prompt=False), zeros_V)[word] == 0
     # Where the text itself begins with a space, that word does not: its own is not shown.
     for seed in range(5):
         assert random_reply(tokenizer, compiler.choice([" the dog"]), seed) == (" the dog", True)
-    compiler.choice([" the dog"]).matcher(continues_prompt=False).restrict(logits[False])
-    assert logits[False][word] == -torch.inf
+    assert restrict(compiler.choice([" the dog"]).matcher(continues_prompt=False), zeros_V)[word] == -torch.inf
 
 
 # ---- Matchers
 
 
-def test_the_mask_is_the_same_on_every_device(model: Both) -> None:
-    """What is applied without xgrammar's kernel for CPUs, as on a GPU, forbids the same tokens."""
-    _, compiler = model
-    matcher = compiler.json_object().matcher(continues_prompt=False)
-    rows = torch.randn(2, model[0].vocab_size + PADDING)
-    matcher.restrict(rows[0])
-    expected = rows[1].clone()
-    matcher._apply(rows[1], matcher._mask[0], backend="torch_native")
-    expected[rows[0] == -torch.inf] = -torch.inf
-    assert torch.equal(rows[1], expected)
+def test_a_mask_forbids_what_xgrammar_forbids_by_it(model: Both) -> None:
+    """xgrammar's own kernel is the outside reference, for several masks at once."""
+    import xgrammar
 
-
-@pytest.mark.gpu
-def test_a_row_on_a_gpu_is_restricted_as_on_a_cpu(model: Both) -> None:
     tokenizer, compiler = model
-    row = torch.randn(3, tokenizer.vocab_size + PADDING)[1]
-    on_gpu = row.cuda()
-    compiler.json_object().matcher().restrict(on_gpu)
-    compiler.json_object().matcher().restrict(row)
-    assert torch.equal(on_gpu.cpu(), row)
+    grammars = compiler.json_object(), compiler.choice(["ab", "cd"]), compiler.regex(r"[^x]*")
+    masks_NW = torch.stack([one.matcher(continues_prompt=False).mask_W() for one in grammars])
+    logits_NV = torch.randn(3, tokenizer.vocab_size + PADDING)
+    forbidden_NV = forbid(logits_NV, [*masks_NW])
+    xgrammar.apply_token_bitmask_inplace(logits_NV, masks_NW, backend="cpu")
+    assert torch.equal(forbidden_NV, logits_NV)
+    assert 0 < (logits_NV > -torch.inf).sum(-1).min() < (logits_NV > -torch.inf).sum(-1).max()
 
 
 def test_replies_of_one_grammar_do_not_disturb_each_other(sp: Both) -> None:
@@ -274,9 +264,7 @@ def test_replies_of_one_grammar_do_not_disturb_each_other(sp: Both) -> None:
     grammar = compiler.choice(["ab", "cd"])
     one, other = grammar.matcher(), grammar.matcher()
     one.accept(tokenizer.spell(b"a")[0])
-    rows = torch.zeros(2, tokenizer.vocab_size + PADDING)
-    one.restrict(rows[0])
-    other.restrict(rows[1])
+    rows = [restrict(matcher, torch.zeros(tokenizer.vocab_size + PADDING)) for matcher in (one, other)]
     assert [tokenizer.token_bytes(int(index)) for index in (rows[0] == 0).nonzero()] == [b"b"] * int(
         (rows[0] == 0).sum()
     )
@@ -291,8 +279,7 @@ def test_behind_its_end_a_reply_can_only_end(sp: Both) -> None:
         matcher.accept(tokenizer.spell(b"x" if not tokens else b"a")[0])
         for token_id in tokens:
             matcher.accept(token_id)
-        logits_V = torch.zeros(tokenizer.vocab_size + PADDING)
-        matcher.restrict(logits_V)
+        logits_V = restrict(matcher, torch.zeros(tokenizer.vocab_size + PADDING))
         assert (logits_V == 0).nonzero().flatten().tolist() == [2]
 
 
@@ -300,10 +287,10 @@ def test_restricting_costs_little_beside_a_step(bpe: Both) -> None:
     tokenizer, compiler = bpe
     matcher = compiler.json_object().matcher()
     rows = torch.randn(50, tokenizer.vocab_size + PADDING)
-    matcher.restrict(rows[0])
+    restrict(matcher, rows[0])
     start = time.process_time()
     for row in rows:
-        matcher.restrict(row)
+        restrict(matcher, row)
     assert (time.process_time() - start) / len(rows) < 0.005
 
 

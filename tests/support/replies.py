@@ -7,11 +7,18 @@ from typing import Any
 
 import torch
 
+from llama2.engine.sequence import Matcher
+from llama2.engine.token_masks import forbid
 from llama2.grammar import CompiledGrammar
 from llama2.tokenizer import Tokenizer
 
 # A model's vocabulary is often larger than its tokenizer's.
 PADDING = 40
+
+
+def restrict(matcher: Matcher, logits_V: torch.Tensor) -> torch.Tensor:
+    """The logits, with -inf for whatever cannot follow."""
+    return forbid(logits_V[None], [matcher.mask_W()])[0]
 
 
 def random_reply(
@@ -31,7 +38,7 @@ def random_reply(
         logits_V = torch.randn(tokenizer.vocab_size + PADDING, generator=generator)
         for token_id, bias in (favoured or {}).items():
             logits_V[token_id] += bias
-        matcher.restrict(logits_V)
+        logits_V = restrict(matcher, logits_V)
         token_id = int(logits_V.argmax())
         assert logits_V[token_id] > -torch.inf
         assert token_id < tokenizer.vocab_size, "a padded id was let through"

@@ -173,9 +173,9 @@ class Exactly:
     def matcher(self, *, continues_prompt: bool) -> Exactly:
         return Exactly(self.token_ids)
 
-    def restrict(self, logits_V: torch.Tensor) -> None:
-        allowed = logits_V[self.token_ids[0]].clone()
-        logits_V.fill_(-torch.inf)[self.token_ids[0]] = allowed
+    def mask_W(self) -> torch.Tensor:
+        word, bit = divmod(self.token_ids[0], 32)
+        return torch.zeros(16, dtype=torch.int64).index_fill_(0, torch.tensor([word]), 1 << bit).to(torch.int32)
 
     def accept(self, token_id: int) -> None:
         assert token_id == self.token_ids.pop(0)
