@@ -53,6 +53,11 @@ class LlamaHandler:
 
     def _load(self, context: Any) -> None:
         # Not at the top: TorchServe hides an ImportError there behind a look-up of its own handlers.
+        from handler import gpu_mask
+
+        # CUDA reads its mask once, at the first question.
+        gpu_mask.restore(os.environ)
+
         import torch
 
         from handler.config import HandlerConfig

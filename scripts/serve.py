@@ -22,6 +22,7 @@ from typing import Any
 import fire
 import yaml
 
+from handler.gpu_mask import entries, requested
 from scripts.torchserve import Ports, ServerError, TorchServe
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -121,13 +122,22 @@ def local_settings(tp: int | None) -> dict[str, Any]:
 def _count_gpus() -> int:
     with contextlib.suppress(OSError, subprocess.CalledProcessError):
         listed = subprocess.run(["nvidia-smi", "-L"], capture_output=True, text=True, check=True).stdout
-        return sum(line.startswith("GPU ") for line in listed.splitlines())
+        return _count_visible(listed, requested(os.environ))
     return 0
 
 
+def _count_visible(listed: str, mask: str | None) -> int:
+    """How many GPUs a mask leaves of those that `nvidia-smi -L` lists: like CUDA, up to the first that is not there."""
+    count = sum(line.startswith("GPU ") for line in listed.splitlines())
+    if mask is None:
+        return count
+    exist = [int(name) < count if name.isdecimal() else f"(UUID: {name}" in listed for name in entries(mask)]
+    return (*exist, False).index(False)
+
+
 def _fingerprint(config: Path, port: int) -> str:
-    """What a running server was started with: its settings and the code in its archive."""
-    digest = hashlib.sha256(f"{port}".encode())
+    """What a running server was started with: its settings, its GPUs and the code in its archive."""
+    digest = hashlib.sha256(f"{port} {requested(os.environ)}".encode())
     sources = [path for package in ("handler", "llama2") for path in sorted((ROOT / package).rglob("*.py"))]
     for path in (config, ROOT / "config.properties", ROOT / "log4j2.xml", *sources):
         digest.update(path.read_bytes())

@@ -25,6 +25,7 @@ from typing import Any
 
 import psutil
 
+from handler.gpu_mask import set_aside
 from scripts.java import find_java_home
 
 _JAVA_MAIN = "org.pytorch.serve.ModelServer"
@@ -172,8 +173,7 @@ class TorchServe:
 
     def _environ(self, extra: Mapping[str, str]) -> dict[str, str]:
         environ = {
-            **os.environ,
-            **extra,
+            **set_aside({**os.environ, **extra}),
             "TS_CONFIG_FILE": "config.properties",
             "TMPDIR": str(self._temporary),
             "TEMP": str(self._temporary),

@@ -65,7 +65,7 @@ TORCH_FREE = (
     *("llama2.tools", "llama2.tool_prompt", "llama2.syntax.json_schema", "llama2.syntax.regex"),
     *("llama2.engine.scheduler", "llama2.engine.block_manager", "build_archive"),
     *("handler.body", "handler.call", "handler.config", "handler.native", "handler.transport", "handler.llama_handler"),
-    *("handler.prompt", "handler.openai_api"),
+    *("handler.prompt", "handler.openai_api", "handler.gpu_mask"),
 )
 
 

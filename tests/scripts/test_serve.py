@@ -34,6 +34,43 @@ def test_each_rank_gets_a_gpu_of_its_own_or_all_share_the_cpu(
     assert HandlerConfig.from_settings(settings, base=Path("/")).converted_ckpt_dir == build
 
 
+LISTED = """\
+GPU 0: NVIDIA H100 80GB HBM3 (UUID: GPU-8f1c9f0e-1)
+GPU 1: NVIDIA H100 80GB HBM3 (UUID: GPU-77aa0b1c-2)
+  MIG 3g.40gb     Device  0: (UUID: MIG-5d2e)
+GPU 2: NVIDIA H100 80GB HBM3 (UUID: GPU-03dd2e3f-4)
+"""
+
+
+@pytest.mark.parametrize(
+    ("mask", "count"),
+    [
+        (None, 3),
+        ("", 0),
+        ("-1", 0),
+        ("1,2", 2),
+        ("2", 1),
+        ("0,3,1", 1),  # CUDA stops where one does not exist
+        ("GPU-03dd2e3f-4,GPU-8f1c", 2),  # as much of a UUID as says which
+        ("MIG-5d2e", 1),
+        ("GPU-ffff,0", 0),
+    ],
+)
+def test_gpus_are_counted_as_the_mask_leaves_them(
+    mask: str | None, count: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    program = tmp_path / "nvidia-smi"
+    program.write_text(f"#!/bin/sh\ncat <<'END'\n{LISTED}END\n")
+    program.chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=":")
+    monkeypatch.delenv("LLAMA_VISIBLE_DEVICES", raising=False)
+    if mask is None:
+        monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    else:
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", mask)
+    assert serve._count_gpus() == count
+
+
 @pytest.mark.parametrize(("tp", "threads"), [(1, 4), (2, 2), (3, 1), (8, 1)])
 def test_ranks_share_the_cores_and_none_is_left_without(
     tp: int, threads: int, build: Path, monkeypatch: pytest.MonkeyPatch
@@ -43,12 +80,16 @@ def test_ranks_share_the_cores_and_none_is_left_without(
     assert settings["torchrun"]["OMP_NUMBER_THREADS"] == threads
 
 
-def test_a_running_server_is_kept_only_for_the_same_settings_and_code(build: Path) -> None:
+def test_a_running_server_is_kept_only_for_the_same_settings_gpus_and_code(
+    build: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def state(tp: int, port: int = 8080) -> str:
         return serve._fingerprint(serve._write_config(tp, build), port)
 
     assert state(1) == state(1)
-    assert len({state(1), state(2), state(1, port=9080)}) == 3
+    states = {state(1), state(2), state(1, port=9080)}
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "5")
+    assert len({*states, state(1)}) == 4
 
 
 @pytest.mark.parametrize(

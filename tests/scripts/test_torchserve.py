@@ -3,7 +3,7 @@ from pathlib import Path
 
 import pytest
 
-from scripts import java
+from scripts import java, torchserve
 from scripts.torchserve import Ports, ServerError, TorchServe
 from tests.handler.support import ROOT
 
@@ -43,6 +43,16 @@ def test_a_folder_without_a_server_has_nothing_to_stop(tmp_path: Path) -> None:
     server = TorchServe(folder=tmp_path, ports=Ports())
     assert not server.running
     assert not server.stop()
+
+
+def test_the_mask_of_gpus_is_kept_from_torchserve_and_passed_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4,5")
+    monkeypatch.setattr(torchserve, "find_java_home", lambda: (True, None))
+    environ = TorchServe(folder=tmp_path, ports=Ports())._environ({"CUDA_VISIBLE_DEVICES": "6"})
+    assert "CUDA_VISIBLE_DEVICES" not in environ
+    assert environ["LLAMA_VISIBLE_DEVICES"] == "6"
 
 
 @pytest.mark.parametrize(
