@@ -26,6 +26,8 @@ SLOT_BYTES = 1 << 20
 LINE_BYTES = 64
 LINE = LINE_BYTES // 8
 STALL_SECONDS = 300.0
+# How long a rank with a GPU looks for rank 0's next message without a pause.
+SPIN_SECONDS = 1.0
 # Every rank reads every other's message whole: beyond this size NCCL, which sends each byte once, is faster.
 ONE_SHOT_BYTES = 256 << 10
 
@@ -145,10 +147,21 @@ class SharedMemoryCollectives:
     process group instead.
     """
 
-    def __init__(self, mapping: mmap.mmap, rank: int, world_size: int, *, stall_seconds: float = STALL_SECONDS) -> None:
+    def __init__(
+        self,
+        mapping: mmap.mmap,
+        rank: int,
+        world_size: int,
+        *,
+        stall_seconds: float = STALL_SECONDS,
+        spin_seconds: float = 0.0,
+    ) -> None:
+        """`spin_seconds`: so long after a message a rank looks for the next one without a pause, then a thousand times
+        a second, so that an idle server costs next to nothing."""
         self.rank = rank
         self.world_size = world_size
         self._stall_seconds = stall_seconds
+        self._spin_seconds = spin_seconds
         header_bytes = world_size * LINE_BYTES
         self._header = memoryview(mapping)[:header_bytes].cast("q")
         self._mapping = torch.frombuffer(mapping, dtype=torch.uint8)
@@ -171,7 +184,7 @@ class SharedMemoryCollectives:
         return world_size * (LINE_BYTES + 2 * SLOT_BYTES)
 
     @classmethod
-    def connect(cls) -> SharedMemoryCollectives:
+    def connect(cls, *, spin_seconds: float = 0.0) -> SharedMemoryCollectives:
         """Map one file on every rank of the default process group; the file has no name by the time this returns.
 
         Raises:
@@ -197,7 +210,7 @@ class SharedMemoryCollectives:
         dist.barrier()
         if rank == 0:
             os.unlink(path[0])
-        return cls(mapping, rank, world_size)
+        return cls(mapping, rank, world_size, spin_seconds=spin_seconds)
 
     def all_reduce(self, x: torch.Tensor) -> torch.Tensor:
         flat = x.view(-1)
@@ -272,17 +285,20 @@ class SharedMemoryCollectives:
                 raise self._out_of_step(other, self._operation)
 
     def _await(self, other: int, operation: int, *, idle: bool) -> None:
-        """Spin until rank `other` has contributed to `operation`; an idle wait sleeps, and has no end."""
+        """Spin until rank `other` has contributed to `operation`; an idle wait sleeps in the end, and has no end."""
         flag = other * LINE
-        spins, deadline = 0, None
+        spins, begin = 0, 0.0
         while self._header[flag] < operation:
+            # Other threads of this process run meanwhile: the call lets go of the interpreter.
             os.sched_yield()
             spins += 1
             if idle and spins > 2000:
-                time.sleep(0.001)
+                begin = begin or time.monotonic()
+                if time.monotonic() - begin >= self._spin_seconds:
+                    time.sleep(0.001)
             elif not idle and spins % 10000 == 0:
-                deadline = deadline or time.monotonic() + self._stall_seconds
-                if time.monotonic() > deadline:
+                begin = begin or time.monotonic()
+                if time.monotonic() - begin > self._stall_seconds:
                     raise self._stalled(other, operation)
 
     def _stalled(self, other: int, operation: int) -> LockstepError:
@@ -312,7 +328,10 @@ def connect(device: torch.device, *, symm_mem_all_reduce: bool = False) -> Colle
     hosts: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(hosts, (socket.gethostname(), platform.machine()))
     one_host = len(set(hosts)) == 1 and platform.machine() in ("x86_64", "AMD64")
-    shared = SharedMemoryCollectives.connect() if one_host else None
+    shared = None
+    if one_host:
+        # A pause between two looks is as long as a step of 7B on 8 GPUs. On CPUs a look takes time from computing.
+        shared = SharedMemoryCollectives.connect(spin_seconds=0.0 if device.type == "cpu" else SPIN_SECONDS)
     if shared is not None and device.type == "cpu":
         return shared
     if symm_mem_all_reduce and device.type == "cuda":
