@@ -21,6 +21,7 @@ import torch
 import torch.distributed as dist
 
 from llama2.kernels.cpu_library import load_library
+from llama2.symmetric_memory import SymmetricMemory
 
 SLOT_BYTES = 1 << 20
 LINE_BYTES = 64
@@ -28,8 +29,6 @@ LINE = LINE_BYTES // 8
 STALL_SECONDS = 300.0
 # How long a rank with a GPU looks for rank 0's next message without a pause.
 SPIN_SECONDS = 1.0
-# Every rank reads every other's message whole: beyond this size NCCL, which sends each byte once, is faster.
-ONE_SHOT_BYTES = 256 << 10
 
 
 class LockstepError(RuntimeError):
@@ -79,18 +78,24 @@ class SingleRank:
 
 
 class ProcessGroupCollectives:
-    """NCCL on GPUs, gloo between hosts' CPUs. Control messages take `control` where the group shares a host."""
+    """NCCL on GPUs, gloo between hosts' CPUs.
+
+    Control messages take `control` where the group shares a host, and sums `symmetric` where it can make them.
+    """
 
     shared: Shared | None = None
 
-    def __init__(self, control: SharedMemoryCollectives | None) -> None:
+    def __init__(self, control: SharedMemoryCollectives | None, symmetric: SymmetricMemory | None = None) -> None:
         self.rank = dist.get_rank()
         self.world_size = dist.get_world_size()
         self._control = control
+        self._symmetric = symmetric
         # A server may be idle for days between two messages, and idleness is no fault.
         self._control_group = None if control else dist.new_group(backend="gloo", timeout=timedelta(days=365))
 
     def all_reduce(self, x: torch.Tensor) -> torch.Tensor:
+        if self._symmetric is not None and self._symmetric.takes(x):
+            return self._symmetric.all_reduce(x)
         dist.all_reduce(x)
         return x
 
@@ -110,31 +115,6 @@ class ProcessGroupCollectives:
         box = [message]
         dist.broadcast_object_list(box, src=0, group=self._control_group)
         return box[0]
-
-
-class SymmetricMemoryCollectives(ProcessGroupCollectives):
-    """NCCL, but small sums in one kernel that reads the other GPUs' memory: PyTorch's symmetric memory, over NVLink.
-
-    It adds in rank order on every rank, so that all have the same bits, and can be recorded into a CUDA graph.
-    """
-
-    def __init__(self, control: SharedMemoryCollectives | None, device: torch.device) -> None:
-        """Called on every rank; fails where the GPUs cannot reach each other's memory."""
-        import torch.distributed._symmetric_memory as symmetric_memory
-
-        super().__init__(control)
-        group = dist.group.WORLD
-        assert group is not None
-        self._group_name = group.group_name
-        self._buffer = symmetric_memory.empty(ONE_SHOT_BYTES, dtype=torch.uint8, device=device)
-        symmetric_memory.rendezvous(self._buffer, self._group_name)
-
-    def all_reduce(self, x: torch.Tensor) -> torch.Tensor:
-        # The kernel moves 16 bytes at a time, and knows these two types.
-        if x.nbytes > ONE_SHOT_BYTES or x.nbytes % 16 or x.dtype not in (torch.bfloat16, torch.float32):
-            return super().all_reduce(x)
-        shared = self._buffer[: x.nbytes].view(x.dtype).view(x.shape)
-        return torch.ops.symm_mem.one_shot_all_reduce_copy(shared, x, "sum", self._group_name)
 
 
 class SharedMemoryCollectives:
@@ -318,10 +298,7 @@ class SharedMemoryCollectives:
 def connect(device: torch.device, *, symm_mem_all_reduce: bool = False) -> Collectives:
     """The fastest transport that the default process group allows for tensors on `device`. Called on every rank.
 
-    `symm_mem_all_reduce` asks for symmetric memory, between the GPUs of one host.
-
-    Raises:
-        ValueError: it is asked for, and the ranks are on several hosts.
+    `symm_mem_all_reduce` asks for symmetric memory between the GPUs of one host; where there is none, NCCL does it all.
     """
     if dist.get_world_size() == 1:
         return SingleRank()
@@ -334,8 +311,7 @@ def connect(device: torch.device, *, symm_mem_all_reduce: bool = False) -> Colle
         shared = SharedMemoryCollectives.connect(spin_seconds=0.0 if device.type == "cpu" else SPIN_SECONDS)
     if shared is not None and device.type == "cpu":
         return shared
+    symmetric = None
     if symm_mem_all_reduce and device.type == "cuda":
-        if len({host for host, _ in hosts}) > 1:
-            raise ValueError("symm_mem_all_reduce needs all ranks on one host: set it to false")
-        return SymmetricMemoryCollectives(shared, device)
-    return ProcessGroupCollectives(shared)
+        symmetric = SymmetricMemory.connect(device, num_hosts=len({host for host, _ in hosts}))
+    return ProcessGroupCollectives(shared, symmetric)

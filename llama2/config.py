@@ -174,8 +174,8 @@ class EngineConfig:
     prefix_cache: bool = True
     # On a GPU, decoding is recorded at the start and replayed, which costs some memory and seconds, and saves launches.
     cuda_graphs: bool = True
-    # On GPUs that reach each other's memory, small sums between the ranks go past NCCL.
-    symm_mem_all_reduce: bool = False
+    # Where the ranks' GPUs reach each other's memory, sums of up to 8 MiB between them go past NCCL.
+    symm_mem_all_reduce: bool = True
     # The generator that gives a seed to each request that brings none; None draws one from the system.
     seed: int | None = None
 

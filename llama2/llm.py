@@ -41,7 +41,7 @@ class LLM:
         kv_memory_fraction: float | None = None,
         prefix_cache: bool = True,
         cuda_graphs: bool = True,
-        symm_mem_all_reduce: bool = False,
+        symm_mem_all_reduce: bool = True,
         seed: int | None = None,
     ) -> None:
         """See `EngineConfig` for the sizes and `Engine.from_checkpoint` for the rest.

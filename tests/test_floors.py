@@ -35,6 +35,7 @@ FLOORS = {
     "llama2.model": 1,
     "llama2.kernels": 1,
     "llama2.collectives": 1,
+    "llama2.symmetric_memory": 1,
     "llama2.parallel": 1,
     "llama2.chat": 1,
     "llama2.tools": 1,

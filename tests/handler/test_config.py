@@ -49,6 +49,7 @@ def test_the_shipped_file_has_every_key_of_torchserves_example_and_is_valid(base
         ("max_batch_size", 3, lambda config: config.engine.max_batch_size),
         ("max_step_tokens", 77, lambda config: config.engine.max_step_tokens),
         ("kv_memory_fraction", 0.5, lambda config: config.engine.kv_memory_fraction),
+        ("symm_mem_all_reduce", False, lambda config: config.engine.symm_mem_all_reduce),
         ("max_input_token_length", 44, lambda config: config.max_input_tokens),
         ("truncation", "left", lambda config: config.truncation),
         ("special_tags", "encode", lambda config: config.special_tags),

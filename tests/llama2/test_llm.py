@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import inspect
 import subprocess
 import sys
 from pathlib import Path
@@ -9,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from llama2 import LLM, SamplingParams
+from llama2.config import EngineConfig
 from tests.support.checkpoints import write_checkpoint
 from tests.support.tokenizers import tiny_sentencepiece
 from tests.support.weights import random_weights, tiny_args
@@ -27,6 +30,12 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def llm(folder: Path) -> LLM:
     return LLM(folder, max_seq_len=128, max_batch_size=2)
+
+
+def test_the_engines_defaults_are_those_of_the_offline_front() -> None:
+    parameters = inspect.signature(LLM.__init__).parameters
+    for field in dataclasses.fields(EngineConfig):
+        assert parameters[field.name].default == field.default, field.name
 
 
 def test_text_and_its_ids_are_the_same_prompt(llm: LLM) -> None:
