@@ -168,7 +168,8 @@ class EngineConfig:
     max_batch_size: int = 8
     block_size: int = 16
     max_step_tokens: int = 512
-    # None: room for max_batch_size sequences of max_seq_len. Else this fraction of the memory that loading left free.
+    # None: room for max_batch_size sequences of max_seq_len. Else this fraction of the memory that loading leaves free
+    # and, on a GPU, the steps do not need.
     kv_memory_fraction: float | None = None
     # Blocks that hold the beginning of a prompt already are used again, the longest unused given up first.
     prefix_cache: bool = True

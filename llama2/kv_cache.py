@@ -5,12 +5,15 @@ Knows no sequences and no scheduling: whoever calls says which slots and which b
 
 from __future__ import annotations
 
+import logging
 import os
 
-import psutil
 import torch
 
 from llama2.config import EngineConfig, ModelArgs
+from llama2.memory_plan import describe, reserve
+
+logger = logging.getLogger(__name__)
 
 
 class KVCache:
@@ -68,26 +71,65 @@ def count_blocks(
     n_kv_heads: int,
     dtype: torch.dtype,
     device: torch.device,
+    rank: int = 0,
+    degree: int = 1,
 ) -> int:
     """How many blocks this rank can hold: for max_batch_size × max_seq_len, or from the memory that is free now.
 
-    Ranks on the CPUs of one host share its memory evenly.
+    On a GPU that is what the steps do not need (`reserve`), which rank 0 logs. Ranks on the CPUs of one host share its
+    memory evenly.
 
     Raises:
-        ValueError: not even one sequence of max_seq_len fits.
+        ValueError: not even one sequence of max_seq_len fits; or, on a GPU, not all that were asked for.
     """
+    block = bytes_per_block(args, block_size=config.block_size, n_kv_heads=n_kv_heads, dtype=dtype)
+    if device.type == "cuda":
+        return _count_on_gpu(config, reserve(args, config, dtype=dtype, degree=degree), block, device, logs=rank == 0)
     if config.kv_memory_fraction is None:
         return config.max_batch_size * config.blocks_per_sequence
-    if device.type == "cuda":
-        free = torch.cuda.mem_get_info(device)[0]
-    else:
-        free = psutil.virtual_memory().available // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-    block = bytes_per_block(args, block_size=config.block_size, n_kv_heads=n_kv_heads, dtype=dtype)
+    # A machine that serves from GPUs need not have it.
+    import psutil
+
+    free = psutil.virtual_memory().available // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
     count = int(free * config.kv_memory_fraction) // block
     if count < config.blocks_per_sequence:
-        raise ValueError(
-            f"kv_memory_fraction={config.kv_memory_fraction:g} of {free / 2**30:.1f} GiB holds {count} blocks of "
-            f"{config.block_size} tokens, but one sequence of max_seq_len={config.max_seq_len} needs "
-            f"{config.blocks_per_sequence}: raise the fraction or lower max_seq_len"
-        )
+        raise ValueError(f"{_shortage(config, free, count)}: raise the fraction or lower max_seq_len")
     return count
+
+
+def _count_on_gpu(
+    config: EngineConfig, reserved: dict[str, int], block: int, device: torch.device, *, logs: bool
+) -> int:
+    # What loading has given back is torch's until now.
+    torch.cuda.empty_cache()
+    free = torch.cuda.mem_get_info(device)[0]
+    left = max(0, free - sum(reserved.values()))
+    share_out = (
+        f"of {free / 2**30:.1f} GiB free on {device} after loading, {sum(reserved.values()) / 2**30:.1f} GiB are "
+        f"reserved for the steps ({describe(reserved)})"
+    )
+    if logs:
+        logger.info("%s", share_out)
+    remedy = "max_seq_len, max_batch_size or max_step_tokens, or raise the tensor-parallel degree"
+    if config.kv_memory_fraction is None:
+        count = config.max_batch_size * config.blocks_per_sequence
+        needed = (count + 1) * block  # one more is the scratch block
+        if needed > left:
+            raise ValueError(
+                f"the KV cache for max_batch_size={config.max_batch_size} sequences of "
+                f"max_seq_len={config.max_seq_len} needs {needed / 2**30:.1f} GiB, but {left / 2**30:.1f} GiB are "
+                f"left: {share_out}; lower {remedy}, or set kv_memory_fraction to 0.9, by which they share the rest"
+            )
+        return count
+    count = max(0, int(left * config.kv_memory_fraction) // block - 1)
+    if count < config.blocks_per_sequence:
+        raise ValueError(f"{_shortage(config, left, count)}: {share_out}; raise the fraction, lower {remedy}")
+    return count
+
+
+def _shortage(config: EngineConfig, free: int, count: int) -> str:
+    return (
+        f"kv_memory_fraction={config.kv_memory_fraction:g} of {free / 2**30:.1f} GiB holds {count} blocks of "
+        f"{config.block_size} tokens, but one sequence of max_seq_len={config.max_seq_len} needs "
+        f"{config.blocks_per_sequence}"
+    )

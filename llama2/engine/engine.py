@@ -156,14 +156,22 @@ class Engine:
         """An engine for a model that is ready to run positions up to `config.max_seq_len`. Called on every rank.
 
         Raises:
-            ValueError: the memory does not hold one sequence of that length.
+            ValueError: the memory of some rank does not hold one sequence of that length, or the KV cache asked for.
             LockstepError: the ranks were given different settings.
         """
         args, dtype, device = model.args, model.norm.weight.dtype, model.norm.weight.device
         n_kv_heads = local_kv_heads(args, mesh)
         num_blocks = agree(
             (args, config, dtype, tokenizer.vocab_size),
-            count_blocks(args, config, n_kv_heads=n_kv_heads, dtype=dtype, device=device),
+            lambda: count_blocks(
+                args,
+                config,
+                n_kv_heads=n_kv_heads,
+                dtype=dtype,
+                device=device,
+                rank=collectives.rank,
+                degree=collectives.world_size,
+            ),
         )
         cache = KVCache(
             args,

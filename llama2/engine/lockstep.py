@@ -6,6 +6,7 @@ next; it counts them, and says so when the count does not fit.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -73,15 +74,24 @@ class Lockstep:
             self._runner.run(message)
 
 
-def agree(settings: object, num_blocks: int) -> int:
-    """The smallest `num_blocks` of all ranks, once it is sure that all were given the same settings.
+def agree(settings: object, count: Callable[[], int]) -> int:
+    """The smallest number that `count` gives on any rank, once it is sure that all were given the same settings.
 
     Raises:
         LockstepError: they were not; the message names the first rank that differs, and both settings.
+        ValueError: on every rank, if `count` raised one on some rank.
     """
+    mine: int | ValueError
+    try:
+        mine = count()
+    except ValueError as error:
+        mine = error  # alone this rank would leave, and the others wait for it
     answers: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(answers, (settings, num_blocks))
+    dist.all_gather_object(answers, (settings, mine))
     for rank, (theirs, _) in enumerate(answers):
         if theirs != answers[0][0]:
             raise LockstepError(f"rank {rank} was started with {theirs}, but rank 0 with {answers[0][0]}")
-    return min(blocks for _, blocks in answers)
+    for rank, (_, number) in enumerate(answers):
+        if isinstance(number, ValueError):
+            raise ValueError(f"rank {rank}: {number}" if len(answers) > 1 else str(number))
+    return min(number for _, number in answers)

@@ -11,6 +11,7 @@ import torch.distributed as dist
 from llama2 import LLM, Completion, SamplingParams
 from llama2.collectives import ProcessGroupCollectives
 from llama2.engine import engine as engine_module
+from llama2.engine.lockstep import agree
 from tests.support.checkpoints import write_checkpoint
 from tests.support.ranks import run_ranks
 from tests.support.tokenizers import tiny_sentencepiece
@@ -85,6 +86,21 @@ def start_differently(folder: str) -> None:
 def test_ranks_with_different_settings_do_not_start(tmp_path: Path) -> None:
     with pytest.raises(RuntimeError, match=r"rank 1 was started with .*max_seq_len=65"):
         run_ranks(2, start_differently, str(write(tmp_path)))
+
+
+def lack_memory_on_rank_1() -> str:
+    def count() -> int:
+        if dist.get_rank() == 1:
+            raise ValueError("1 block is too little")
+        return 100
+
+    with pytest.raises(ValueError) as caught:
+        agree("settings", count)
+    return str(caught.value)
+
+
+def test_a_rank_without_room_ends_the_start_on_all_ranks() -> None:
+    assert run_ranks(3, lack_memory_on_rank_1) == ["rank 1: 1 block is too little"] * 3
 
 
 def test_a_degree_that_the_model_cannot_take_is_refused_with_those_it_can(tmp_path: Path) -> None:
