@@ -14,6 +14,7 @@ import socket
 import tempfile
 import time
 from datetime import timedelta
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -146,8 +147,11 @@ class SharedMemoryCollectives:
         self._header = memoryview(mapping)[:header_bytes].cast("q")
         self._mapping = torch.frombuffer(mapping, dtype=torch.uint8)
         self._slots = self._mapping[header_bytes:].view(2, world_size, SLOT_BYTES)
-        # Of this rank; read by the others. The operators count in the same place.
-        self._has_operators = load_library()
+
+    @cached_property
+    def _has_operators(self) -> bool:
+        """They count in the same place. GPUs that only hear rank 0 here need not wait until they are compiled."""
+        return load_library()
 
     @property
     def _operation(self) -> int:

@@ -197,5 +197,10 @@ class EngineConfig:
             raise ValueError(f"kv_memory_fraction must be in (0, 1], got {self.kv_memory_fraction!r}")
 
     @property
+    def recorded_tokens(self) -> int:
+        """Of the largest pass that is worth recording: a larger one computes for longer than its launches take."""
+        return max(self.max_batch_size, min(self.max_step_tokens, 512))
+
+    @property
     def blocks_per_sequence(self) -> int:
         return math.ceil(self.max_seq_len / self.block_size)

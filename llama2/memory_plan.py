@@ -14,14 +14,12 @@ from llama2.config import EngineConfig, ModelArgs
 from llama2.splits import chunk, mesh_shape, split
 
 MIB = 1 << 20
-# A pass of at most so many tokens may be recorded.
-RECORDED_TOKENS = 512
 # A recording's own memory beside that of its tensors.
 RECORDING_BYTES = 4 * MIB
-# Positions whose attention is summed apart from others' (SPLIT in llama2/kernels/triton_attention.py).
+# Positions whose attention is summed apart from others': SPLIT of llama2/kernels/triton_attention.py.
 ATTENTION_PIECE = 256
-# Per logit of a row that is sampled: copies with biases and penalties, weights, a sort with its indices and scratch.
-SAMPLING_BYTES = 64
+# Per logit of a row that is sampled: copies with biases, penalties and masks, weights, and what is made on the way.
+SAMPLING_BYTES = 32
 # cuBLAS takes that much on a Hopper GPU for each stream, elsewhere less.
 CUBLAS_WORKSPACE_BYTES = 32 * MIB
 # Code is loaded to the GPU when a kernel is first started.
@@ -52,9 +50,8 @@ def reserve(args: ModelArgs, config: EngineConfig, *, dtype: torch.dtype, degree
         "pages of the KV cache": 2 * args.n_layers * PAGE_BYTES,
     }
     if config.cuda_graphs:
-        tokens = max(config.max_batch_size, min(config.max_step_tokens, RECORDED_TOKENS))
         reserved["CUDA graphs"] = (
-            _activation_bytes(args, tokens, dtype=dtype, degree=degree)
+            _activation_bytes(args, config.recorded_tokens, dtype=dtype, degree=degree)
             + attention
             # The latest logits stay where they are until they are sampled.
             + config.max_batch_size * (per_row + 4 * vocab_size)

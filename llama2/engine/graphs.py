@@ -24,9 +24,6 @@ from llama2.engine.scheduler import Chunk, Plan
 from llama2.kv_cache import KVCache
 from llama2.model import Transformer
 
-# Beyond, a pass computes for longer than its launches take.
-MAX_RECORDED_TOKENS = 512
-
 
 class Recording(Protocol):
     """A procedure on fixed tensors that can be run again."""
@@ -47,9 +44,8 @@ def batch_sizes(max_batch_size: int) -> tuple[int, ...]:
     return (*(size for size in sizes if size < max_batch_size), max_batch_size)
 
 
-def token_sizes(max_step_tokens: int) -> tuple[int, ...]:
-    """Of passes that hold prompts: tokens, up to the largest pass or the largest that is worth recording."""
-    largest = min(max_step_tokens, MAX_RECORDED_TOKENS)
+def token_sizes(largest: int) -> tuple[int, ...]:
+    """Tokens of passes that hold prompts, as far as they are below the largest; and that."""
     return (*(size for size in (32, 64, 128, 256, 384) if size < largest), largest)
 
 
@@ -71,7 +67,7 @@ class PassGraphs:
         self._latest = latest
         self._device = device
         self._batch_sizes = batch_sizes(config.max_batch_size)
-        self._token_sizes = token_sizes(config.max_step_tokens)
+        self._token_sizes = token_sizes(config.recorded_tokens)
         self._logits_RV: torch.Tensor | None = None
         leads = model.output.collectives.rank == 0
         if leads:

@@ -184,7 +184,7 @@ open(sys.argv[4], "w").write(json.dumps([reply.token_ids for reply in replies]))
 
 
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA GPUs")
-@pytest.mark.parametrize("settings", [{}, {"symm_mem_all_reduce": True}, {"cuda_graphs": False}], ids=str)
+@pytest.mark.parametrize("settings", [{}, {"symm_mem_all_reduce": False}, {"cuda_graphs": False}], ids=str)
 def test_two_gpus_reply_what_one_replies(folder: Path, tmp_path: Path, settings: dict[str, bool]) -> None:
     (tmp_path / "script.py").write_text(SCRIPT)
     prompts = [prompt(length) for length in (40, 3, 90)]

@@ -65,7 +65,8 @@ class Recorded:
 def recorder_of(max_batch_size: int, max_step_tokens: int = 512) -> Recorder:
     """Of passes that decode so many sequences, "3", or that hold so many "tokens: 64"; the largest first."""
     sizes = [(size, f"{size}") for size in batch_sizes(max_batch_size)]
-    sizes += [(size, f"tokens: {size}") for size in token_sizes(max_step_tokens)]
+    largest = EngineConfig(max_batch_size=max_batch_size, max_step_tokens=max_step_tokens).recorded_tokens
+    sizes += [(size, f"tokens: {size}") for size in token_sizes(largest)]
     return Recorder([name for _, name in sorted(sizes, reverse=True)])
 
 
@@ -106,10 +107,16 @@ def test_buckets_grow_to_the_largest_batch_and_no_further(largest: int, sizes: t
 
 @pytest.mark.parametrize(
     ("largest", "sizes"),
-    [(1, (1,)), (32, (32,)), (100, (32, 64, 100)), (512, (32, 64, 128, 256, 384, 512)), (2048, token_sizes(512))],
+    [
+        (1, (1,)),
+        (32, (32,)),
+        (100, (32, 64, 100)),
+        (512, (32, 64, 128, 256, 384, 512)),
+        (2048, (32, 64, 128, 256, 384, 512)),
+    ],
 )
 def test_passes_with_prompts_are_recorded_as_far_as_it_pays(largest: int, sizes: tuple[int, ...]) -> None:
-    assert token_sizes(largest) == sizes
+    assert token_sizes(EngineConfig(max_batch_size=1, max_step_tokens=largest).recorded_tokens) == sizes
 
 
 def test_replies_are_the_same_recorded_and_not(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -17,7 +17,7 @@ import pytest
 import torch
 import torch.nn.functional as functional
 
-from llama2 import LLM, Completion, SamplingParams
+from llama2 import LLM, Completion, SamplingParams, memory_plan
 from llama2.kernels import choose_kernels
 from llama2.kernels.plain import PlainKernels
 from tests.support.batches import BLOCK_SIZE, ragged_batch, random_cache
@@ -161,6 +161,13 @@ def test_attend_gives_a_decoding_row_the_same_bits_in_any_company(kernels: CudaK
             num_single=1,
         )
         assert torch.equal(kernels.attend(q[row : row + 1], one, 0)[0], together[row])
+
+
+def test_the_memory_plan_knows_the_pieces() -> None:
+    """It must do without Triton."""
+    from llama2.kernels import triton_attention
+
+    assert triton_attention.SPLIT == memory_plan.ATTENTION_PIECE
 
 
 def test_a_context_of_many_pieces(kernels: CudaKernels, monkeypatch: pytest.MonkeyPatch) -> None:
