@@ -5,17 +5,14 @@ The engine is the server's, driven by hand; under torchrun every rank makes one.
 
 from __future__ import annotations
 
+import codecs
 import math
-import os
-import tempfile
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from itertools import count
 from pathlib import Path
 
-import psutil
-import tokenizers
 import torch
 import torch.distributed as dist
 from torch.distributed.tensor import DTensor
@@ -27,9 +24,10 @@ from llama2.config import EngineConfig, ModelArgs
 from llama2.engine.engine import Engine
 from llama2.engine.sequence import Request, SamplingParams
 from llama2.loader import build_model
+from llama2.memory import free_memory
 from llama2.parallel import build_mesh
 from llama2.threads import undivided
-from llama2.tokenizer import Tokenizer, load_tokenizer
+from llama2.tokenizer import Tokenizer
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -51,24 +49,26 @@ class MeasuredEngine:
     def __init__(self, engine: Engine) -> None:
         self._engine = engine
         self._calls = count()
-        self._seen: set[int] = set()
+        self._seen: set[tuple[int, int]] = set()
 
     def run(self, work: Work) -> Done:
-        """Do `work` and time it; see `Done`. A batch size that was not seen before is warmed up first.
+        """Do `work` and time it; see `Done`. Work of a size that was not seen before is warmed up first.
 
         The prompts alone come first, each with its first token. Then again, and from where all of them decode, steps
         are timed. The first replies are then longer than the last: they gained a token in each step of the prefill.
         """
-        if len(work.prompts) not in self._seen:
-            self._seen.add(len(work.prompts))
-            self._run(Work(prompts=[ids[:16] for ids in work.prompts], new_tokens=2))
+        size = len(work.prompts), len(work.prompts[0])
+        if size not in self._seen:
+            self._seen.add(size)
+            # At full length: the first product of a size may choose its kernel, and the first kernel of a kind compile.
+            self._add(work, max_new_tokens=3)
+            self._finish()
         return self._run(work)
 
     def _run(self, work: Work) -> Done:
         started = time.perf_counter()
         self._add(work, max_new_tokens=1)
-        while self._engine.has_work:
-            self._engine.step()
+        self._finish()
         prefill_seconds = time.perf_counter() - started
         replies: dict[str, list[int]] = {request_id: [] for request_id in self._add(work, max_new_tokens=None)}
         while not all(replies.values()):
@@ -79,8 +79,7 @@ class MeasuredEngine:
         decode_seconds = time.perf_counter() - started
         for request_id in replies:
             self._engine.abort(request_id)
-        while self._engine.has_work:
-            self._engine.step()
+        self._finish()
         return Done(
             prefill_seconds=prefill_seconds,
             decode_seconds=decode_seconds,
@@ -94,6 +93,10 @@ class MeasuredEngine:
             self._engine.add(Request(request_id=request_id, prompt_ids=tuple(prompt), params=params))
         return ids
 
+    def _finish(self) -> None:
+        while self._engine.has_work:
+            self._engine.step()
+
     def _step(self, replies: dict[str, list[int]]) -> None:
         for output in self._engine.step():
             replies[output.request_id] += output.token_ids
@@ -106,15 +109,15 @@ def fit_memory(
 
     The process group is up.
     """
-    if device.type == "cuda":
-        free = torch.cuda.mem_get_info(device)[0]
-    else:
-        free = psutil.virtual_memory().available // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
     ranks = dist.get_world_size()
     weights = (read_parameters(args) + args.vocab_size * args.dim) * dtype.itemsize / ranks
     tokens = config.max_batch_size * config.blocks_per_sequence * config.block_size
     kv = tokens * kv_bytes_per_token(args, itemsize=dtype.itemsize) / min(ranks, args.n_kv_heads)
-    return config if weights + kv <= memory_share * free else replace(config, kv_memory_fraction=memory_share)
+    return (
+        config
+        if weights + kv <= memory_share * free_memory(device)
+        else replace(config, kv_memory_fraction=memory_share)
+    )
 
 
 def random_engine(args: ModelArgs, config: EngineConfig, *, dtype: torch.dtype, device: torch.device) -> Engine:
@@ -129,7 +132,7 @@ def random_engine(args: ModelArgs, config: EngineConfig, *, dtype: torch.dtype, 
         model = build_model(
             args, mesh, collectives, dtype=dtype, device=device, max_seq_len=config.max_seq_len, fill=_draw
         )
-        return Engine.from_model(model, mesh, collectives, tokenizer=_tokenizer(args.vocab_size), config=config)
+        return Engine.from_model(model, mesh, collectives, tokenizer=MadeUpTokenizer(args.vocab_size), config=config)
 
 
 def _draw(weights: Mapping[str, DTensor]) -> None:
@@ -138,16 +141,26 @@ def _draw(weights: Mapping[str, DTensor]) -> None:
         share.fill_(1) if name.endswith("norm.weight") else share.normal_(std=0.02)
 
 
-def _tokenizer(vocab_size: int) -> Tokenizer:
-    """A byte-level vocabulary of `vocab_size` made-up pieces: a reply's ids become text, as they do in the server."""
-    alphabet = sorted(tokenizers.pre_tokenizers.ByteLevel.alphabet())
-    pieces = [*alphabet, *(f"Ġ{index}" for index in range(max(0, vocab_size - len(alphabet))))][:vocab_size]
-    tokenizer = tokenizers.Tokenizer(
-        tokenizers.models.BPE(vocab={piece: index for index, piece in enumerate(pieces)}, merges=[])
-    )
-    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = tokenizers.decoders.ByteLevel()
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder, "tokenizer.json")
-        tokenizer.save(str(path))
-        return load_tokenizer(path)
+class MadeUpTokenizer(Tokenizer):
+    """The 256 bytes, and made-up words up to `vocab_size`: a reply's ids become text, as they do in the server.
+
+    Reads no text, and needs no library that would.
+    """
+
+    def __init__(self, vocab_size: int) -> None:
+        words = (b" %d" % index for index in range(vocab_size - 256))
+        pieces = [*(bytes([byte]) for byte in range(256)), *words][:vocab_size]
+        super().__init__(
+            path=Path("made-up", "tokenizer"),
+            pieces=pieces,
+            special_tokens={},
+            names={},
+            adds_bos=False,
+            word_starts=frozenset(),
+        )
+
+    def _encode(self, text: str, after_special: bool) -> list[int]:
+        raise NotImplementedError("prompts come as token ids")
+
+    def text_decoder(self) -> codecs.IncrementalDecoder:
+        return codecs.getincrementaldecoder("utf-8")("replace")

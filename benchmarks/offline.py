@@ -21,7 +21,6 @@ from typing import Any
 import numpy as np
 import torch
 import torch.distributed as dist
-from tqdm import tqdm
 
 from benchmarks.ceilings import Ceilings, measure_ceilings
 from benchmarks.engines import Cell, MeasuredEngine, fit_memory, random_engine
@@ -35,6 +34,7 @@ from benchmarks.shapes import find_shape
 from llama2.config import EngineConfig, ModelArgs
 from llama2.engine.engine import Engine
 from llama2.parallel import choose_device, init_process_group
+from llama2.progress import progress
 from scripts.flags import check_counts, given, run, several
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
@@ -172,8 +172,11 @@ def benchmark(
     )
     print_tables(title, figures)
     save(path, "offline", settings, figures)
-    plot(path.with_suffix(".png"), title, figures)
-    print(f"wrote {path} and {path.with_suffix('.png')}")
+    print(f"wrote {path}")
+    try:
+        print(f"wrote {plot(path.with_suffix('.png'), title, figures)}")
+    except ImportError as error:
+        print(f"no plot is drawn: {error}")
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -209,7 +212,7 @@ class _Run:
                     answers[name] = {"version": theirs.version, "rows": rows}
             except PeerError as error:
                 answers[name] = {"not_run": f"failed: {error}"}
-        for cell, rounds in tqdm([*measured.items()], desc="ours", unit="cell", disable=None):
+        for cell, rounds in progress([*measured.items()], desc="ours", unit="cell", disable=None):
             while len(rounds) < self.rounds:
                 rounds.append(mine.run(self._work(cell, len(rounds))))
         return {
@@ -222,7 +225,7 @@ class _Run:
         self, name: str, mine: MeasuredEngine, theirs: Peer, measured: dict[Cell, list[Done]]
     ) -> list[dict[str, Any]]:
         rows = []
-        for cell, rounds in tqdm([*measured.items()], desc=f"ours and {name}", unit="cell", disable=None):
+        for cell, rounds in progress([*measured.items()], desc=f"ours and {name}", unit="cell", disable=None):
             where = {"batch": cell.batch, "context": cell.context}
             pairs = []
             try:

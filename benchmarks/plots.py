@@ -8,9 +8,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from matplotlib.figure import Figure
-from matplotlib.ticker import LogLocator, NullFormatter, ScalarFormatter, StrMethodFormatter
-
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Line:
@@ -38,6 +35,9 @@ class Panel:
 
 def draw(path: Path | str, title: str, panels: list[Panel]) -> Path:
     """Write the panels as one PNG file and return its path; folders are made, an earlier file is replaced."""
+    from matplotlib.figure import Figure
+    from matplotlib.ticker import LogLocator, NullFormatter, ScalarFormatter, StrMethodFormatter
+
     path = Path(path)
     figure = Figure(figsize=(6.5 * len(panels), 5), layout="constrained")
     figure.suptitle(title)

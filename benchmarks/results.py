@@ -16,8 +16,6 @@ from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
-import psutil
-
 ROOT = Path(__file__).resolve().parent.parent
 # Where a command writes unless told otherwise. What docs/performance.md quotes was written to benchmarks/results/.
 RESULTS = ROOT / "build" / "results"
@@ -29,7 +27,7 @@ def machine() -> dict[str, Any]:
     return {
         "cpu": _cpu_model(),
         "cores": len(os.sched_getaffinity(0)),
-        "memory_gib": round(psutil.virtual_memory().total / 2**30, 1),
+        "memory_gib": round(os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / 2**30, 1),
         "gpus": _said_by("nvidia-smi", "--query-gpu=name", "--format=csv,noheader").splitlines(),
     }
 

@@ -14,12 +14,12 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
-from tqdm import tqdm
 
 from llama2.chat import encode_dialog
 from llama2.config import EngineConfig
 from llama2.engine.engine import Engine
 from llama2.engine.sequence import Completion, Output, Request, SamplingParams
+from llama2.progress import progress
 
 Dialog = list[Mapping[str, str]]
 
@@ -135,7 +135,7 @@ class LLM:
         for request in requests:
             self._engine.add(request)
         try:
-            with tqdm(total=len(requests), desc="generate", unit="reply", delay=2) as bar:
+            with progress(total=len(requests), desc="generate", unit="reply", delay=2) as bar:
                 while self._engine.has_work:
                     for output in self._engine.step():
                         if output.request_id in gained:  # else it was left over by an interrupted call

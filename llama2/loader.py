@@ -15,7 +15,6 @@ import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
-from tqdm import tqdm
 
 from llama2.checkpoint.dcp import DcpFolder
 from llama2.checkpoint.mapped import MappedReader
@@ -24,6 +23,7 @@ from llama2.config import ModelArgs
 from llama2.kernels import choose_kernels
 from llama2.model import Transformer
 from llama2.parallel import allocate, connect
+from llama2.progress import progress
 
 logger = logging.getLogger(__name__)
 
@@ -73,7 +73,9 @@ def load_model(
     def fill(at_rest: Mapping[str, DTensor]) -> None:
         total = sum(weight.to_local().nbytes for weight in at_rest.values())
         with (
-            tqdm(total=total, desc="loading", unit="B", unit_scale=True, delay=2, disable=collectives.rank != 0) as bar,
+            progress(
+                total=total, desc="loading", unit="B", unit_scale=True, delay=2, disable=collectives.rank != 0
+            ) as bar,
             warnings.catch_warnings(),
         ):
             # Every rank finds its own pieces: there is nothing to agree on.

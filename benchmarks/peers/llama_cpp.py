@@ -45,7 +45,7 @@ class LlamaCpp:
         shape = (len(work.prompts), len(work.prompts[0]) + work.new_tokens + 1)
         if shape != self._shape:
             self._open(*shape)
-            self._run(Work(prompts=[ids[:16] for ids in work.prompts], new_tokens=2))
+            self._run(Work(prompts=work.prompts, new_tokens=2))
         return self._run(work)
 
     def _open(self, sequences: int, length: int) -> None:

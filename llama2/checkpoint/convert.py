@@ -16,7 +16,6 @@ from typing import Literal, TypeVar
 import torch
 import torch.distributed as dist
 from torch.distributed.checkpoint import CheckpointException
-from tqdm import tqdm
 
 from llama2.checkpoint.dcp import METADATA_FILE, Chunk, DcpFolder, save_chunks
 from llama2.checkpoint.fairscale import (
@@ -30,6 +29,7 @@ from llama2.checkpoint.fairscale import (
 )
 from llama2.checkpoint.staging import StagedFolder
 from llama2.config import MODEL_ARGS_FILE, ModelArgs
+from llama2.progress import Bar, progress
 from llama2.tokenizer import BPE_FILE, SENTENCEPIECE_FILE, Tokenizer, load_tokenizer
 
 logger = logging.getLogger(__name__)
@@ -152,11 +152,11 @@ class _Ranks:
                 mine.append(index)
         return [order[index] for index in sorted(mine)]
 
-    def progress(self, what: str, total: int) -> tqdm:
+    def progress(self, what: str, total: int) -> Bar:
         """A bar of bytes, shown by rank 0 for its own share, which stands for all."""
         if self.world_size > 1:
             what += f" (share 1 of {self.world_size})"
-        return tqdm(desc=what, total=total, unit="B", unit_scale=True, disable=self.rank != 0, leave=True)
+        return progress(desc=what, total=total, unit="B", unit_scale=True, disable=self.rank != 0, leave=True)
 
 
 def _message(error: BaseException) -> str:

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import sys
 from typing import Any
 
 import pytest
 
-from scripts.flags import check_amounts, check_counts, given, several
+from scripts.flags import check_amounts, check_counts, given, run, several
 
 
 @pytest.mark.parametrize("value", [0, -1, 1.5, True, None, "many", "", [0, 1], [], [1, "x"], (1, 2), float("nan")])
@@ -36,3 +37,9 @@ def test_what_was_left_out_is_not_checked() -> None:
 @pytest.mark.parametrize(("value", "values"), [(1, [1]), ((1, 8), [1, 8]), ("a,b", ["a", "b"]), ("", []), (2.5, [2.5])])
 def test_one_value_and_several_are_read_alike(value: Any, values: list[Any]) -> None:
     assert several(value) == values
+
+
+def test_a_command_without_fire_says_what_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "fire", None)
+    with pytest.raises(SystemExit, match=r"^error: this command needs fire for its flags: pip install fire$"):
+        run(lambda: pytest.fail("ran"))
