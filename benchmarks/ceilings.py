@@ -49,8 +49,10 @@ class Ceilings:
 @torch.inference_mode()
 def measure_ceilings(device: torch.device, dtype: torch.dtype) -> Ceilings:
     """Measure on every rank of the process group at once; each gets the sum over the ranks."""
-    ranks: list[tuple[float, float, float]] = [(0, 0, 0)] * dist.get_world_size()
-    dist.all_gather_object(ranks, (*_memory_rates(device), _product_rate(device, dtype)))
+    mine = (*_memory_rates(device), _product_rate(device, dtype))
+    ranks: list[tuple[float, float, float]] = [mine] * dist.get_world_size()
+    if len(ranks) > 1:
+        dist.all_gather_object(ranks, mine)
     copy, read, flops = (sum(rates) for rates in zip(*ranks, strict=True))
     return Ceilings(copy_bytes_per_second=copy, read_bytes_per_second=read, flops_per_second=flops)
 
@@ -76,7 +78,8 @@ def _best_seconds(work: Callable[[], object], device: torch.device) -> float:
     """The shortest time of `work` in about `SECONDS` of tries, all ranks starting together."""
     work()
     _wait(device)
-    dist.barrier()
+    if dist.get_world_size() > 1:
+        dist.barrier()
     best, deadline = float("inf"), time.perf_counter() + SECONDS
     while time.perf_counter() < deadline:
         started = time.perf_counter()

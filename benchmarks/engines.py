@@ -13,6 +13,7 @@ from dataclasses import dataclass, replace
 from itertools import count
 from pathlib import Path
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from torch.distributed.tensor import DTensor
@@ -41,6 +42,23 @@ class Cell:
         """Positions that the longest sequence takes: the first, which decodes while the other prompts are computed."""
         early = math.ceil(self.batch * self.context / (max_step_tokens - self.batch))
         return self.context + early + new_tokens + 1
+
+    def work(self, index: int, *, vocab_size: int, new_tokens: int, seed: int = 0) -> Work:
+        """Round `index`: the same prompts for whoever runs it, and for nothing else."""
+        generator = np.random.default_rng((seed, self.batch, self.context, index))
+        prompts = generator.integers(0, vocab_size, (self.batch, self.context))
+        return Work(prompts=prompts.tolist(), new_tokens=new_tokens)
+
+    def reason_to_skip(self, engine: Engine, new_tokens: int) -> str | None:
+        """Why the engine cannot do it; None if it can."""
+        config = engine.config
+        needed = self.length(new_tokens, config.max_step_tokens)
+        if needed > config.max_seq_len:
+            return f"its longest sequence takes {needed} positions, and max_seq_len is {config.max_seq_len}"
+        blocks, there = self.batch * -(-needed // config.block_size), engine.stats().total_blocks
+        if blocks > there:
+            return f"memory holds {there * config.block_size} tokens of KV cache, not {blocks * config.block_size}"
+        return None
 
 
 class MeasuredEngine:
@@ -126,13 +144,33 @@ def random_engine(args: ModelArgs, config: EngineConfig, *, dtype: torch.dtype, 
     Raises:
         ValueError: the model cannot be split over the ranks, or a sequence of max_seq_len does not fit.
     """
-    mesh = build_mesh(args, device.type)
-    with undivided():
-        collectives = connect(device, symm_mem_all_reduce=config.symm_mem_all_reduce)
-        model = build_model(
-            args, mesh, collectives, dtype=dtype, device=device, max_seq_len=config.max_seq_len, fill=_draw
-        )
-        return Engine.from_model(model, mesh, collectives, tokenizer=MadeUpTokenizer(args.vocab_size), config=config)
+    return RandomModel(args, config, dtype=dtype, device=device).engine(config)
+
+
+class RandomModel:
+    """A model with random weights, from which engines of several sizes can be made. Made on every rank."""
+
+    def __init__(self, args: ModelArgs, config: EngineConfig, *, dtype: torch.dtype, device: torch.device) -> None:
+        self._mesh = build_mesh(args, device.type)
+        with undivided():
+            self._collectives = connect(device, symm_mem_all_reduce=config.symm_mem_all_reduce)
+            self._model = build_model(
+                args,
+                self._mesh,
+                self._collectives,
+                dtype=dtype,
+                device=device,
+                max_seq_len=config.max_seq_len,
+                fill=_draw,
+            )
+        self._tokenizer = MadeUpTokenizer(args.vocab_size)
+
+    def engine(self, config: EngineConfig) -> Engine:
+        """Its max_seq_len is at most the model's."""
+        with undivided():
+            return Engine.from_model(
+                self._model, self._mesh, self._collectives, tokenizer=self._tokenizer, config=config
+            )
 
 
 def _draw(weights: Mapping[str, DTensor]) -> None:

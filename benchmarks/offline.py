@@ -18,7 +18,6 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 import torch.distributed as dist
 
@@ -199,7 +198,7 @@ class _Run:
     ) -> dict[str, Any]:
         """Every cell, and that of every peer which is not `missing`, as JSON: `ceilings`, `rows` and `peers`."""
         mine = MeasuredEngine(self.engine)
-        reasons = {cell: reason for cell in cells if (reason := self._reason_to_skip(cell))}
+        reasons = {cell: reason for cell in cells if (reason := cell.reason_to_skip(self.engine, self.new_tokens))}
         measured: dict[Cell, list[Done]] = {cell: [] for cell in cells if cell not in reasons}
         answers: dict[str, dict[str, Any]] = {}
         for name, kind in peers.items() if measured else ():
@@ -252,21 +251,8 @@ class _Run:
             rounds=rounds,
         )
 
-    def _reason_to_skip(self, cell: Cell) -> str | None:
-        config = self.engine.config
-        needed = cell.length(self.new_tokens, config.max_step_tokens)
-        if needed > config.max_seq_len:
-            return f"its longest sequence takes {needed} positions, and max_seq_len is {config.max_seq_len}"
-        blocks, there = cell.batch * -(-needed // config.block_size), self.engine.stats().total_blocks
-        if blocks > there:
-            return f"memory holds {there * config.block_size} tokens of KV cache, not {blocks * config.block_size}"
-        return None
-
     def _work(self, cell: Cell, index: int) -> Work:
-        """Round `index` of a cell: the same prompts for whoever runs it, and for nothing else."""
-        generator = np.random.default_rng((self.seed, cell.batch, cell.context, index))
-        prompts = generator.integers(0, self.args.vocab_size, (cell.batch, cell.context))
-        return Work(prompts=prompts.tolist(), new_tokens=self.new_tokens)
+        return cell.work(index, vocab_size=self.args.vocab_size, new_tokens=self.new_tokens, seed=self.seed)
 
     def _start(self, name: str, kind: PeerKind, cells: list[Cell]) -> Peer:
         weights = {

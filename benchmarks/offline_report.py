@@ -68,6 +68,11 @@ def peer_row(
     }
 
 
+def measured_table(rows: list[dict[str, Any]]) -> str:
+    """The rows that were measured, and of each other the reason."""
+    return _table(("prefill tok/s", "limit", "%", "TTFT s", "decode tok/s", "limit", "%", "ms/step"), rows, _cells)
+
+
 def print_tables(title: str, figures: dict[str, Any]) -> None:
     ceilings = figures["ceilings"]
     print(f"\n{title}")
@@ -77,17 +82,19 @@ def print_tables(title: str, figures: dict[str, Any]) -> None:
         f"product {ceilings['flops_per_second'] / 1e12:.2f} TFLOP/s; "
         f"the engine was ready after {figures['ready_seconds']:.1f} s\n"
     )
-    columns = ("prefill tok/s", "limit", "%", "TTFT s", "decode tok/s", "limit", "%", "ms/step")
-    _print_rows(columns, figures["rows"], _cells)
+    print(measured_table(figures["rows"]))
     for name, peer in figures["peers"].items():
-        if "rows" not in peer:
-            print(f"\n{name}: {peer['not_run']}")
-            continue
-        print(
-            f"\n{name} {peer['version']}, and ours / {name}: median (min to max); alike: replies with our first token"
-        )
-        ratios = ("prefill tok/s", "ours / theirs", "decode tok/s", "ours / theirs", "alike")
-        _print_rows(ratios, peer["rows"], _peer_cells)
+        print(f"\n{peer_table(name, peer)}")
+
+
+def peer_table(name: str, peer: dict[str, Any]) -> str:
+    if "rows" not in peer:
+        return f"{name}: {peer['not_run']}"
+    ratios = ("prefill tok/s", "ours / theirs", "decode tok/s", "ours / theirs", "alike")
+    return (
+        f"{name} {peer['version']}, and ours / {name}: median (min to max); alike: replies with our first token\n"
+        + _table(ratios, peer["rows"], _peer_cells)
+    )
 
 
 def plot(path: Path, title: str, figures: dict[str, Any]) -> Path:
@@ -134,19 +141,14 @@ def _spread(values: Iterable[float]) -> dict[str, float]:
     return {"min": ordered[0], "median": statistics.median(ordered), "max": ordered[-1]}
 
 
-def _print_rows(
-    columns: Sequence[str], rows: list[dict[str, Any]], cells: Callable[[dict[str, Any]], list[str]]
-) -> None:
-    """The rows that were measured as a table, then of each other the reason."""
-    print(
-        table(
-            ("batch", "context", *columns),
-            [(str(row["batch"]), str(row["context"]), *cells(row)) for row in _present(rows)],
-        )
-    )
-    for row in rows:
-        if "skipped" in row:
-            print(f"batch {row['batch']} at context {row['context']} was skipped: {row['skipped']}")
+def _table(columns: Sequence[str], rows: list[dict[str, Any]], cells: Callable[[dict[str, Any]], list[str]]) -> str:
+    lines = [(str(row["batch"]), str(row["context"]), *cells(row)) for row in _present(rows)]
+    reasons = [
+        f"batch {row['batch']} at context {row['context']} was skipped: {row['skipped']}"
+        for row in rows
+        if "skipped" in row
+    ]
+    return "\n".join((table(("batch", "context", *columns), lines), *reasons))
 
 
 def _cells(row: dict[str, Any]) -> list[str]:

@@ -6,6 +6,7 @@ Knows neither what a benchmark measures nor torch, and nothing that names the ma
 from __future__ import annotations
 
 import contextlib
+import functools
 import importlib.metadata
 import json
 import os
@@ -72,7 +73,10 @@ def save(path: Path | str, kind: str, settings: Mapping[str, Any], figures: Any)
         "figures": figures,
     }
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(content, indent=1, allow_nan=False) + "\n", encoding="utf-8")
+    # Whole or not at all: whoever writes after each figure may be killed at any time.
+    partial = path.with_name(f"{path.name}.partial")
+    partial.write_text(json.dumps(content, indent=1, allow_nan=False) + "\n", encoding="utf-8")
+    partial.replace(path)
     return path
 
 
@@ -85,8 +89,9 @@ def _cpu_model() -> str:
     return platform.processor() or platform.machine()
 
 
+@functools.cache
 def _said_by(*command: str) -> str:
-    """What a command prints; nothing where it is not installed or fails."""
+    """What a command prints, asked once; nothing where it is not installed or fails."""
     with contextlib.suppress(OSError, subprocess.CalledProcessError):
         return subprocess.run(command, capture_output=True, text=True, check=True).stdout
     return ""

@@ -32,3 +32,18 @@ def test_no_host_name_is_written(tmp_path: Path) -> None:
 def test_a_figure_that_is_no_number_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="not JSON compliant"):
         save(tmp_path / "one.json", "offline", {}, [float("nan")])
+
+
+def test_a_file_is_whole_or_as_it_was(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Who writes after each figure may be killed while it writes."""
+    path = save(tmp_path / "one.json", "offline", {}, [1])
+    write = Path.write_text
+
+    def be_killed(self: Path, text: str, **settings: str) -> int:
+        write(self, text[:10], **settings)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Path, "write_text", be_killed)
+    with pytest.raises(KeyboardInterrupt):
+        save(path, "offline", {}, [1, 2])
+    assert json.loads(path.read_text())["figures"] == [1]
