@@ -1,139 +1,118 @@
-"""Measures the GPU's kernels one by one: bytes per second, or FLOP per second, of each, at the shapes of Llama 2 7B.
+"""Measures the GPU's kernels one by one, beside PyTorch's own and beside variants of themselves.
 
     python -m benchmarks.gpu_kernels
 
-What a decoding step costs is the sum of these and of its launches: it says which kernel to work on, and which rows
-belong into `STREAMED_ROWS` of llama2/kernels/cuda.py. The caches are emptied before each call.
+What a decoding step costs is the sum of these: they say which kernel to work on, which rows belong into `STREAMED_ROWS`
+of llama2/kernels/cuda.py, and which numbers are the right ones there. Needs torch, triton and numpy alone.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from functools import partial
+import argparse
+import contextlib
+import dataclasses
+import subprocess
+import sys
+import time
+from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as functional
+import torch.distributed as dist
 
-from benchmarks.results import RESULTS, save
+from benchmarks.ceilings import measure_ceilings
+from benchmarks.gpu_report import GpuReport
+from benchmarks.limits import Rates
+from benchmarks.results import RESULTS
 from benchmarks.shapes import SHAPES
-from scripts.flags import run
+from benchmarks.sweeps import attention, products, sampling, steps
+from benchmarks.sweeps.bench import Bench
+from llama2.parallel import choose_device, init_process_group
 
-ARGS = SHAPES["7b"]
-DECODING = ((1, 128), (1, 1024), (1, 4096), (8, 1024), (64, 1024))
-PROMPTS = ((1, 512), (1, 2048), (4, 512))
-BLOCK_SIZE = 16
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+# What there is comes first, then what could be: time may end before.
+PARTS = (
+    products.measure,
+    attention.measure,
+    steps.measure,
+    sampling.measure,
+    products.sweep,
+    attention.sweep_decoding,
+    attention.sweep_prompts,
+)
 
 
-def benchmark(*, out: str = str(RESULTS / "gpu-kernels.json")) -> None:
-    """Measure, print, and write a JSON file.
+def main(arguments: list[str] | None = None) -> None:
+    arguments = sys.argv[1:] if arguments is None else arguments
+    settings = parser().parse_args(arguments)
+    deadline = time.monotonic() + settings.seconds
+    device, dtype, args = choose_device(settings.device), DTYPES[settings.dtype], SHAPES[settings.shape]
+    rows: list[dict[str, Any]] = []
 
-    Args:
-        out: the JSON file to write.
+    def keep(row: dict[str, Any]) -> None:
+        rows.append(row)
+        print(_line(row), flush=True)
+
+    if settings.compile is not None:
+        any_rates = Rates(bytes_per_second=1, flops_per_second=1)
+        share = (settings.compile, settings.compilers)
+        bench = Bench(device, dtype, any_rates, deadline=deadline, keep=keep, compiles=share)
+        with torch.inference_mode():
+            for part in PARTS:
+                part(bench, args)
+        return
+    if device.type == "cuda":
+        _compile_ahead(arguments, settings.compilers, deadline=time.monotonic() + settings.seconds / 2)
+    init_process_group(device)
+    ceilings = measure_ceilings(device, dtype)
+    bench = Bench(device, dtype, ceilings.rates, deadline=deadline, keep=keep)
+    for part in PARTS:
+        with torch.inference_mode():
+            part(bench, args)
+        GpuReport(settings.out).put(
+            "kernels",
+            {"shape": settings.shape, "device": settings.device, "dtype": settings.dtype},
+            {"ceilings": dataclasses.asdict(ceilings), "rows": rows},
+        )
+    print(f"wrote {settings.out}/gpu.json")
+
+
+def parser() -> argparse.ArgumentParser:
+    known = argparse.ArgumentParser(prog="python -m benchmarks.gpu_kernels", description=(__doc__ or "").split("\n")[0])
+    known.add_argument("--shape", choices=SHAPES, default="7b", help="whose layers' sizes")
+    known.add_argument("--seconds", type=float, default=100, help="what is not begun by then is left out")
+    known.add_argument("--compilers", type=int, default=8, help="processes that compile before anything is measured")
+    known.add_argument("--compile", type=int, metavar="I", help="be one of these, from 0 on, and measure nothing")
+    known.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
+    known.add_argument("--dtype", choices=DTYPES, default="bf16")
+    known.add_argument("--out", type=Path, default=RESULTS / "gpu", help="the folder of gpu.json")
+    return known
+
+
+def _compile_ahead(arguments: list[str], compilers: int, *, deadline: float) -> None:
+    """Have every kernel compiled by several processes at once, which takes longer than to measure them.
+
+    Triton keeps them on disk. What is not done by `deadline` this process compiles itself.
     """
-    if not torch.cuda.is_available():
-        raise SystemExit("needs a CUDA GPU")
-    rows = []
-    with torch.inference_mode():
-        for row in (*_products(), *_steps(), *_attention()):
-            print(f"{row['kernel']:32s} {row['microseconds']:9.1f} µs  {row['rate']:8.1f} {row['unit']}", flush=True)
-            rows.append(row)
-    print(save(out, "gpu-kernels", {"shape": "7b", "dtype": "bf16"}, rows))
+    command = [sys.executable, "-m", "benchmarks.gpu_kernels", *arguments, "--compile"]
+    processes = [subprocess.Popen([*command, str(index)]) for index in range(compilers)]
+    try:
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            for process in processes:
+                process.wait(max(0, deadline - time.monotonic()))
+    finally:
+        for process in processes:
+            process.kill()
+            process.wait()
 
 
-def _products() -> Iterator[dict[str, Any]]:
-    from llama2.kernels import triton_layers
-
-    qkv = (ARGS.n_heads + 2 * ARGS.n_kv_heads) * ARGS.head_dim
-    shapes = {
-        "wqkv": (qkv, ARGS.dim),
-        "wo": (ARGS.dim, ARGS.dim),
-        "w13": (2 * ARGS.hidden_dim, ARGS.dim),
-        "w2": (ARGS.dim, ARGS.hidden_dim),
-        "output": (ARGS.vocab_size, ARGS.dim),
-    }
-    for name, shape in shapes.items():
-        weight = _random(*shape)
-        for rows in (1, 2, 4, 8, 64):
-            x = _random(rows, shape[1])
-            yield _row(f"{name} cuBLAS, {rows} rows", partial(functional.linear, x, weight), weight.nbytes)
-            if rows <= 4:
-                yield _row(f"{name} Triton, {rows} rows", partial(triton_layers.linear, x, weight), weight.nbytes)
-
-
-def _steps() -> Iterator[dict[str, Any]]:
-    from llama2.kernels import triton_layers
-
-    rope = torch.rand(64, ARGS.head_dim // 2, 2, device="cuda")
-    keys, values = _cache(64)
-    for rows in (1, 64):
-        x, branch, weight = _random(rows, ARGS.dim), _random(rows, ARGS.dim), _random(ARGS.dim)
-        gate_up = _random(rows, 2 * ARGS.hidden_dim)
-        qkv = _random(rows, (ARGS.n_heads + 2 * ARGS.n_kv_heads) * ARGS.head_dim)
-        slots = torch.arange(rows, device="cuda")
-        yield _row(
-            f"add_rms_norm, {rows} rows",
-            partial(triton_layers.add_rms_norm, x, branch, weight, 1e-5),
-            4 * x.nbytes,
-        )
-        yield _row(
-            f"rotate_and_store, {rows} rows",
-            partial(triton_layers.rotate_and_store, qkv, rope[:rows], slots, keys, values),
-            2 * qkv.nbytes,
-        )
-        yield _row(f"silu_mul, {rows} rows", partial(triton_layers.silu_mul, gate_up), gate_up.nbytes * 3 // 2)
-
-
-def _attention() -> Iterator[dict[str, Any]]:
-    from llama2.kernels import triton_attention
-
-    for sequences, context in DECODING:
-        blocks = -(-context // BLOCK_SIZE)
-        keys, values = _cache(sequences * blocks)
-        tables = _tables(sequences, blocks)
-        contexts = torch.full((sequences,), context, dtype=torch.int32, device="cuda")
-        q = _random(sequences, ARGS.n_heads, ARGS.head_dim)
-        yield _row(
-            f"decode, {sequences} of {context}",
-            partial(triton_attention.attend_single, q, keys, values, tables, contexts),
-            keys.nbytes + values.nbytes,
-        )
-    for sequences, length in PROMPTS:
-        blocks = -(-length // BLOCK_SIZE)
-        keys, values = _cache(sequences * blocks)
-        tables = _tables(sequences, blocks)
-        contexts = torch.full((sequences,), length, dtype=torch.int32, device="cuda")
-        starts = torch.arange(0, (sequences + 1) * length, length, dtype=torch.int32, device="cuda")
-        q = _random(sequences * length, ARGS.n_heads, ARGS.head_dim)
-        out = torch.empty_like(q)
-        yield _row(
-            f"prompts, {sequences} of {length}",
-            partial(triton_attention.attend_ragged, q, keys, values, tables, contexts, starts, 0, out),
-            2 * sequences * length * length * ARGS.n_heads * ARGS.head_dim,
-            unit="TFLOP/s",
-        )
-
-
-def _row(kernel: str, run: Callable[[], Any], work: int, unit: str = "GB/s") -> dict[str, Any]:
-    from triton.testing import do_bench
-
-    milliseconds = do_bench(run, warmup=20, rep=60, return_mode="median")
-    scale = {"GB/s": 1e6, "TFLOP/s": 1e9}[unit]
-    return {"kernel": kernel, "microseconds": 1e3 * milliseconds, "rate": work / milliseconds / scale, "unit": unit}
-
-
-def _random(*shape: int) -> torch.Tensor:
-    return torch.randn(shape, dtype=torch.bfloat16, device="cuda")
-
-
-def _cache(blocks: int) -> tuple[torch.Tensor, torch.Tensor]:
-    shape = (blocks, BLOCK_SIZE, ARGS.n_kv_heads, ARGS.head_dim)
-    return _random(*shape), _random(*shape)
-
-
-def _tables(sequences: int, blocks: int) -> torch.Tensor:
-    return torch.randperm(sequences * blocks, device="cuda").int().view(sequences, blocks)
+def _line(row: dict[str, Any]) -> str:
+    if "left_out" in row:
+        return f"{row['kernel']} is left out: {row['left_out']}"
+    return f"{row['kernel']}: {row['microseconds']:.1f} µs, {row['percent_of_ceiling']:.0f} % of the ceiling"
 
 
 if __name__ == "__main__":
-    run(benchmark)
+    main()
+    if dist.is_initialized():
+        dist.destroy_process_group()

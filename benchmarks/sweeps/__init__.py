@@ -1,0 +1,1 @@
+"""What can be chosen about a kernel, tried one choice after the other."""

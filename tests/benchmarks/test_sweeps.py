@@ -1,0 +1,146 @@
+"""The sweeps of kernels, in Triton's interpreter on a CPU: every part has rows, and what cannot run says why."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from benchmarks.limits import Rates
+from benchmarks.sweeps import bench as bench_module
+from benchmarks.sweeps.bench import Bench
+from tests.support.bare_python import run_bare
+
+needs_triton = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="needs triton")
+RATES = Rates(bytes_per_second=1e9, flops_per_second=1e12)
+
+
+def make_bench(rows: list[dict[str, Any]], **settings: Any) -> Bench:
+    settings = {"deadline": time.monotonic() + 60, **settings}
+    return Bench(torch.device("cpu"), torch.float32, RATES, keep=rows.append, **settings)
+
+
+def test_a_row_has_its_rate_and_its_share_of_the_ceiling() -> None:
+    rows: list[dict[str, Any]] = []
+    bench = make_bench(rows)
+    bench.row("sleep", lambda: [lambda: time.sleep(0.01)], nbytes=1_000_000, tile=4)
+    bench.row("sleep", lambda: [lambda: time.sleep(0.01)], flop=10**9)
+    for row, unit, expected in ((rows[0], "GB/s", 0.1), (rows[1], "TFLOP/s", 0.1)):
+        assert row["microseconds"] == pytest.approx(10_000, rel=0.5)
+        assert row["unit"] == unit
+        assert row["rate"] == pytest.approx(expected, rel=0.5)
+    assert rows[0]["kernel"] == "sleep tile=4"
+    assert rows[0]["percent_of_ceiling"] == pytest.approx(10, rel=0.5)
+
+
+def test_buffers_take_turns(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a GPU as many as its cache cannot hold; on a CPU one."""
+    called: list[int] = []
+    make_bench([]).row("turns", lambda: [lambda index=index: called.append(index) for index in range(3)])  # type: ignore[misc]
+    assert called[1:] == [index % 3 for index in range(bench_module.REPLAYS)]
+    on_gpu = make_bench([])
+    on_gpu.device = torch.device("cuda")
+    assert on_gpu.copies(100 << 20) * (100 << 20) >= 4 * (60 << 20)
+    assert on_gpu.copies(1 << 40) == 1
+
+
+def test_what_fails_and_what_there_is_no_time_for_is_named() -> None:
+    rows: list[dict[str, Any]] = []
+    make_bench(rows).row("fails", lambda: [lambda: 1 // 0])
+    make_bench(rows, deadline=0).row("late", lambda: pytest.fail("ran"))
+    assert rows == [
+        {"kernel": "fails", "left_out": "ZeroDivisionError: integer division or modulo by zero"},
+        {"kernel": "late", "left_out": "no time left"},
+    ]
+
+
+def test_compilers_share_the_kernels_and_time_none() -> None:
+    called: list[int] = []
+    for share in range(3):
+        bench = make_bench([], compiles=(share, 3))
+        for index in range(7):
+            bench.row("one", lambda index=index: [lambda: called.append(index)])  # type: ignore[misc]
+    assert sorted(called) == list(range(7))
+
+
+SWEEP = """
+import torch
+from benchmarks import ceilings, gpu_kernels
+from benchmarks.sweeps import attention, bench, products
+ceilings.SECONDS, ceilings.BUFFER_BYTES, ceilings.PRODUCT_SIZES = 0.01, 1 << 20, {"cpu": (64,)}
+bench.REPLAYS = 1
+products.ROWS, products.STREAMED_ROWS, products.VARIED_ROWS = (1, 2), (2,), (1,)
+products.VARIANTS = products.VARIANTS[:1] + products.VARIANTS[-1:]
+attention.DECODING = attention.VARIED_DECODING = attention.PROMPTS = attention.VARIED_PROMPTS = ((2, 20),)
+attention.DECODING_VARIANTS = attention.DECODING_VARIANTS[:2]
+attention.PROMPT_VARIANTS = attention.PROMPT_VARIANTS[:1]
+gpu_kernels.main(sys.argv[1:])
+"""
+
+
+@needs_triton
+def test_every_part_is_measured_and_written(tmp_path: Path) -> None:
+    arguments = ("--shape", "tiny", "--device", "cpu", "--dtype", "fp32", "--seconds", "300", "--out", str(tmp_path))
+    done = run_bare(SWEEP, *arguments, TRITON_INTERPRET="1")
+    assert done.returncode == 0, done.stderr
+    content = json.loads((tmp_path / "gpu.json").read_text())["figures"]["kernels"]
+    assert [row for row in content["rows"] if "left_out" in row] == []
+    names = [row["kernel"] for row in content["rows"]]
+    assert len(set(names)) == len(names)
+    for part in (
+        "w2, 1 rows, torch",
+        "output, 2 rows, Triton",
+        "w13, 1 rows N=4",
+        "decode, 2 of 20, Triton",
+        "silu_mul",
+    ):
+        assert any(name.startswith(part) for name in names), part
+    for part in (
+        "decode, 2 of 20 order=hsp",
+        "prompts, 2 of 20, torch SDPA",
+        "prompts, 2 of 20 rows=128",
+        "Sampler, top_p",
+    ):
+        assert any(name.startswith(part) for name in names), part
+    assert "left out" not in (tmp_path / "gpu.txt").read_text()
+
+
+EQUAL = """
+import torch
+from benchmarks.sweeps.attention import DECODING_BASE, DECODING_VARIANTS
+from benchmarks.sweeps.paged_decode import ORDERS, SPLIT, attend_pieces
+
+torch.manual_seed(0)
+sequences, context, heads, kv_heads, dim, block = 2, 300, 4, 2, 16, 16
+blocks = -(-context // block)
+keys, values = (torch.randn(sequences * blocks, block, kv_heads, dim) for _ in range(2))
+tables = torch.randperm(sequences * blocks).int().view(sequences, blocks)
+q = torch.randn(sequences, heads, dim)
+contexts = torch.tensor([context, 40], dtype=torch.int32)
+expected = torch.zeros(sequences, heads, 2, dim)
+for sequence, length in enumerate(contexts.tolist()):
+    places = tables[sequence].long()
+    k, v = (cache[places].flatten(0, 1)[:length].repeat_interleave(heads // kv_heads, 1) for cache in (keys, values))
+    scores = torch.einsum("hd,lhd->hl", q[sequence], k) * dim**-0.5
+    for piece in range(-(-length // SPLIT)):
+        cut = slice(piece * SPLIT, min(length, piece * SPLIT + SPLIT))
+        part = scores[:, cut]
+        weights = (part - part.amax(-1, keepdim=True)).exp()
+        expected[sequence, :, piece] = torch.einsum("hl,lhd->hd", weights, v[cut])
+for variant in (*DECODING_VARIANTS, *({"order": order} for order in ORDERS)):
+    settings = {**DECODING_BASE, **variant}
+    swap = (lambda cache: cache.transpose(1, 2).contiguous()) if settings["heads_first"] else (lambda cache: cache)
+    found = attend_pieces(q, swap(keys), swap(values), tables, contexts, **settings)
+    torch.testing.assert_close(found, expected, atol=1e-4, rtol=1e-4)
+"""
+
+
+@needs_triton
+def test_every_variant_of_decoding_computes_the_same() -> None:
+    done = run_bare(EQUAL, TRITON_INTERPRET="1")
+    assert done.returncode == 0, done.stderr
