@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 from pathlib import Path
 
-import sentencepiece
+import pytest
 
 SENTENCES = (
     "The quick brown fox jumps over the lazy dog, and the dog does not mind at all.",
@@ -29,6 +29,7 @@ def tiny_sentencepiece(folder: Path, vocab_size: int = 512) -> Path:
     BPE, byte pieces, identity normalization, ids 0 1 2 for <unk> <s> </s>, no padding. These sentences carry a
     `vocab_size` from 345 to 700.
     """
+    sentencepiece = pytest.importorskip("sentencepiece")
     model = io.BytesIO()
     sentencepiece.SentencePieceTrainer.train(
         sentence_iterator=iter(SENTENCES * 4),
