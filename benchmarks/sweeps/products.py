@@ -17,7 +17,8 @@ from llama2.config import ModelArgs
 ROWS = (1, 2, 4, 8, 64)
 # Triton's product keeps a sum for each row: beyond these it is no candidate.
 STREAMED_ROWS = (1, 2, 4, 8)
-# What `launch` is given: N features and K inputs of a tile, and options of Triton's.
+# What `launch` is given: N features and K inputs of a tile, and options of Triton's. With launch_pdl a kernel may begin
+# before the one before it has ended; how early is for the kernels to say.
 VARIANTS: tuple[dict[str, Any], ...] = (
     {"N": 4, "K": 1024, "num_warps": 4},
     {"N": 2, "K": 1024, "num_warps": 4},

@@ -79,6 +79,8 @@ products.VARIANTS = products.VARIANTS[:1] + products.VARIANTS[-1:]
 attention.DECODING = attention.VARIED_DECODING = attention.PROMPTS = attention.VARIED_PROMPTS = ((2, 20),)
 attention.DECODING_VARIANTS = attention.DECODING_VARIANTS[:2]
 attention.PROMPT_VARIANTS = attention.PROMPT_VARIANTS[:1]
+gpu_kernels.main([*sys.argv[1:], "--compile", "0", "--compilers", "9"])
+print("compiled")
 gpu_kernels.main(sys.argv[1:])
 """
 
@@ -88,6 +90,7 @@ def test_every_part_is_measured_and_written(tmp_path: Path) -> None:
     arguments = ("--shape", "tiny", "--device", "cpu", "--dtype", "fp32", "--seconds", "300", "--out", str(tmp_path))
     done = run_bare(SWEEP, *arguments, TRITON_INTERPRET="1")
     assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith("compiled\nwqkv, 1 rows, torch: "), "who compiles measures nothing"
     content = json.loads((tmp_path / "gpu.json").read_text())["figures"]["kernels"]
     assert [row for row in content["rows"] if "left_out" in row] == []
     names = [row["kernel"] for row in content["rows"]]
