@@ -1,4 +1,4 @@
-"""Runs all that is to be known of a GPU, one step after the other, in less time than a borrowed machine gives.
+"""Runs all that is to be known of a GPU, one step after the other, in less time than a rented machine gives.
 
     python -m benchmarks.gpu_steps OUT
 
@@ -25,7 +25,7 @@ from typing import Any
 from benchmarks.gpu_report import GpuReport
 from benchmarks.results import RESULTS, ROOT
 
-# All steps together; a borrowed machine may give 600, of which its own start and the copying back take some.
+# All steps together; a rented machine may give 600, of which its own start and the copying back take some.
 SECONDS = 525
 # Asked to end, a process has so long before it is killed.
 GRACE = 4

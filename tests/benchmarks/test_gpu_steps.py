@@ -15,7 +15,7 @@ from benchmarks import gpu_steps
 from benchmarks.gpu_steps import GPU_TESTS, SECONDS, STEPS, Step
 from tests.support.bare_python import ROOT, run_bare
 
-# The longest that a borrowed machine lets one command run.
+# The longest that a rented machine lets one command run.
 MACHINE_SECONDS = 600
 
 
