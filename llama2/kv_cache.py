@@ -6,11 +6,11 @@ Knows no sequences and no scheduling: whoever calls says which slots and which b
 from __future__ import annotations
 
 import logging
-import os
 
 import torch
 
 from llama2.config import EngineConfig, ModelArgs
+from llama2.memory import free_memory
 from llama2.memory_plan import describe, reserve
 
 logger = logging.getLogger(__name__)
@@ -87,10 +87,7 @@ def count_blocks(
         return _count_on_gpu(config, reserve(args, config, dtype=dtype, degree=degree), block, device, logs=rank == 0)
     if config.kv_memory_fraction is None:
         return config.max_batch_size * config.blocks_per_sequence
-    # A machine that serves from GPUs need not have it.
-    import psutil
-
-    free = psutil.virtual_memory().available // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    free = free_memory(device)
     count = int(free * config.kv_memory_fraction) // block
     if count < config.blocks_per_sequence:
         raise ValueError(f"{_shortage(config, free, count)}: raise the fraction or lower max_seq_len")
@@ -102,7 +99,7 @@ def _count_on_gpu(
 ) -> int:
     # What loading has given back is torch's until now.
     torch.cuda.empty_cache()
-    free = torch.cuda.mem_get_info(device)[0]
+    free = free_memory(device)
     left = max(0, free - sum(reserved.values()))
     share_out = (
         f"of {free / 2**30:.1f} GiB free on {device} after loading, {sum(reserved.values()) / 2**30:.1f} GiB are "

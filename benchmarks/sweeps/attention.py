@@ -5,7 +5,9 @@ Decoding moves keys and values once; prompts are counted by their operations, ha
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from functools import partial
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -20,35 +22,34 @@ DECODING = ((1, 128), (1, 1024), (1, 4096), (8, 1024), (64, 1024))
 PROMPTS = ((1, 512), (1, 2048), (4, 512))
 # The variants are tried on these.
 VARIED_DECODING, VARIED_PROMPTS = ((1, 4096), (8, 1024), (64, 1024)), ((1, 2048),)
-DECODING_BASE: dict[str, Any] = {
-    "order": "shp", "heads_first": False, "positions": 64, "num_warps": 4, "num_stages": 5
-}  # fmt: skip
-# What `attend_pieces` is given in place of the base.
+# What `attend_single` is given in place of its own choice. With heads_apart the cache is (block, head, position, D).
 DECODING_VARIANTS: tuple[dict[str, Any], ...] = (
     {},
-    {"order": "hsp"},
-    {"order": "hps"},
-    {"order": "psh"},
-    {"heads_first": True},
-    {"heads_first": True, "order": "phs"},
+    {"pdl": False},
+    {"axes": "shl"},
+    {"axes": "hls"},
+    {"axes": "lsh"},
+    {"heads_apart": True},
+    {"heads_apart": True, "axes": "lhs"},
     {"num_stages": 3},
     {"num_stages": 2},
-    {"positions": 32},
-    {"positions": 128, "num_stages": 3},
-    {"positions": 16},
+    {"L": 32},
+    {"L": 128, "num_stages": 3},
+    {"L": 16},
     {"num_warps": 2},
     {"num_warps": 8},
-    {"heads_first": True, "num_stages": 3},
+    {"heads_apart": True, "num_stages": 3},
 )
-# Rows (queries times heads of a group) and positions of a tile, and how it is run.
+# What `attend_ragged` is given: M rows (queries times heads of a group) and L positions of a tile, and how it is run.
 PROMPT_VARIANTS: tuple[dict[str, Any], ...] = (
-    {"rows": 128, "positions": 64, "num_warps": 8, "num_stages": 3},
-    {"rows": 128, "positions": 64, "num_warps": 8, "num_stages": 2},
-    {"rows": 128, "positions": 128, "num_warps": 8, "num_stages": 2},
-    {"rows": 128, "positions": 64, "num_warps": 4, "num_stages": 3},
-    {"rows": 64, "positions": 64, "num_warps": 4, "num_stages": 3},
-    {"rows": 128, "positions": 32, "num_warps": 4, "num_stages": 4},
-    {"rows": 64, "positions": 128, "num_warps": 4, "num_stages": 2},
+    {"M": 64, "L": 64, "num_warps": 4, "num_stages": 3},
+    {"M": 64, "L": 64, "num_warps": 4, "num_stages": 2},
+    {"M": 64, "L": 32, "num_warps": 4, "num_stages": 3},
+    {"M": 128, "L": 64, "num_warps": 8, "num_stages": 3},
+    {"M": 128, "L": 64, "num_warps": 8, "num_stages": 2},
+    {"M": 128, "L": 64, "num_warps": 8, "num_stages": 3, "maxnreg": 128},
+    {"M": 128, "L": 32, "num_warps": 8, "num_stages": 4},
+    {"M": 128, "L": 64, "num_warps": 4, "num_stages": 3},
 )
 
 
@@ -69,97 +70,71 @@ def measure(bench: Bench, args: ModelArgs) -> None:
 
 
 def sweep_decoding(bench: Bench, args: ModelArgs) -> None:
-    for variant in DECODING_VARIANTS:
-        settings = {**DECODING_BASE, **variant}
+    for settings in DECODING_VARIANTS:
         for sequences, context in VARIED_DECODING:
-            prepare = partial(_decode_pieces, bench, args, sequences, context, settings)
+            prepare = partial(_decode, bench, args, sequences, context, settings)
             nbytes = _kv_bytes(bench, args, sequences, context)
-            bench.row(f"decode, {sequences} of {context}", prepare, nbytes=nbytes, **settings)
+            bench.row(f"decode, {sequences} of {context}, tried", prepare, nbytes=nbytes, **settings)
 
 
 def sweep_prompts(bench: Bench, args: ModelArgs) -> None:
     for settings in PROMPT_VARIANTS:
         for sequences, length in VARIED_PROMPTS:
             prepare = partial(_prompts, bench, args, sequences, length, settings)
-            bench.row(f"prompts, {sequences} of {length}", prepare, flop=_flop(args, sequences, length), **settings)
+            flop = _flop(args, sequences, length)
+            bench.row(f"prompts, {sequences} of {length}, tried", prepare, flop=flop, **settings)
 
 
-def _decode(bench: Bench, args: ModelArgs, sequences: int, context: int) -> Calls:
-    from llama2.kernels import triton_attention
+def _decode(
+    bench: Bench, args: ModelArgs, sequences: int, context: int, settings: Mapping[str, Any] = MappingProxyType({})
+) -> Calls:
+    from llama2.kernels import is_hopper, triton_attention
 
+    options = {"pdl": is_hopper(bench.device), **settings}
+    heads_apart = options.pop("heads_apart", False)
     q = bench.random(sequences, args.n_heads, args.head_dim)
+    starts = torch.arange(sequences + 1, dtype=torch.int32, device=bench.device)
+    arrived = torch.zeros(sequences * args.n_kv_heads, dtype=torch.int32, device=bench.device)
     return [
-        partial(triton_attention.attend_single, q, keys, values, *_places(bench, sequences, context))
-        for keys, values in _caches(bench, args, sequences, context)
-    ]
-
-
-def _decode_pieces(bench: Bench, args: ModelArgs, sequences: int, context: int, settings: dict[str, Any]) -> Calls:
-    from benchmarks.sweeps.paged_decode import attend_pieces
-
-    q = bench.random(sequences, args.n_heads, args.head_dim)
-    return [
-        partial(attend_pieces, q, keys, values, *_places(bench, sequences, context), **settings)
-        for keys, values in _caches(bench, args, sequences, context, heads_first=settings["heads_first"])
+        partial(
+            triton_attention.attend_single,
+            q,
+            keys,
+            values,
+            *_places(bench, sequences, context),
+            starts,
+            arrived,
+            torch.empty_like(q),
+            **options,
+        )
+        for keys, values in _caches(bench, args, sequences, context, heads_apart=heads_apart)
     ]
 
 
 def _prompts(
-    bench: Bench, args: ModelArgs, sequences: int, length: int, settings: dict[str, Any] | None = None
+    bench: Bench, args: ModelArgs, sequences: int, length: int, settings: Mapping[str, Any] = MappingProxyType({})
 ) -> Calls:
-    from llama2.kernels import triton_attention
+    from llama2.kernels import is_hopper, triton_attention
 
-    attend = partial(_attend_prompts, **settings) if settings else triton_attention.attend_ragged
+    hopper = is_hopper(bench.device)
     q = bench.random(sequences * length, args.n_heads, args.head_dim)
     starts = torch.arange(0, (sequences + 1) * length, length, dtype=torch.int32, device=bench.device)
     return [
-        partial(attend, q, keys, values, *_places(bench, sequences, length), starts, 0, torch.empty_like(q))
+        partial(
+            triton_attention.attend_ragged,
+            q,
+            keys,
+            values,
+            *_places(bench, sequences, length),
+            starts,
+            0,
+            torch.empty_like(q),
+            wgmma=hopper,
+            pdl=hopper,
+            **settings,
+        )
         for keys, values in _caches(bench, args, sequences, length)
     ]
-
-
-def _attend_prompts(
-    q_THD: torch.Tensor,
-    keys: torch.Tensor,
-    values: torch.Tensor,
-    tables_SN: torch.Tensor,
-    contexts_S: torch.Tensor,
-    query_starts_S1: torch.Tensor,
-    first_row: int,
-    out_THD: torch.Tensor,
-    *,
-    rows: int,
-    positions: int,
-    **options: Any,
-) -> None:
-    """`triton_attention.attend_ragged` with other numbers than its own."""
-    from llama2.kernels import triton_attention
-
-    (tokens, heads, head_dim), (block_size, kv_heads) = q_THD.shape, keys.shape[1:3]
-    sequences, group = len(contexts_S), heads // kv_heads
-    tile = rows // group
-    triton_attention._attend_prompts[((tokens - first_row) // tile + sequences, kv_heads)](
-        q_THD,
-        keys,
-        values,
-        tables_SN,
-        contexts_S,
-        query_starts_S1,
-        out_THD,
-        head_dim**-0.5,
-        tables_SN.stride(0),
-        first_row,
-        sequences,
-        KV_HEADS=kv_heads,
-        GROUP=group,
-        TILE=tile,
-        M=rows,
-        D=head_dim,
-        PADDED_D=max(16, 1 << (head_dim - 1).bit_length()),
-        BLOCK_SIZE=block_size,
-        L=positions,
-        **options,
-    )
 
 
 def _sdpa(bench: Bench, args: ModelArgs, sequences: int, length: int) -> Calls:
@@ -178,16 +153,17 @@ def _flop(args: ModelArgs, sequences: int, length: int) -> int:
 
 
 def _caches(
-    bench: Bench, args: ModelArgs, sequences: int, context: int, *, heads_first: bool = False
+    bench: Bench, args: ModelArgs, sequences: int, context: int, *, heads_apart: bool = False
 ) -> list[tuple[torch.Tensor, torch.Tensor]]:
-    """Keys and values of layers enough to be larger than a GPU's cache."""
+    """Keys and values of layers enough to be larger than a GPU's cache, as (blocks, positions, heads, D)."""
     blocks = sequences * -(-context // BLOCK_SIZE)
-    inner = (args.n_kv_heads, BLOCK_SIZE) if heads_first else (BLOCK_SIZE, args.n_kv_heads)
-    layers = bench.copies(_kv_bytes(bench, args, sequences, context))
-    return [
-        (bench.random(blocks, *inner, args.head_dim), bench.random(blocks, *inner, args.head_dim))
-        for _ in range(layers)
-    ]
+    shape = (blocks, args.n_kv_heads, BLOCK_SIZE) if heads_apart else (blocks, BLOCK_SIZE, args.n_kv_heads)
+
+    def cache() -> torch.Tensor:
+        values = bench.random(*shape, args.head_dim)
+        return values.transpose(1, 2) if heads_apart else values
+
+    return [(cache(), cache()) for _ in range(bench.copies(_kv_bytes(bench, args, sequences, context)))]
 
 
 def _places(bench: Bench, sequences: int, context: int) -> tuple[torch.Tensor, torch.Tensor]:

@@ -16,18 +16,18 @@ from llama2.config import ModelArgs
 
 ROWS = (1, 2, 4, 8, 64)
 # Triton's product keeps a sum for each row: beyond these it is no candidate.
-STREAMED_ROWS = (1, 2, 4, 8)
-# What `launch` is given: N features and K inputs of a tile, and options of Triton's. With launch_pdl a kernel may begin
-# before the one before it has ended; how early is for the kernels to say.
+STREAMED_ROWS = (1, 2, 4)
+# What `triton_layers.linear` is given in place of its own choice: N rows of the weight by K inputs are a tile, and
+# EARLY inputs are fetched before the kernel before has ended, where it may (pdl).
 VARIANTS: tuple[dict[str, Any], ...] = (
-    {"N": 4, "K": 1024, "num_warps": 4},
-    {"N": 2, "K": 1024, "num_warps": 4},
-    {"N": 1, "K": 1024, "num_warps": 4},
-    {"N": 8, "K": 512, "num_warps": 4},
-    {"N": 4, "K": 512, "num_warps": 2},
-    {"N": 1, "K": 2048, "num_warps": 2},
-    {"N": 8, "K": 1024, "num_warps": 8},
-    {"N": 4, "K": 1024, "num_warps": 4, "launch_pdl": True},
+    {},
+    {"pdl": False},
+    {"N": 2},
+    {"N": 8, "K": 512, "EARLY": 2048},
+    {"N": 4, "K": 1024, "EARLY": 4096, "num_warps": 4},
+    {"N": 4, "K": 2048, "EARLY": 4096, "num_warps": 8},
+    {"N": 2, "K": 1024, "EARLY": 1024, "num_warps": 4},
+    {"N": 1, "K": 2048, "EARLY": 4096, "num_warps": 4},
 )
 # The variants are tried on these: one of many features, one of many inputs.
 VARIED, VARIED_ROWS = ("w13", "w2"), (1, 4)
@@ -54,34 +54,39 @@ def measure(bench: Bench, args: ModelArgs) -> None:
             )
         for rows in STREAMED_ROWS:
             bench.row(f"{name}, {rows} rows, Triton", partial(_calls, bench, shape, rows, _triton), nbytes=nbytes)
+    shape = weight_shapes(args)["w13"]
+    gated = partial(_triton, gated=True)
+    for rows in STREAMED_ROWS[:2]:
+        nbytes = shape[0] * shape[1] * bench.dtype.itemsize
+        bench.row(f"w13 gated, {rows} rows, Triton", partial(_calls, bench, shape, rows, gated), nbytes=nbytes)
 
 
 def sweep(bench: Bench, args: ModelArgs) -> None:
+    for name in VARIED:
+        shape = weight_shapes(args)[name]
+        nbytes = shape[0] * shape[1] * bench.dtype.itemsize
+        for rows in (1, 2):
+            prepare = partial(_calls, bench, shape, rows, _in_three_axes)
+            bench.row(f"{name}, {rows} rows, Triton in three axes", prepare, nbytes=nbytes)
     for settings in VARIANTS:
         for name in VARIED:
             shape = weight_shapes(args)[name]
             for rows in VARIED_ROWS:
-                prepare = partial(_calls, bench, shape, rows, partial(launch, **settings))
+                prepare = partial(_calls, bench, shape, rows, partial(_triton, **settings))
                 nbytes = shape[0] * shape[1] * bench.dtype.itemsize
-                bench.row(f"{name}, {rows} rows", prepare, nbytes=nbytes, **settings)
+                bench.row(f"{name}, {rows} rows, tried", prepare, nbytes=nbytes, **settings)
 
 
-def launch(x_RC: torch.Tensor, weight_FC: torch.Tensor, *, N: int, K: int, **options: Any) -> torch.Tensor:
-    """`triton_layers.linear` with other numbers than its own."""
-    from llama2.kernels import triton_layers
+def _triton(x_RC: torch.Tensor, weight_FC: torch.Tensor, **settings: Any) -> torch.Tensor:
+    from llama2.kernels import is_hopper, triton_layers
 
-    (rows, inputs), features = x_RC.shape, len(weight_FC)
-    out_RF = x_RC.new_empty(rows, features)
-    triton_layers._linear[(-(-features // N),)](
-        x_RC, weight_FC, out_RF, features, R=rows, C=inputs, N=N, K=K, **options
-    )
-    return out_RF
+    return triton_layers.linear(x_RC, weight_FC, **{"pdl": is_hopper(x_RC.device), **settings})
 
 
-def _triton(x_RC: torch.Tensor, weight_FC: torch.Tensor) -> torch.Tensor:
-    from llama2.kernels import triton_layers
+def _in_three_axes(x_RC: torch.Tensor, weight_FC: torch.Tensor) -> torch.Tensor:
+    from benchmarks.sweeps.former_product import linear
 
-    return triton_layers.linear(x_RC, weight_FC)
+    return linear(x_RC, weight_FC)
 
 
 def _calls(bench: Bench, shape: tuple[int, int], rows: int, product: Any) -> Calls:

@@ -32,6 +32,7 @@ def measure(bench: Bench, args: ModelArgs) -> None:
             bench.row(f"Sampler, {name}, {rows} rows, with the host", prepare, nbytes=nbytes, recorded=False)
         for name, part in _parts(min(CANDIDATES, args.vocab_size)).items():
             bench.row(f"{name}, {rows} rows", partial(_part, bench, rows, args.vocab_size, part), nbytes=nbytes)
+        bench.row(f"nucleus_floor, {rows} rows", partial(_nucleus, bench, rows, args.vocab_size), nbytes=nbytes)
 
 
 def _parts(candidates: int) -> dict[str, Callable[[torch.Tensor], object]]:
@@ -55,6 +56,15 @@ def _sampler(bench: Bench, rows: int, vocab_size: int, params: dict[str, Any]) -
 
 def _part(bench: Bench, rows: int, vocab_size: int, part: Any) -> Calls:
     return [partial(part, _logits(bench, rows, vocab_size))]
+
+
+def _nucleus(bench: Bench, rows: int, vocab_size: int) -> Calls:
+    """What takes a sort's place in the engine."""
+    from llama2.kernels.triton_sampling import nucleus_floor
+
+    weights = _logits(bench, rows, vocab_size).softmax(dim=-1)
+    top_k = torch.full((rows,), vocab_size, device=bench.device)
+    return [partial(nucleus_floor, weights, top_k, torch.full((rows,), 0.9, dtype=torch.float64, device=bench.device))]
 
 
 def _logits(bench: Bench, rows: int, vocab_size: int) -> torch.Tensor:

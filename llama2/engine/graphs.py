@@ -16,13 +16,13 @@ from collections.abc import Callable
 from typing import Protocol
 
 import torch
-from tqdm import tqdm
 
 from llama2.config import EngineConfig
 from llama2.engine.inputs import Inputs, LatestIds, Sizes, host_inputs
 from llama2.engine.scheduler import Chunk, Plan
 from llama2.kv_cache import KVCache
 from llama2.model import Transformer
+from llama2.progress import progress
 
 
 class Recording(Protocol):
@@ -86,7 +86,7 @@ class PassGraphs:
         self.close = weakref.finalize(self, _reset, self._recordings)
         # The largest first: the others find room in the memory that it took.
         order = sorted(sizes, key=lambda key: (key[1], key[0]), reverse=True)
-        for key in tqdm(order, desc="record passes", unit="size", delay=2, disable=not leads):
+        for key in progress(order, desc="record passes", unit="size", delay=2, disable=not leads):
             self._inputs[key] = Inputs(sizes[key], device)
             self._fill(key, ())
             self._recordings[key] = record(self._procedure(key))

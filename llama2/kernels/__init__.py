@@ -51,6 +51,11 @@ class Kernels(Protocol):
         """
 
 
+def is_hopper(device: torch.device) -> bool:
+    """Of compute capability 9.0: H100, H200 and their kin."""
+    return device.type == "cuda" and torch.cuda.get_device_capability(device)[0] == 9
+
+
 def choose_kernels(device: torch.device, dtype: torch.dtype) -> Kernels:
     """The fastest arithmetic for models of `dtype` on `device`; the first call on a machine may compile it."""
     if device.type == "cpu":
@@ -62,7 +67,7 @@ def choose_kernels(device: torch.device, dtype: torch.dtype) -> Kernels:
     if device.type == "cuda":
         from llama2.kernels.cuda import CudaKernels
 
-        return CudaKernels(device, hopper=torch.cuda.get_device_capability(device)[0] == 9)
+        return CudaKernels(device, hopper=is_hopper(device))
     from llama2.kernels.plain import PlainKernels
 
     return PlainKernels()

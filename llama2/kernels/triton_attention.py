@@ -38,11 +38,14 @@ def attend_single(
     out_THD: torch.Tensor,
     *,
     pdl: bool = False,
+    axes: str = "hsl",
     **launch: int,
 ) -> None:
     """Attention of those of S sequences that have one row in the pass, into that row. Asks the host for no number.
 
     `arrived` are at least S * K zeros, int32, which count the programs that are done and are zeros again afterwards.
+    `axes` are those of the grid from the fastest on: key heads, sequences, and lanes, which share the pieces of one of
+    each. Heads first: programs that run at the same time read neighbouring heads, and so whole rows, of the cache.
     `launch` is for benchmarks: L positions of a tile, num_stages, num_warps.
     """
     heads, head_dim = q_THD.shape[1:]
@@ -53,9 +56,8 @@ def attend_single(
     shares = torch.empty(sequences, heads, pieces, 2, dtype=torch.float32, device=q_THD.device)
     assert arrived.numel() >= sequences * kv_heads
     padded_dim = max(16, triton.next_power_of_2(head_dim))
-    # Heads first: programs that run at the same time read neighbouring heads, and so whole rows, of the cache.
-    grid = (kv_heads, sequences, min(pieces, triton.cdiv(MIN_PROGRAMS, sequences * kv_heads)))
-    _attend_pieces[grid](
+    sizes = {"h": kv_heads, "s": sequences, "l": min(pieces, triton.cdiv(MIN_PROGRAMS, sequences * kv_heads))}
+    _attend_pieces[tuple(sizes[axis] for axis in axes)](
         q_THD,
         keys,
         values,
@@ -77,6 +79,9 @@ def attend_single(
         **cache_strides(keys, values),
         SPLIT=SPLIT,
         P=PIECES,
+        H_AXIS=axes.index("h"),
+        S_AXIS=axes.index("s"),
+        L_AXIS=axes.index("l"),
         **{"L": _positions_per_tile(padded_dim, keys.dtype), "num_warps": 4, "num_stages": 5, **launch},
         **launch_options(pdl),
     )
@@ -228,6 +233,9 @@ def _attend_pieces(
     HEAD_STRIDE: tl.constexpr,
     SPLIT: tl.constexpr,
     P: tl.constexpr,
+    H_AXIS: tl.constexpr,
+    S_AXIS: tl.constexpr,
+    L_AXIS: tl.constexpr,
     L: tl.constexpr,
     PDL: tl.constexpr,
 ):
@@ -237,9 +245,9 @@ def _attend_pieces(
     """
     tl.static_assert(SPLIT % L == 0)  # no tile reaches into the next piece
     announce(PDL)
-    head = tl.program_id(0)
-    sequence = tl.program_id(1).to(tl.int64)
-    lane = tl.program_id(2)
+    head, kv_heads = tl.program_id(H_AXIS), tl.num_programs(H_AXIS)
+    sequence = tl.program_id(S_AXIS).to(tl.int64)
+    lane, lanes = tl.program_id(L_AXIS), tl.num_programs(L_AXIS)
     token = tl.load(query_starts + sequence).to(tl.int64)
     rows = tl.load(query_starts + sequence + 1) - token
     context = tl.load(contexts + sequence)
@@ -250,7 +258,7 @@ def _attend_pieces(
     row_M = tl.arange(0, M)
     feature_D = tl.arange(0, PADDED_D)
     first_head = head * GROUP
-    all_heads = tl.num_programs(0) * GROUP
+    all_heads = kv_heads * GROUP
     mask_MD = (row_M < GROUP)[:, None] & (feature_D < D)[None, :]
     at_MD = (token * all_heads + first_head + row_M)[:, None] * D + feature_D[None, :]
     q_MD = tl.load(q + at_MD, mask=mask_MD, other=0.0)
@@ -259,7 +267,7 @@ def _attend_pieces(
     keys += head * HEAD_STRIDE
     values += head * HEAD_STRIDE
     table = tables + sequence * table_stride
-    for piece in range(lane, count, tl.num_programs(2)):
+    for piece in range(lane, count, lanes):
         top_M = tl.full((M,), float("-inf"), tl.float32)
         weight_M = tl.zeros((M,), tl.float32)
         sum_MD = tl.zeros((M, PADDED_D), tl.float32)
@@ -277,9 +285,9 @@ def _attend_pieces(
             tl.store(shares + 2 * at_M, weight_M, mask=row_M < GROUP)
             tl.store(shares + 2 * at_M + 1, top_M, mask=row_M < GROUP)
     if count > 1:
-        counter = arrived + sequence * tl.num_programs(0) + head
+        counter = arrived + sequence * kv_heads + head
         tl.debug_barrier()  # all threads' stores come before the one thread's count
-        if tl.atomic_add(counter, 1, sem="acq_rel") == tl.minimum(count, tl.num_programs(2)) - 1:
+        if tl.atomic_add(counter, 1, sem="acq_rel") == tl.minimum(count, lanes) - 1:
             tl.store(counter, 0)
             for member in tl.static_range(GROUP):
                 row = (sequence * all_heads + first_head + member) * pieces

@@ -77,7 +77,7 @@ bench.REPLAYS = 1
 products.ROWS, products.STREAMED_ROWS, products.VARIED_ROWS = (1, 2), (2,), (1,)
 products.VARIANTS = products.VARIANTS[:1] + products.VARIANTS[-1:]
 attention.DECODING = attention.VARIED_DECODING = attention.PROMPTS = attention.VARIED_PROMPTS = ((2, 20),)
-attention.DECODING_VARIANTS = attention.DECODING_VARIANTS[:2]
+attention.DECODING_VARIANTS = attention.DECODING_VARIANTS[:3]
 attention.PROMPT_VARIANTS = attention.PROMPT_VARIANTS[:1]
 gpu_kernels.main([*sys.argv[1:], "--compile", "0", "--compilers", "9"])
 print("compiled")
@@ -98,15 +98,18 @@ def test_every_part_is_measured_and_written(tmp_path: Path) -> None:
     for part in (
         "w2, 1 rows, torch",
         "output, 2 rows, Triton",
-        "w13, 1 rows N=4",
+        "w13, 1 rows, tried N=1",
+        "w2, 2 rows, Triton in three axes",
+        "w13 gated, 2 rows",
+        "nucleus_floor, 1 rows",
         "decode, 2 of 20, Triton",
         "silu_mul",
     ):
         assert any(name.startswith(part) for name in names), part
     for part in (
-        "decode, 2 of 20 order=hsp",
+        "decode, 2 of 20, tried axes=shl",
         "prompts, 2 of 20, torch SDPA",
-        "prompts, 2 of 20 rows=128",
+        "prompts, 2 of 20, tried M=64",
         "Sampler, top_p",
     ):
         assert any(name.startswith(part) for name in names), part
@@ -115,35 +118,46 @@ def test_every_part_is_measured_and_written(tmp_path: Path) -> None:
 
 EQUAL = """
 import torch
-from benchmarks.sweeps.attention import DECODING_BASE, DECODING_VARIANTS
-from benchmarks.sweeps.paged_decode import ORDERS, SPLIT, attend_pieces
+from benchmarks.sweeps.attention import DECODING_VARIANTS, PROMPT_VARIANTS
+from benchmarks.sweeps.products import VARIANTS
+from benchmarks.sweeps.former_product import linear
+from llama2.kernels import triton_attention, triton_layers
 
 torch.manual_seed(0)
 sequences, context, heads, kv_heads, dim, block = 2, 300, 4, 2, 16, 16
 blocks = -(-context // block)
 keys, values = (torch.randn(sequences * blocks, block, kv_heads, dim) for _ in range(2))
 tables = torch.randperm(sequences * blocks).int().view(sequences, blocks)
-q = torch.randn(sequences, heads, dim)
 contexts = torch.tensor([context, 40], dtype=torch.int32)
-expected = torch.zeros(sequences, heads, 2, dim)
-for sequence, length in enumerate(contexts.tolist()):
-    places = tables[sequence].long()
-    k, v = (cache[places].flatten(0, 1)[:length].repeat_interleave(heads // kv_heads, 1) for cache in (keys, values))
-    scores = torch.einsum("hd,lhd->hl", q[sequence], k) * dim**-0.5
-    for piece in range(-(-length // SPLIT)):
-        cut = slice(piece * SPLIT, min(length, piece * SPLIT + SPLIT))
-        part = scores[:, cut]
-        weights = (part - part.amax(-1, keepdim=True)).exp()
-        expected[sequence, :, piece] = torch.einsum("hl,lhd->hd", weights, v[cut])
-for variant in (*DECODING_VARIANTS, *({"order": order} for order in ORDERS)):
-    settings = {**DECODING_BASE, **variant}
-    swap = (lambda cache: cache.transpose(1, 2).contiguous()) if settings["heads_first"] else (lambda cache: cache)
-    found = attend_pieces(q, swap(keys), swap(values), tables, contexts, **settings)
-    torch.testing.assert_close(found, expected, atol=1e-4, rtol=1e-4)
+
+def attended(attend, lengths, settings):
+    settings = {name: value for name, value in settings.items() if name not in ("pdl", "maxnreg")}
+    caches = [keys, values]
+    if settings.pop("heads_apart", False):
+        caches = [cache.transpose(1, 2).contiguous().transpose(1, 2) for cache in caches]
+    starts = torch.tensor([0, *lengths], dtype=torch.int32).cumsum(0).int()
+    q = torch.randn(sum(lengths), heads, dim, generator=torch.Generator().manual_seed(1))
+    out = torch.zeros_like(q)
+    state = torch.zeros(4, dtype=torch.int32) if attend is triton_attention.attend_single else 0
+    attend(q, *caches, tables, contexts, starts, state, out, **settings)
+    return out
+
+for variants, attend, lengths in (
+    (DECODING_VARIANTS, triton_attention.attend_single, (1, 1)),
+    (PROMPT_VARIANTS, triton_attention.attend_ragged, (70, 9)),
+):
+    expected = attended(attend, lengths, {})
+    for settings in variants:
+        torch.testing.assert_close(attended(attend, lengths, settings), expected, atol=1e-5, rtol=1e-5)
+x, weight = torch.randn(2, 1100), torch.randn(6, 1100)
+for settings in VARIANTS:
+    found = triton_layers.linear(x, weight, **{**settings, "pdl": False})
+    torch.testing.assert_close(found, x @ weight.T, atol=1e-4, rtol=1e-4)
+torch.testing.assert_close(linear(x, weight), x @ weight.T, atol=1e-4, rtol=1e-4)
 """
 
 
 @needs_triton
-def test_every_variant_of_decoding_computes_the_same() -> None:
+def test_every_variant_computes_the_same() -> None:
     done = run_bare(EQUAL, TRITON_INTERPRET="1")
     assert done.returncode == 0, done.stderr

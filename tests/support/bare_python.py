@@ -9,8 +9,6 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
 THERE = ("torch", "numpy", "triton")
-# What files of the engine still import at their top.
-STILL_NEEDED = ("psutil", "tqdm")
 
 # The names are looked up where nothing is hidden yet. An extra of torch is no need of torch.
 HIDE = """
@@ -55,7 +53,7 @@ def run_bare(
 ) -> subprocess.CompletedProcess[str]:
     """Run `code` with `arguments`, at the project's root; `there` are more packages that it may import."""
     return subprocess.run(
-        [sys.executable, "-c", HIDE.replace("THERE", repr(THERE + STILL_NEEDED + there)) + code, *arguments],
+        [sys.executable, "-c", HIDE.replace("THERE", repr(THERE + there)) + code, *arguments],
         cwd=ROOT,
         env={**os.environ, **environ},
         capture_output=True,
