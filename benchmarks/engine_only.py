@@ -46,7 +46,7 @@ def run(
     config = EngineConfig(max_seq_len=max_seq_len, max_batch_size=max_batch_size, max_step_tokens=max_step_tokens)
     engine = Engine.from_checkpoint(checkpoint, device=device, config=config)
     if engine.rank != 0:
-        engine.follow()
+        engine.close()
         return
     numbers = random.Random(SEED)
     short = _requests(numbers, engine.args.vocab_size, prompt_tokens, 1)

@@ -129,7 +129,7 @@ def benchmark(
         source = Source.of_checkpoint(Path(str(checkpoint)))
     ready_seconds = time.perf_counter() - started
     if engine.rank != 0:
-        engine.follow()
+        engine.close()
         return
     run = _Run(
         args=args,
@@ -144,7 +144,7 @@ def benchmark(
         gpt_fast=clone,
     )
     figures = {"ready_seconds": ready_seconds, **run.measure(cells, peers, missing)}
-    engine.release()
+    engine.close()
 
     name = name or shape or Path(str(checkpoint)).resolve().name
     ranks, cores = dist.get_world_size(), torch.get_num_threads()

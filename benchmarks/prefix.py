@@ -83,7 +83,7 @@ def benchmark(
     )
     engine = Engine.from_checkpoint(checkpoint, device=device, config=config)
     if engine.rank != 0:
-        engine.follow()
+        engine.close()
         return
     figures = measure(engine, prefix_tokens=prefix_tokens, suffix_tokens=suffix_tokens, rounds=rounds)
     engine.close()

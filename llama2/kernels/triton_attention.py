@@ -208,7 +208,10 @@ def _attend_tile(
     return sum_MD, weight_M, new_top_M
 
 
-@triton.jit(do_not_specialize=["table_stride", "pieces"], do_not_specialize_on_alignment=["tables", "contexts"])
+@triton.jit(
+    do_not_specialize=["table_stride", "pieces"],
+    do_not_specialize_on_alignment=["tables", "contexts", "query_starts"],
+)
 def _attend_pieces(
     q,
     keys,
