@@ -30,7 +30,9 @@ VARIANTS: tuple[dict[str, Any], ...] = (
     {"N": 1, "K": 2048, "EARLY": 4096, "num_warps": 4},
 )
 # The variants are tried on these: one of many features, one of many inputs.
-VARIED, VARIED_ROWS = ("w13", "w2"), (1, 4)
+VARIED, VARIED_ROWS = ("w13", "w2"), (1, 4, 8)
+# Sums of a tile, rows of x times rows of the weight, for which registers may suffice.
+MOST_SUMS = 16
 
 
 def weight_shapes(args: ModelArgs) -> dict[str, tuple[int, int]]:
@@ -71,7 +73,7 @@ def sweep(bench: Bench, args: ModelArgs) -> None:
     for settings in VARIANTS:
         for name in VARIED:
             shape = weight_shapes(args)[name]
-            for rows in VARIED_ROWS:
+            for rows in (rows for rows in VARIED_ROWS if rows * settings.get("N", 4) <= MOST_SUMS):
                 prepare = partial(_calls, bench, shape, rows, partial(_triton, **settings))
                 nbytes = shape[0] * shape[1] * bench.dtype.itemsize
                 bench.row(f"{name}, {rows} rows, tried", prepare, nbytes=nbytes, **settings)
