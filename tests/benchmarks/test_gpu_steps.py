@@ -33,6 +33,7 @@ def test_each_command_is_understood_by_its_module(step: Step, monkeypatch: pytes
         assert parsed.out == Path("OUT")
 
 
+@pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="needs triton")
 def test_all_that_the_command_runs_can_be_imported() -> None:
     """Of the peers what asks them; they themselves are other programs."""
     modules = [
