@@ -14,8 +14,8 @@ from llama2.kernels.plain import PlainKernels
 
 # Rows with which a product costs its weight's way through memory and nothing else.
 STREAMED_ROWS = (1, 2)
-# Sequences times key heads of a pass; the memory is 256 KB.
-MAX_SEQUENCE_HEADS = 1 << 16
+# Sequences times key heads of a pass, far beyond what a KV cache holds; 4 bytes each.
+MAX_SEQUENCE_HEADS = 1 << 20
 
 
 class CudaKernels(PlainKernels):
