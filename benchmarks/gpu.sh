@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# One command for a machine with a GPU: is it right, and how fast is it? In under 9 minutes.
+# One command for a machine with a GPU: is it right, and how fast is it? In nine minutes at most.
 #
 #     benchmarks/gpu.sh [OUT]
 #
@@ -18,8 +18,13 @@ python=${PYTHON:-$([ -x .venv/bin/python ] && echo .venv/bin/python || echo pyth
 "$python" -c '
 import sys
 try:
-    import numpy, torch, triton
+    import torch
 except ImportError as error:
-    sys.exit(f"{error}: make setup first")
-sys.exit(None if torch.cuda.is_available() else "no GPU that torch can use is here")' || exit 1
+    sys.exit(f"{error}: make setup first, or let PYTHON be an interpreter that has torch, triton and numpy")
+if not torch.cuda.is_available():
+    sys.exit("no GPU that torch can use is here")
+try:
+    import numpy, triton
+except ImportError as error:
+    sys.exit(f"{error}: install it into the environment of {sys.executable}")' || exit 1
 exec "$python" -m benchmarks.gpu_steps "$out"

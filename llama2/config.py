@@ -173,7 +173,7 @@ class EngineConfig:
     kv_memory_fraction: float | None = None
     # Blocks that hold the beginning of a prompt already are used again, the longest unused given up first.
     prefix_cache: bool = True
-    # On a GPU, decoding is recorded at the start and replayed, which costs some memory and seconds, and saves launches.
+    # On a GPU, small passes are recorded at the start and replayed: some memory and seconds for fewer launches.
     cuda_graphs: bool = True
     # Where the ranks' GPUs reach each other's memory, sums of up to 8 MiB between them go past NCCL.
     symm_mem_all_reduce: bool = True
