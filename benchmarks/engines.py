@@ -152,7 +152,7 @@ class RandomModel:
 
     def __init__(self, args: ModelArgs, config: EngineConfig, *, dtype: torch.dtype, device: torch.device) -> None:
         self._mesh = build_mesh(args, device.type)
-        with undivided():
+        with undivided() as threads:
             self._collectives = connect(device, symm_mem_all_reduce=config.symm_mem_all_reduce)
             self._model = build_model(
                 args,
@@ -161,6 +161,7 @@ class RandomModel:
                 dtype=dtype,
                 device=device,
                 max_seq_len=config.max_seq_len,
+                threads=threads,
                 fill=_draw,
             )
         self._tokenizer = MadeUpTokenizer(args.vocab_size)

@@ -21,7 +21,7 @@ from llama2.checkpoint.mapped import MappedReader
 from llama2.collectives import Collectives
 from llama2.config import ModelArgs
 from llama2.kernels import choose_kernels
-from llama2.model import Transformer
+from llama2.model import Linear, Transformer, VocabProjection
 from llama2.parallel import allocate, connect
 from llama2.progress import progress
 
@@ -39,15 +39,19 @@ def build_model(
     dtype: torch.dtype,
     device: torch.device,
     max_seq_len: int,
+    threads: int,
     fill: Callable[[Mapping[str, DTensor]], None],
 ) -> Transformer:
     """This rank's share of a model, in `dtype` on `device`, ready to run positions below `max_seq_len`.
 
-    `fill` gives the weights their values: by Meta's names, as DTensors in the at-rest shapes.
+    `fill` gives the weights their values: by Meta's names, as DTensors in the at-rest shapes. When it has returned, the
+    kernels lay them out anew, by `threads` threads on a CPU: the DTensors are worth nothing from then on.
     """
     with torch.device("meta"):
         model = Transformer(args, choose_kernels(device, dtype))
     fill(allocate(model, mesh, dtype=dtype, device=device))
+    linear = [module for module in model.modules() if isinstance(module, (Linear, VocabProjection))]
+    model.kernels.prepare([module.weight for module in linear], threads=threads)
     connect(model, mesh, collectives)
     model.finish(max_seq_len)
     return model.eval()
@@ -86,7 +90,14 @@ def load_model(
 
     try:
         model = build_model(
-            checkpoint.args, mesh, collectives, dtype=dtype, device=device, max_seq_len=max_seq_len, fill=fill
+            checkpoint.args,
+            mesh,
+            collectives,
+            dtype=dtype,
+            device=device,
+            max_seq_len=max_seq_len,
+            threads=threads,
+            fill=fill,
         )
     except CheckpointException as error:  # a BaseException: it would pass every handler above
         failure = next(iter(error.failures.values()))[0]

@@ -2,7 +2,8 @@
 
 At rest every parameter is a DTensor on a mesh of two axes, `kv` × `rep`. Up to n_kv_heads ranks, each rank holds KV
 heads of its own (kv = degree, rep = 1). Beyond, each KV head is replicated on `rep` ranks, which share its query heads.
-In flight parameters are plain local tensors, some of them fused. Both are the same memory.
+In flight parameters are plain local tensors, some of them fused. Both are the same memory, until the kernels lay it out
+as they like (`Kernels.prepare`).
 """
 
 from __future__ import annotations
@@ -129,7 +130,7 @@ def allocate(model: Transformer, mesh: DeviceMesh, *, dtype: torch.dtype, device
     """Give every (meta) parameter its uninitialized share on this rank.
 
     Returns the same memory at rest: by Meta's names, in the at-rest shapes, as DTensors placed as PLAN says. Whatever
-    fills them, fills the model.
+    fills them, fills the model, as long as `Kernels.prepare` has not been called.
     """
     shapes = model.args.parameter_shapes()
     shares: dict[str, dict[str, tuple[int, ...]]] = {}

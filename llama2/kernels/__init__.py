@@ -19,6 +19,13 @@ class Kernels(Protocol):
     `llama2.kernels.plain` is the reference: every other implementation equals it up to the rounding of the dtype.
     """
 
+    def prepare(self, weights: Iterable[torch.Tensor], *, threads: int) -> None:
+        """Lay out the weights (F, C) of linear layers as `linear` and `gated_linear` read them, in the same memory.
+
+        To be called once, by `threads` threads in all, when the weights have their values and before any product.
+        From then on nothing else may look into them.
+        """
+
     def run_layers(
         self, layers: Iterable[TransformerBlock], x_TC: torch.Tensor, rope_TD2: torch.Tensor, batch: Batch
     ) -> tuple[torch.Tensor, torch.Tensor]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING
 
 import torch
@@ -13,7 +14,8 @@ from llama2.kernels.plain import PlainKernels
 if TYPE_CHECKING:
     from llama2.model import TransformerBlock
 
-# Up to so many rows the weight's way through memory is what counts; beyond, oneDNN's blocked products win.
+# Of a weight that is not packed. Up to so many rows its way through memory is what counts; beyond, oneDNN's blocked
+# products win.
 MAX_STREAMED_ROWS = 64
 
 
@@ -22,7 +24,8 @@ class CpuKernels(PlainKernels):
 
     def __init__(self, dtype: torch.dtype) -> None:
         operators = torch.ops.llama2_cpu
-        self._max_streamed_rows = MAX_STREAMED_ROWS if dtype is torch.bfloat16 else 0
+        self._is_bf16 = dtype is torch.bfloat16
+        self._packs = self._is_bf16 and operators.packs_weights()
         # `.default` spares a choice among overloads at every call.
         self._layers = operators.layers.default
         self._linear = operators.linear.default
@@ -31,12 +34,24 @@ class CpuKernels(PlainKernels):
         self._paged_attention = operators.paged_attention.default
         self._silu_mul = operators.silu_mul.default
 
+    def prepare(self, weights: Iterable[torch.Tensor], *, threads: int) -> None:
+        if not self._packs:
+            return
+        # The largest first: the last one may keep a single thread.
+        largest_first = sorted(weights, key=torch.Tensor.numel, reverse=True)
+        with ThreadPoolExecutor(threads) as pool:
+            list(pool.map(torch.ops.llama2_cpu.pack.default, largest_first))
+
+    def _has_product(self, rows: int) -> bool:
+        """Whether the operators make products of so many rows, and not F.linear."""
+        return self._packs or (self._is_bf16 and rows <= MAX_STREAMED_ROWS)
+
     def run_layers(
         self, layers: Iterable[TransformerBlock], x_TC: torch.Tensor, rope_TD2: torch.Tensor, batch: Batch
     ) -> tuple[torch.Tensor, torch.Tensor]:
         layers = list(layers)
         shared = layers[0].attention.wo.collectives.shared
-        if shared is None or not self._streams(x_TC):
+        if shared is None or not self._has_product(x_TC.shape[0]):
             return super().run_layers(layers, x_TC, rope_TD2, batch)
         cache = batch.cache
         branch_TC = self._layers(
@@ -54,11 +69,8 @@ class CpuKernels(PlainKernels):
         )
         return x_TC, branch_TC
 
-    def _streams(self, x: torch.Tensor) -> bool:
-        return 0 < x.shape[0] <= self._max_streamed_rows
-
     def linear(self, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-        if self._streams(x):
+        if self._has_product(x.shape[0]):
             return self._linear(x, weight)
         return super().linear(x, weight)
 

@@ -17,6 +17,9 @@ if TYPE_CHECKING:
 class PlainKernels:
     """See `llama2.kernels.Kernels`."""
 
+    def prepare(self, weights: Iterable[torch.Tensor], *, threads: int) -> None:
+        """Weights are read as they are."""
+
     def run_layers(
         self, layers: Iterable[TransformerBlock], x_TC: torch.Tensor, rope_TD2: torch.Tensor, batch: Batch
     ) -> tuple[torch.Tensor, torch.Tensor]:

@@ -7,8 +7,21 @@
 #include "attention.h"
 #include "team.h"
 
+// Weights are packed where bf16 products are vector instructions. Where they are matrix instructions (AMX), oneDNN has
+// many rows several times sooner, and it takes no such layout; nor is it known to help where there are neither.
+#if defined(__AVX512BF16__) && !defined(__AMX_BF16__)
+#define LLAMA2_PACKS_WEIGHTS
+#endif
+
 namespace llama2 {
 
+#ifdef LLAMA2_PACKS_WEIGHTS
+// Lays out a weight (outputs, inputs) as `linear` reads it, in the same memory.
+void pack(at::BFloat16* w, int64_t outputs, int64_t inputs);
+#endif
+
+// x (rows, inputs), w (outputs, inputs), packed if need be; y (rows, outputs) becomes x wᵀ, summed in fp32. A row's result
+// is the same bits in whatever company it comes.
 void linear(const Team& team, const at::BFloat16* x, const at::BFloat16* w, at::BFloat16* y, int64_t rows,
             int64_t inputs, int64_t outputs);
 

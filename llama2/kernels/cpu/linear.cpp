@@ -1,86 +1,43 @@
-// Owns the product of a few bf16 rows with a weight, as decoding needs it: the weight streams through once, as it lies
-// in memory, and what is left of the time goes into the products. Many rows are better off with oneDNN (F.linear).
+// Owns the operators for products with the weights of linear layers. The products themselves are in packed_linear.cpp
+// or, for processors that gain nothing from packing, in streamed_linear.cpp.
 #include <ATen/ATen.h>
 #include <torch/library.h>
 
 #include "kernels.h"
-#include "lanes.h"
 
 namespace llama2 {
 namespace {
 
-constexpr int kOutputs = 4;  // outputs and rows of a tile: its 16 sums stay in registers
-constexpr int kRows = 4;
+using at::BFloat16;
+
 constexpr int64_t kAlone = 64;  // outputs that one thread has sooner than it has woken another
 
-// y[m][n] = x[m] · w[n] for R rows and kOutputs outputs. The first tile over a weight asks memory for the next one's.
-template <int R>
-inline void tile(const BFloat16* x, const BFloat16* w, BFloat16* y, int64_t inputs, int64_t outputs, bool is_first) {
-  using L = Lanes<BFloat16>;
-  const BFloat16 *xs[R], *ws[kOutputs];
-  for (int m = 0; m < R; m++) xs[m] = x + m * inputs;
-  for (int n = 0; n < kOutputs; n++) ws[n] = w + n * inputs;
-  L::Sum sums[R][kOutputs];
-  for (auto& row : sums)
-    for (auto& one : row) one = L::zero();
-  if (is_first)
-    dot(xs, ws, inputs, sums, [&](const BFloat16* at) { __builtin_prefetch(at + kOutputs * inputs); });
-  else
-    dot(xs, ws, inputs, sums, [](const BFloat16*) {});
-  for (int m = 0; m < R; m++)
-    store4(y + m * outputs, L::totals(sums[m][0], sums[m][1], sums[m][2], sums[m][3]));
+bool packs_weights() {
+#ifdef LLAMA2_PACKS_WEIGHTS
+  return true;
+#else
+  return false;
+#endif
 }
 
-inline void all_rows(const BFloat16* x, const BFloat16* w, BFloat16* y, int64_t rows, int64_t inputs, int64_t outputs) {
-  int64_t m = 0;
-  for (; m + kRows <= rows; m += kRows) tile<kRows>(x + m * inputs, w, y + m * outputs, inputs, outputs, m == 0);
-  x += m * inputs;
-  y += m * outputs;
-  switch (rows - m) {
-    case 3: tile<3>(x, w, y, inputs, outputs, m == 0); break;
-    case 2: tile<2>(x, w, y, inputs, outputs, m == 0); break;
-    case 1: tile<1>(x, w, y, inputs, outputs, m == 0); break;
-  }
+void check_weight(const at::Tensor& w) {
+  TORCH_CHECK(w.scalar_type() == at::kBFloat16 && w.dim() == 2 && w.is_contiguous(),
+              "linear takes contiguous bf16 weights of two axes");
 }
 
-// One output of all rows, where the number of outputs is no multiple of kOutputs.
-inline void one_output(const BFloat16* x, const BFloat16* w, BFloat16* y, int64_t rows, int64_t inputs, int64_t outputs) {
-  using L = Lanes<BFloat16>;
-  for (int64_t m = 0; m < rows; m++) {
-    const BFloat16 *xs[1] = {x + m * inputs}, *ws[1] = {w};
-    L::Sum sums[1][1] = {{L::zero()}};
-    dot(xs, ws, inputs, sums, [](const BFloat16*) {});
-    y[m * outputs] = L::totals(sums[0][0], L::zero(), L::zero(), L::zero())[0];
-  }
+// w (outputs, inputs) is from now on for `linear` alone.
+void pack_op(at::Tensor w) {
+  check_weight(w);
+#ifdef LLAMA2_PACKS_WEIGHTS
+  pack(w.mutable_data_ptr<BFloat16>(), w.size(0), w.size(1));
+#endif
 }
 
-}  // namespace
-
-// x (rows, inputs), w (outputs, inputs); y (rows, outputs) becomes x wᵀ, summed in fp32. A row's result is the same bits in whatever
-// company it comes.
-void linear(const Team& team, const BFloat16* x, const BFloat16* w, BFloat16* y, int64_t rows, int64_t inputs,
-            int64_t outputs) {
-  team.share(ceil_div(outputs, kOutputs), [&](int64_t begin, int64_t end) {
-    int64_t n = begin * kOutputs;
-    for (const int64_t last = std::min(end * kOutputs, outputs); n < last;) {
-      if (n + kOutputs <= last) {
-        all_rows(x, w + n * inputs, y + n, rows, inputs, outputs);
-        n += kOutputs;
-      } else {
-        one_output(x, w + n * inputs, y + n, rows, inputs, outputs);
-        n += 1;
-      }
-    }
-  });
-}
-
-namespace {
-
-// The same for tensors, bf16 and contiguous; returns y.
+// x (rows, inputs) times w (outputs, inputs), transposed; w is packed where `packs_weights`.
 at::Tensor linear_op(const at::Tensor& x, const at::Tensor& w) {
-  TORCH_CHECK(x.scalar_type() == at::kBFloat16 && w.scalar_type() == at::kBFloat16, "linear takes bf16");
-  TORCH_CHECK(x.dim() == 2 && w.dim() == 2 && x.size(1) == w.size(1), "linear: shapes do not fit");
-  TORCH_CHECK(x.is_contiguous() && w.is_contiguous(), "linear takes contiguous tensors");
+  check_weight(w);
+  TORCH_CHECK(x.scalar_type() == at::kBFloat16 && x.is_contiguous(), "linear takes contiguous bf16 rows");
+  TORCH_CHECK(x.dim() == 2 && x.size(1) == w.size(1), "linear: shapes do not fit");
   auto y = at::empty({x.size(0), w.size(0)}, x.options());
   Team::run(w.size(0) > kAlone, [&](const Team& team) {
     linear(team, x.const_data_ptr<BFloat16>(), w.const_data_ptr<BFloat16>(), y.mutable_data_ptr<BFloat16>(), x.size(0),
@@ -92,8 +49,13 @@ at::Tensor linear_op(const at::Tensor& x, const at::Tensor& w) {
 }  // namespace
 
 TORCH_LIBRARY_FRAGMENT(llama2_cpu, library) {
+  library.def("packs_weights() -> bool", &packs_weights);
+  library.def("pack(Tensor(a!) w) -> ()");
   library.def("linear(Tensor x, Tensor w) -> Tensor");
 }
-TORCH_LIBRARY_IMPL(llama2_cpu, CPU, library) { library.impl("linear", &linear_op); }
+TORCH_LIBRARY_IMPL(llama2_cpu, CPU, library) {
+  library.impl("pack", &pack_op);
+  library.impl("linear", &linear_op);
+}
 
 }  // namespace llama2

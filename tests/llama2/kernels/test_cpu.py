@@ -20,7 +20,7 @@ from llama2.kernels import choose_kernels, cpu_library
 from llama2.kernels.cpu import MAX_STREAMED_ROWS, CpuKernels
 from llama2.kernels.plain import PlainKernels
 from llama2.kv_cache import KVCache
-from llama2.model import Transformer, TransformerBlock
+from llama2.model import Linear, Transformer, TransformerBlock, VocabProjection
 from tests.support.batches import BLOCK_SIZE, CPU, NUM_BLOCKS, ragged_batch, random_cache
 
 DTYPES = [torch.float32, torch.bfloat16]
@@ -35,6 +35,13 @@ def deterministic() -> Iterator[None]:
     torch.manual_seed(0)
     with torch.inference_mode():
         yield
+
+
+@pytest.fixture
+def set_threads() -> Iterator[Callable[[int], None]]:
+    before = torch.get_num_threads()
+    yield torch.set_num_threads
+    torch.set_num_threads(before)
 
 
 def kernels(dtype: torch.dtype) -> CpuKernels:
@@ -53,18 +60,53 @@ def test_it_is_what_a_cpu_gets() -> None:
     assert isinstance(choose_kernels(torch.device("cpu"), torch.bfloat16), CpuKernels)
 
 
-@pytest.mark.parametrize("rows", [0, 1, 2, 3, 4, 7, 32, MAX_STREAMED_ROWS, MAX_STREAMED_ROWS + 1])
-@pytest.mark.parametrize(("inputs", "outputs"), [(64, 64), (72, 100), (30, 7), (576, 1001)])
+def prepared(weight: torch.Tensor, dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:
+    weight = weight.clone()
+    kernels(dtype).prepare([weight], threads=1)
+    return weight
+
+
+@pytest.mark.parametrize("rows", [0, 1, 2, 3, 4, 7, 12, 13, 32, MAX_STREAMED_ROWS, MAX_STREAMED_ROWS + 1, 130])
+@pytest.mark.parametrize(
+    ("inputs", "outputs"), [(64, 64), (72, 100), (30, 7), (1, 33), (577, 1001), (1000, 16), (1536, 48)]
+)
 def test_linear(rows: int, inputs: int, outputs: int) -> None:
     x, weight = torch.randn(rows, inputs).bfloat16(), (torch.randn(outputs, inputs) / inputs**0.5).bfloat16()
-    assert_near(kernels(torch.bfloat16).linear(x, weight), PLAIN.linear(x.float(), weight.float()).bfloat16())
+    actual = kernels(torch.bfloat16).linear(x, prepared(weight))
+    assert_near(actual, PLAIN.linear(x.float(), weight.float()).bfloat16())
 
 
-def test_linear_gives_a_row_the_same_bits_in_any_company() -> None:
-    x, weight = torch.randn(MAX_STREAMED_ROWS, 200).bfloat16(), torch.randn(300, 200).bfloat16()
-    together = kernels(torch.bfloat16).linear(x, weight)
-    alone = torch.cat([kernels(torch.bfloat16).linear(row[None].contiguous(), weight) for row in x])
-    assert torch.equal(together, alone)
+@pytest.mark.parametrize("rows", [3, 9, MAX_STREAMED_ROWS, 130])
+@pytest.mark.parametrize("inputs", [30, 201, 576, 1000, 1536])
+@pytest.mark.parametrize("threads", [1, 3])
+def test_linear_gives_a_row_the_same_bits_in_any_company(
+    rows: int, inputs: int, threads: int, set_threads: Callable[[int], None]
+) -> None:
+    """Alone, in a batch, and in a piece of a prompt that was cut anywhere."""
+    mine = kernels(torch.bfloat16)
+    if rows > MAX_STREAMED_ROWS and not torch.ops.llama2_cpu.packs_weights():
+        pytest.skip("oneDNN makes products of so many rows")
+    x, weight = torch.randn(rows, inputs).bfloat16(), prepared(torch.randn(301, inputs).bfloat16())
+    set_threads(threads)
+    together = mine.linear(x, weight)
+    for size in (1, 2, 17, 64):
+        assert torch.equal(torch.cat([mine.linear(piece, weight) for piece in x.split(size)]), together), size
+
+
+def test_prepare_takes_no_memory_and_loses_no_value() -> None:
+    weights = [torch.randn(outputs, inputs).bfloat16() for outputs, inputs in [(96, 64), (33, 7), (5, 30)]]
+    before = [weight.clone() for weight in weights]
+    places = [weight.data_ptr() for weight in weights]
+    kernels(torch.bfloat16).prepare(weights, threads=2)
+    assert [weight.data_ptr() for weight in weights] == places
+    for weight, values in zip(weights, before, strict=True):
+        assert torch.equal(weight.flatten().sort().values, values.flatten().sort().values)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_prepare_leaves_other_dtypes_as_they_are(dtype: torch.dtype) -> None:
+    weight = torch.randn(48, 64).to(dtype)
+    assert torch.equal(prepared(weight, dtype), weight)
 
 
 def test_linear_refuses_what_it_cannot_compute() -> None:
@@ -73,6 +115,9 @@ def test_linear_refuses_what_it_cannot_compute() -> None:
     for wrong in [(x.float(), weight), (x, weight[:, :4]), (x, torch.randn(8, 3).bfloat16().t())]:
         with pytest.raises(RuntimeError, match="linear"):
             linear(*wrong)
+    for wrong_weight in [weight.float(), weight.t(), weight.flatten()]:
+        with pytest.raises(RuntimeError, match="linear"):
+            torch.ops.llama2_cpu.pack(wrong_weight)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -139,18 +184,14 @@ def test_attend_gives_a_row_the_same_bits_in_any_company() -> None:
         assert torch.equal(alone[0], together[row]), row
 
 
-@pytest.fixture
-def set_threads() -> Iterator[Callable[[int], None]]:
-    before = torch.get_num_threads()
-    yield torch.set_num_threads
-    torch.set_num_threads(before)
-
-
 def small_model() -> Transformer:
     args = ModelArgs(dim=72, n_layers=3, n_heads=6, n_kv_heads=2, head_dim=24, hidden_dim=300, vocab_size=50)
     model = Transformer(args, kernels(torch.bfloat16)).bfloat16()
     for weight in model.parameters():
         weight.normal_(std=weight.shape[-1] ** -0.5)
+    model.kernels.prepare(
+        [module.weight for module in model.modules() if isinstance(module, (Linear, VocabProjection))], threads=1
+    )
     model.finish(max_seq_len=400)
     return model
 
@@ -167,7 +208,9 @@ def empty_cache(args: ModelArgs) -> KVCache:
 
 
 @pytest.mark.parametrize("threads", [1, 2, 3])
-@pytest.mark.parametrize("spans", [[(1, 33)], [(1, 5), (1, 300), (1, 40)], [(1, 20), (5, 5), (30, 300)]])
+@pytest.mark.parametrize(
+    "spans", [[(1, 33)], [(1, 5), (1, 300), (1, 40)], [(1, 20), (5, 5), (30, 300)], [(100, 300), (1, 5)]]
+)
 def test_all_layers_as_one_operator_give_the_bits_of_the_steps_one_by_one(
     spans: list[tuple[int, int]], threads: int, set_threads: Callable[[int], None]
 ) -> None:
@@ -205,23 +248,38 @@ def test_scores_that_differ_by_hundreds_do_not_overflow() -> None:
     torch.testing.assert_close(actual, PLAIN.attend(q, steps, 0), atol=1e-3, rtol=1e-3)
 
 
-AVX2 = """
+OTHER = """
 import sys, torch
 from pathlib import Path
 from torch.utils import cpp_extension
 sources = [str(file) for file in Path(sys.argv[1]).glob("*.cpp")]
-flags = ["-O1", "-march=x86-64-v3", "-fopenmp", "-DCPU_CAPABILITY=AVX2", "-DCPU_CAPABILITY_AVX2"]
+flags = ["-O1", "-fopenmp", *sys.argv[3:]]
 cpp_extension.load("llama2_cpu", sources, extra_cflags=flags, build_directory=sys.argv[2], is_python_module=False)
+assert not torch.ops.llama2_cpu.packs_weights()
 torch.manual_seed(0)
 x, weight = torch.randn(6, 70).bfloat16(), torch.randn(9, 70).bfloat16()
-torch.testing.assert_close(torch.ops.llama2_cpu.linear(x, weight), x @ weight.t(), atol=0.1, rtol=0.02)
+expected = x @ weight.t()
+torch.ops.llama2_cpu.pack(weight)
+torch.testing.assert_close(torch.ops.llama2_cpu.linear(x, weight), expected, atol=0.1, rtol=0.02)
 """
 
 
-@pytest.mark.skipif(not torch.backends.cpu.get_cpu_capability().startswith("AVX"), reason="needs an x86 CPU")
-def test_a_processor_without_avx512_computes_the_same(tmp_path: Path) -> None:
+# What a processor with AMX runs is run here by one with AVX512: our own code has no instruction of AMX.
+@pytest.mark.parametrize(
+    ("capability", "needed", "flags"),
+    [
+        ("AVX2", "avx2", ["-march=x86-64-v3"]),
+        ("AVX512", "avx512_bf16", ["-march=x86-64-v4", "-mavx512bf16", "-mamx-bf16"]),
+    ],
+)
+def test_a_processor_that_gains_nothing_from_packing_computes_the_same(
+    capability: str, needed: str, flags: list[str], tmp_path: Path
+) -> None:
+    if needed not in Path("/proc/cpuinfo").read_text():
+        pytest.skip(f"needs a CPU with {needed}")
+    flags = [*flags, f"-DCPU_CAPABILITY={capability}", f"-DCPU_CAPABILITY_{capability}"]
     environ = {**os.environ, "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
-    command = [sys.executable, "-c", AVX2, str(cpu_library.SOURCES), str(tmp_path)]
+    command = [sys.executable, "-c", OTHER, str(cpu_library.SOURCES), str(tmp_path), *flags]
     done = subprocess.run(command, env=environ, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]
 

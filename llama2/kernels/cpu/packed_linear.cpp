@@ -1,0 +1,115 @@
+// Owns the product of bf16 rows with a packed weight: the layout, and how it is gone through. Memory is read in the order
+// of its addresses, which every processor does at its best rate, and no lane of a register waits for another's sum.
+//
+// A weight (outputs, inputs) is cut into blocks of kOutputs outputs, the last one as narrow as it must be. A block lies
+// where its outputs lay, by pairs of inputs: two inputs of its first output, the same two of its second, and so on. The
+// last of an odd number of inputs lies alone. Every sum runs through the inputs in order, in one register, so that a
+// row's bits are the same in whatever company it comes.
+#include "kernels.h"
+#include "lanes.h"
+
+#ifdef LLAMA2_PACKS_WEIGHTS
+#include <cstring>
+#include <utility>
+#include <vector>
+
+namespace llama2 {
+namespace {
+
+constexpr int kLanes = 16, kOutputs = 2 * kLanes;
+constexpr int kRows = 12;  // of a tile: its 24 sums stay in registers, beside two of weights and one of inputs
+constexpr int64_t kAhead = 4096 / sizeof(BFloat16);  // a page: at its end processors stop fetching ahead
+constexpr int64_t kPiece = 16;                       // pairs of inputs packed at once: a cache line of each output
+
+struct Block {
+  const BFloat16* weights;
+  int64_t inputs;
+  int outputs;
+};
+
+// sums[m] += what one pair of inputs of R rows gives for all outputs; `at` finds the pair in a row.
+template <int R, typename At>
+C10_ALWAYS_INLINE void add(__m512 (&sums)[R][2], __m512bh low, __m512bh high, const BFloat16* x, int64_t inputs,
+                           const At& at) {
+#pragma GCC unroll kRows
+  for (int m = 0; m < R; m++) {
+    const auto pair = (__m512bh)_mm512_set1_epi32(at(x + m * inputs));
+    sums[m][0] = _mm512_dpbf16_ps(sums[m][0], pair, low);
+    sums[m][1] = _mm512_dpbf16_ps(sums[m][1], pair, high);
+  }
+}
+
+// y[m] = block · x[m] for R rows; outputs is the distance between rows of y. Left to itself, the compiler unrolls no loop
+// of so many instructions, and the sums go through memory.
+template <int R>
+void tile(const Block& block, const BFloat16* x, BFloat16* y, int64_t outputs) {
+  const auto lanes = (uint64_t(1) << block.outputs) - 1;
+  const auto low = static_cast<__mmask16>(lanes), high = static_cast<__mmask16>(lanes >> kLanes);
+  const int64_t inputs = block.inputs;
+  const auto* weights = block.weights;
+  __m512 sums[R][2];
+#pragma GCC unroll kRows
+  for (int m = 0; m < R; m++) sums[m][0] = sums[m][1] = _mm512_setzero_ps();
+  for (int64_t i = 0; i + 2 <= inputs; i += 2, weights += 2 * block.outputs) {
+    __builtin_prefetch(weights + kAhead);
+    __builtin_prefetch(weights + kAhead + kOutputs);
+    add(sums, (__m512bh)_mm512_maskz_loadu_epi32(low, weights),
+        (__m512bh)_mm512_maskz_loadu_epi32(high, weights + kOutputs), x, inputs, [i](const BFloat16* row) {
+          int pair;
+          std::memcpy(&pair, row + i, sizeof pair);
+          return pair;
+        });
+  }
+  if (inputs % 2) {
+    auto widen = [](__mmask16 mask, const BFloat16* from) {
+      return (__m512bh)_mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(mask, from));
+    };
+    add(sums, widen(low, weights), widen(high, weights + kLanes), x, inputs,
+        [inputs](const BFloat16* row) { return row[inputs - 1].x; });
+  }
+#pragma GCC unroll kRows
+  for (int m = 0; m < R; m++) {
+    _mm256_mask_storeu_epi16(y + m * outputs, low, (__m256i)_mm512_cvtneps_pbh(sums[m][0]));
+    _mm256_mask_storeu_epi16(y + m * outputs + kLanes, high, (__m256i)_mm512_cvtneps_pbh(sums[m][1]));
+  }
+}
+
+template <int... I>
+constexpr std::array<decltype(&tile<1>), sizeof...(I)> tiles_up_to(std::integer_sequence<int, I...>) {
+  return {tile<I + 1>...};
+}
+
+}  // namespace
+
+void linear(const Team& team, const BFloat16* x, const BFloat16* w, BFloat16* y, int64_t rows, int64_t inputs,
+            int64_t outputs) {
+  constexpr auto tiles = tiles_up_to(std::make_integer_sequence<int, kRows>());
+  // Of equal size: a tile of few rows waits for its own sums.
+  const int64_t count = ceil_div(rows, kRows);
+  team.share(ceil_div(outputs, kOutputs) * count, [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; i++) {
+      const int64_t n = i / count * kOutputs, m = rows * (i % count) / count, next = rows * (i % count + 1) / count;
+      const Block block{w + n * inputs, inputs, static_cast<int>(std::min<int64_t>(kOutputs, outputs - n))};
+      tiles[next - m - 1](block, x + m * inputs, y + m * outputs + n, outputs);
+    }
+  });
+}
+
+void pack(BFloat16* w, int64_t outputs, int64_t inputs) {
+  const int64_t pairs = inputs / 2;
+  std::vector<BFloat16> packed(kOutputs * inputs);
+  for (int64_t n = 0; n < outputs; n += kOutputs) {
+    auto* block = w + n * inputs;
+    const int64_t width = std::min<int64_t>(kOutputs, outputs - n);
+    for (int64_t begin = 0; begin < pairs; begin += kPiece)
+      for (int64_t o = 0; o < width; o++)
+        for (int64_t i = begin; i < std::min(begin + kPiece, pairs); i++)
+          std::memcpy(&packed[2 * (i * width + o)], block + o * inputs + 2 * i, 2 * sizeof(BFloat16));
+    if (inputs % 2)
+      for (int64_t o = 0; o < width; o++) packed[2 * pairs * width + o] = block[o * inputs + inputs - 1];
+    std::copy_n(packed.begin(), width * inputs, block);
+  }
+}
+
+}  // namespace llama2
+#endif
