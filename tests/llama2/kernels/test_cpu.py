@@ -89,7 +89,7 @@ def test_linear_gives_a_row_the_same_bits_in_any_company(
     x, weight = torch.randn(rows, inputs).bfloat16(), prepared(torch.randn(301, inputs).bfloat16())
     set_threads(threads)
     together = mine.linear(x, weight)
-    for size in (1, 2, 17, 64):
+    for size in (*range(1, 14), 17, 64):
         assert torch.equal(torch.cat([mine.linear(piece, weight) for piece in x.split(size)]), together), size
 
 
