@@ -34,7 +34,7 @@ LEAST = 10
 # Named where they are missing: what needs them is left out.
 OPTIONAL = (
     *("pytest", "hypothesis", "fire", "gguf", "psutil", "tqdm", "tokenizers", "matplotlib", "transformers"),
-    *("safetensors", "yaml", "sentencepiece", "xgrammar", "pydantic"),
+    *("safetensors", "yaml", "sentencepiece", "llguidance", "pydantic"),
 )
 GPU_TESTS = (
     "tests/llama2/test_gpu.py",

@@ -6,6 +6,7 @@ import datetime
 import importlib.util
 import json
 import re
+import subprocess
 import sys
 import time
 import uuid
@@ -96,7 +97,8 @@ def test_a_reply_follows_its_schema_whatever_the_logits(sp: Both, schema: dict[s
     try:
         grammar = compiler.json_schema(schema)
     except ValueError as error:
-        assert "cannot write" in str(error)  # noqa: PT017  the only fault that these schemas can have
+        # The only faults that these schemas can have.
+        assert "cannot write" in str(error) or "/enum must be within" in str(error)  # noqa: PT017
         return
     text, ended = random_reply(tokenizer, grammar, seed, max_new_tokens=150)
     if ended:
@@ -160,15 +162,16 @@ def test_any_object_is_an_object(model: Both) -> None:
                 json.loads(text)
 
 
-def test_white_space_and_digits_come_to_an_end(sp: Both) -> None:
-    """A model that wants nothing but spaces and digits is led on."""
+def test_white_space_comes_to_an_end(sp: Both) -> None:
+    """A model that wants nothing but spaces, or as many digits as there may be, is led on."""
     tokenizer, compiler = sp
     wanted = {
         token_id: 100.0
         for token_id in range(tokenizer.vocab_size)
         if set(tokenizer.token_bytes(token_id)) <= set(b" \n\t0123456789")
     }
-    grammar = compiler.json_schema({"type": "array", "items": {"type": "number"}, "minItems": 3, "maxItems": 3})
+    number = {"type": "integer", "minimum": 0, "maximum": 10**15}
+    grammar = compiler.json_schema({"type": "array", "items": number, "minItems": 3, "maxItems": 3})
     text, ended = random_reply(tokenizer, grammar, 0, favoured=wanted)
     assert ended
     assert len(json.loads(text)) == 3
@@ -209,7 +212,7 @@ def test_a_reply_matches_its_regex_as_a_whole(model: Both, pattern: str) -> None
         for seed in range(5):
             text, ended = random_reply(tokenizer, grammar, seed, continues_prompt=continues_prompt, max_new_tokens=60)
             if ended:
-                assert re.fullmatch(pattern, text), text
+                assert re.fullmatch(pattern, text, re.ASCII), text
 
 
 @settings(deadline=None, max_examples=60)
@@ -245,18 +248,24 @@ def test_a_text_of_its_own_may_begin_as_the_model_writes_words(sp: Both) -> None
 # ---- Matchers
 
 
-def test_a_mask_forbids_what_xgrammar_forbids_by_it(model: Both) -> None:
-    """xgrammar's own kernel is the outside reference, for several masks at once."""
-    import xgrammar
-
+def test_a_mask_forbids_all_that_cannot_follow_and_nothing_else(model: Both) -> None:
+    """For several masks at once, and many ways to write the same text."""
     tokenizer, compiler = model
-    grammars = compiler.json_object(), compiler.choice(["ab", "cd"]), compiler.regex(r"[^x]*")
-    masks_NW = torch.stack([one.matcher(continues_prompt=False).mask_W() for one in grammars])
+    starts = (
+        lambda piece: any(text.startswith(piece) for text in (b"ab c", b"cd")),
+        lambda piece: not piece.strip(b"0123456789"),
+        lambda piece: b'{"name": '.startswith(piece),
+    )
+    schema = {"type": "object", "properties": {"name": {"type": "null"}}, "required": ["name"]}
+    grammars = compiler.choice(["ab c", "cd"]), compiler.regex(r"[0-9]+"), compiler.json_schema(schema)
     logits_NV = torch.randn(3, tokenizer.vocab_size + PADDING)
-    forbidden_NV = forbid(logits_NV, [*masks_NW])
-    xgrammar.apply_token_bitmask_inplace(logits_NV, masks_NW, backend="cpu")
-    assert torch.equal(forbidden_NV, logits_NV)
-    assert 0 < (logits_NV > -torch.inf).sum(-1).min() < (logits_NV > -torch.inf).sum(-1).max()
+    allowed_NV = forbid(logits_NV, [one.matcher().mask_W() for one in grammars]) > -torch.inf
+    for allowed_V, is_start in zip(allowed_NV, starts, strict=True):
+        pieces = [tokenizer.token_bytes(index) for index in range(len(allowed_V))]
+        expected = [bool(piece) and is_start(piece) for piece in pieces]
+        assert [piece for piece, may in zip(pieces, allowed_V.tolist(), strict=True) if may] == [
+            piece for piece, may in zip(pieces, expected, strict=True) if may
+        ]
 
 
 def test_replies_of_one_grammar_do_not_disturb_each_other(sp: Both) -> None:
@@ -304,6 +313,7 @@ def test_what_cannot_be_written_is_refused(bpe: Both, sp: Both) -> None:
         lambda: bpe[1].choice(["a\x04"]),
         lambda: bpe[1].json_schema({"const": "\U00040000"}),
         lambda: bpe[1].regex("\x04+"),
+        lambda: bpe[1].regex("a\x04"),
         lambda: sp[1].choice(["\ud800"]),
     ):
         with pytest.raises(ValueError, match=r"cannot write|can write"):
@@ -325,9 +335,9 @@ def test_a_model_that_never_ends_cannot_be_held_to_a_grammar(sp: Both) -> None:
         GrammarCompiler(Endless(), 600).json_object()  # type: ignore[arg-type]
 
 
-def test_without_xgrammar_only_grammars_are_missing(sp: Both, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_llguidance_only_grammars_are_missing(sp: Both, monkeypatch: pytest.MonkeyPatch) -> None:
     """The module is imported all the same, and whoever asks for a grammar is told what to install."""
-    monkeypatch.setitem(sys.modules, "xgrammar", None)
+    monkeypatch.setitem(sys.modules, "llguidance", None)
     spec = importlib.util.spec_from_file_location("fresh_grammar", llama2.grammar.__file__)
     assert spec is not None
     assert spec.loader is not None
@@ -335,24 +345,11 @@ def test_without_xgrammar_only_grammars_are_missing(sp: Both, monkeypatch: pytes
     monkeypatch.setitem(sys.modules, "fresh_grammar", fresh)
     spec.loader.exec_module(fresh)
     compiler = fresh.GrammarCompiler(sp[0], sp[0].vocab_size)
-    with pytest.raises(ValueError, match=r"^constrained output needs xgrammar, which is not installed"):
+    with pytest.raises(ValueError, match=r"^constrained output needs llguidance, which is not installed"):
         compiler.json_object()
 
 
-HOSTILE_SCHEMAS: list[Any] = [
-    {"type": "string", "minLength": 100_000},
-    {"type": "array", "items": {"type": "array", "items": {"type": "integer"}, "maxItems": 10**9}, "maxItems": 10**9},
-    {"anyOf": [{"type": "string", "maxLength": n} for n in range(1, 300)]},
-    {"type": "object", "properties": {f"p{n}": {"type": "string"} for n in range(5000)}},
-    {"enum": ["x" * 200_000]},
-    {"type": "array", "items": {"anyOf": [{"type": "array", "maxItems": n} for n in range(500)]}},
-    {"type": "string", "pattern": "((a{0,99}){0,99}){0,99}"},
-]
-
-
-@pytest.mark.parametrize("index", range(len(HOSTILE_SCHEMAS)))
-def test_a_hostile_schema_is_refused_in_a_moment(bpe: Both, index: int) -> None:
-    start = time.process_time()
-    with pytest.raises(ValueError, match=r"large|many|at most|ambiguous|must be an integer from 0 to"):
-        bpe[1].json_schema(HOSTILE_SCHEMAS[index])
-    assert time.process_time() - start < 2
+def test_a_server_starts_without_llguidance() -> None:
+    """It is imported when the first grammar is asked for."""
+    code = "import sys, llama2.grammar, llama2.json_schema; assert 'llguidance' not in sys.modules"
+    assert subprocess.run([sys.executable, "-c", code]).returncode == 0

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -50,6 +51,20 @@ def random_reply(
     return _text(tokenizer, ids, continues_prompt=continues_prompt), False
 
 
+def accepts(tokenizer: Tokenizer, grammar: CompiledGrammar, text: str) -> bool:
+    """Can a reply be just this text, written in single characters?"""
+    matcher = grammar.matcher()
+
+    def allows(token_id: int) -> bool:
+        return bool(int(matcher.mask_W()[token_id // 32]) >> token_id % 32 & 1)
+
+    for token_id in tokenizer.spell(text.encode(errors="surrogatepass")):
+        if not allows(token_id):
+            return False
+        matcher.accept(token_id)
+    return allows(min(tokenizer.eos_ids))
+
+
 def _text(tokenizer: Tokenizer, ids: list[int], *, continues_prompt: bool) -> str:
     pieces = [
         tokenizer.token_bytes(token_id, first=index == 0 and not continues_prompt) for index, token_id in enumerate(ids)
@@ -73,8 +88,8 @@ def follows(value: Any, schema: Any) -> bool:
     if isinstance(value, (int, float)):
         return (
             schema.get("minimum", value) <= value <= schema.get("maximum", value)
-            and value > schema.get("exclusiveMinimum", value - 1)
-            and value < schema.get("exclusiveMaximum", value + 1)
+            and value > schema.get("exclusiveMinimum", -math.inf)
+            and value < schema.get("exclusiveMaximum", math.inf)
         )
     if isinstance(value, list):
         first = schema.get("prefixItems", [])
