@@ -23,8 +23,8 @@ from fire.decorators import SetParseFns
 
 from handler.config import PATH_KEYS, HandlerConfig
 from llama2.config import ModelArgs
-from llama2.splits import mesh_shape
-from llama2.tokenizer import load_tokenizer
+from llama2.parallel.splits import mesh_shape
+from llama2.text.tokenizer import load_tokenizer
 from scripts.flags import check_flags
 
 ROOT = Path(__file__).resolve().parent

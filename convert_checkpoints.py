@@ -24,7 +24,7 @@ import fire
 import torch
 import torch.distributed as dist
 
-from llama2.checkpoint.convert import convert
+from llama2.weights.convert import convert
 from scripts.flags import check_flags
 
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}

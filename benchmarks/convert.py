@@ -27,8 +27,8 @@ import torch
 
 from benchmarks.results import RESULTS, ROOT, save
 from benchmarks.tables import table
-from llama2.checkpoint.fairscale import write_fairscale
 from llama2.config import ModelArgs
+from llama2.weights.readers.fairscale import write_fairscale
 from scripts.flags import check_amounts, check_counts, run
 
 NUM_SHARDS = 8

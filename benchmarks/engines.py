@@ -20,15 +20,15 @@ from torch.distributed.tensor import DTensor
 
 from benchmarks.limits import kv_bytes_per_token, read_parameters
 from benchmarks.peers.protocol import Done, Work
-from llama2.collectives import connect
 from llama2.config import EngineConfig, ModelArgs
 from llama2.engine.engine import Engine
 from llama2.engine.sequence import Request, SamplingParams
-from llama2.loader import build_model
-from llama2.memory import free_memory
-from llama2.parallel import build_mesh
-from llama2.threads import undivided
-from llama2.tokenizer import Tokenizer
+from llama2.machine.memory import free_memory
+from llama2.machine.threads import undivided
+from llama2.parallel.collectives import connect
+from llama2.parallel.plan import build_mesh
+from llama2.text.tokenizer import Tokenizer
+from llama2.weights.loader import build_model
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

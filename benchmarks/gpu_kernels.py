@@ -3,7 +3,7 @@
     python -m benchmarks.gpu_kernels
 
 What a decoding step costs is the sum of these: they say which kernel to work on, which rows belong into `STREAMED_ROWS`
-of llama2/kernels/cuda.py, and which numbers are the right ones there. Needs torch, triton and numpy alone.
+of llama2/kernels/cuda/kernels.py, and which numbers are the right ones there. Needs torch, triton and numpy alone.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from benchmarks.results import RESULTS
 from benchmarks.shapes import SHAPES
 from benchmarks.sweeps import attention, products, sampling, steps
 from benchmarks.sweeps.bench import Bench
-from llama2.parallel import choose_device, init_process_group
+from llama2.parallel.process_group import choose_device, init_process_group
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 # What there is comes first, then what could be: time may end before.

@@ -28,7 +28,7 @@ from llama2.config import EngineConfig
 from llama2.engine.engine import Engine
 from llama2.engine.sequence import Request, SamplingParams
 from llama2.kv_cache import bytes_per_block
-from llama2.parallel import choose_device, init_process_group
+from llama2.parallel.process_group import choose_device, init_process_group
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 # Of what the weights leave free: cells need less, and recording needs some.

@@ -23,11 +23,12 @@ import torch.distributed as dist
 from benchmarks.convert import make_checkpoint
 from benchmarks.results import RESULTS, ROOT, save
 from benchmarks.tables import table
-from llama2.checkpoint.dcp import DcpFolder
-from llama2.collectives import connect
-from llama2.loader import load_model
-from llama2.parallel import build_mesh, choose_device, init_process_group
-from llama2.threads import undivided
+from llama2.machine.threads import undivided
+from llama2.parallel.collectives import connect
+from llama2.parallel.plan import build_mesh
+from llama2.parallel.process_group import choose_device, init_process_group
+from llama2.weights.loader import load_model
+from llama2.weights.readers.dcp import DcpFolder
 from scripts.flags import check_amounts, check_counts, run
 
 WANTED_RATIO = 0.7

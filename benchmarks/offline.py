@@ -32,7 +32,7 @@ from benchmarks.results import RESULTS, ROOT, save
 from benchmarks.shapes import find_shape
 from llama2.config import EngineConfig, ModelArgs
 from llama2.engine.engine import Engine
-from llama2.parallel import choose_device, init_process_group
+from llama2.parallel.process_group import choose_device, init_process_group
 from llama2.progress import progress
 from scripts.flags import check_counts, given, run, several
 

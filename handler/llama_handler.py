@@ -63,12 +63,12 @@ class LlamaHandler:
         from handler.config import HandlerConfig
         from handler.metrics import EngineMetrics
         from handler.native import NativeApi
-        from handler.openai_api import OpenAiApi, Served
+        from handler.openai.api import OpenAiApi, Served
         from handler.transport import Transport
         from handler.wire import read_in_large_pieces
-        from llama2.chat import encode_dialog
         from llama2.engine.engine import Engine
-        from llama2.grammar import GrammarCompiler
+        from llama2.text.chat import encode_dialog
+        from llama2.text.grammar import GrammarCompiler
 
         read_in_large_pieces()
         folder = Path(context.system_properties["model_dir"])

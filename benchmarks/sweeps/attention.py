@@ -88,7 +88,8 @@ def sweep_prompts(bench: Bench, args: ModelArgs) -> None:
 def _decode(
     bench: Bench, args: ModelArgs, sequences: int, context: int, settings: Mapping[str, Any] = MappingProxyType({})
 ) -> Calls:
-    from llama2.kernels import is_hopper, triton_attention
+    from llama2.kernels import is_hopper
+    from llama2.kernels.cuda import attention
 
     options = {"pdl": is_hopper(bench.device), **settings}
     heads_apart = options.pop("heads_apart", False)
@@ -97,7 +98,7 @@ def _decode(
     arrived = torch.zeros(sequences * args.n_kv_heads, dtype=torch.int32, device=bench.device)
     return [
         partial(
-            triton_attention.attend_single,
+            attention.attend_single,
             q,
             keys,
             values,
@@ -114,14 +115,15 @@ def _decode(
 def _prompts(
     bench: Bench, args: ModelArgs, sequences: int, length: int, settings: Mapping[str, Any] = MappingProxyType({})
 ) -> Calls:
-    from llama2.kernels import is_hopper, triton_attention
+    from llama2.kernels import is_hopper
+    from llama2.kernels.cuda import attention
 
     hopper = is_hopper(bench.device)
     q = bench.random(sequences * length, args.n_heads, args.head_dim)
     starts = torch.arange(0, (sequences + 1) * length, length, dtype=torch.int32, device=bench.device)
     return [
         partial(
-            triton_attention.attend_ragged,
+            attention.attend_ragged,
             q,
             keys,
             values,

@@ -60,7 +60,7 @@ def _part(bench: Bench, rows: int, vocab_size: int, part: Any) -> Calls:
 
 def _nucleus(bench: Bench, rows: int, vocab_size: int) -> Calls:
     """What takes a sort's place in the engine."""
-    from llama2.kernels.triton_sampling import nucleus_floor
+    from llama2.kernels.cuda.sampling import nucleus_floor
 
     weights = _logits(bench, rows, vocab_size).softmax(dim=-1)
     top_k = torch.full((rows,), vocab_size, device=bench.device)

@@ -31,24 +31,27 @@ def measure(bench: Bench, args: ModelArgs) -> None:
 
 
 def _add_rms_norm(bench: Bench, args: ModelArgs, rows: int) -> Calls:
-    from llama2.kernels import is_hopper, triton_layers
+    from llama2.kernels import is_hopper
+    from llama2.kernels.cuda import layers
 
     x, branch, weight = bench.random(rows, args.dim), bench.random(rows, args.dim), bench.random(args.dim)
-    return [partial(triton_layers.add_rms_norm, x, branch, weight, 1e-5, pdl=is_hopper(bench.device))]
+    return [partial(layers.add_rms_norm, x, branch, weight, 1e-5, pdl=is_hopper(bench.device))]
 
 
 def _rotate_and_store(bench: Bench, args: ModelArgs, rows: int) -> Calls:
-    from llama2.kernels import is_hopper, triton_layers
+    from llama2.kernels import is_hopper
+    from llama2.kernels.cuda import layers
 
     qkv = bench.random(rows, (args.n_heads + 2 * args.n_kv_heads) * args.head_dim)
     rope = torch.rand(rows, args.head_dim // 2, 2, device=bench.device)
     slots = torch.arange(rows, device=bench.device)
     keys, values = (bench.random(-(-rows // 16), 16, args.n_kv_heads, args.head_dim) for _ in range(2))
-    return [partial(triton_layers.rotate_and_store, qkv, rope, slots, keys, values, pdl=is_hopper(bench.device))]
+    return [partial(layers.rotate_and_store, qkv, rope, slots, keys, values, pdl=is_hopper(bench.device))]
 
 
 def _silu_mul(bench: Bench, args: ModelArgs, rows: int) -> Calls:
-    from llama2.kernels import is_hopper, triton_layers
+    from llama2.kernels import is_hopper
+    from llama2.kernels.cuda import layers
 
     gate_up = bench.random(rows, 2 * args.hidden_dim)
-    return [partial(triton_layers.silu_mul, gate_up, pdl=is_hopper(bench.device))]
+    return [partial(layers.silu_mul, gate_up, pdl=is_hopper(bench.device))]

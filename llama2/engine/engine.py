@@ -17,8 +17,6 @@ from typing import Any
 import torch
 from torch.distributed.device_mesh import DeviceMesh
 
-from llama2.checkpoint.dcp import DcpFolder
-from llama2.collectives import Collectives, connect
 from llama2.config import EngineConfig, ModelArgs
 from llama2.engine.block_manager import BlockManager
 from llama2.engine.lockstep import Lockstep, agree
@@ -30,11 +28,14 @@ from llama2.engine.scheduler import Plan, Scheduler
 from llama2.engine.sequence import FinishReason, Output, Request, Sequence
 from llama2.engine.transfer import row_index, select
 from llama2.kv_cache import KVCache, count_blocks
-from llama2.loader import load_model
+from llama2.machine.threads import hand_over, undivided
 from llama2.model import Transformer
-from llama2.parallel import build_mesh, choose_device, init_process_group, local_kv_heads
-from llama2.threads import hand_over, undivided
-from llama2.tokenizer import Tokenizer, load_tokenizer
+from llama2.parallel.collectives import Collectives, connect
+from llama2.parallel.plan import build_mesh, local_kv_heads
+from llama2.parallel.process_group import choose_device, init_process_group
+from llama2.text.tokenizer import Tokenizer, load_tokenizer
+from llama2.weights.loader import load_model
+from llama2.weights.readers.dcp import DcpFolder
 
 logger = logging.getLogger(__name__)
 

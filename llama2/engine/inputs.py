@@ -14,9 +14,9 @@ import numpy as np
 import torch
 
 from llama2.batch import Batch, Span
-from llama2.collectives import Collectives
 from llama2.engine.scheduler import Chunk
 from llama2.kv_cache import KVCache
+from llama2.parallel.collectives import Collectives
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -13,9 +13,9 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from llama2.collectives import Collectives, LockstepError
 from llama2.engine.runner import Runner
 from llama2.engine.scheduler import Plan
+from llama2.parallel.collectives import Collectives, LockstepError
 
 
 @dataclass(frozen=True, slots=True)

@@ -24,9 +24,9 @@ def nucleus_floor(weights_NV: Tensor, top_k_N: Tensor, top_p_N: Tensor) -> Tenso
         top_p_N: fp64, above 0; 1 leaves everything.
     """
     if weights_NV.is_cuda:
-        from llama2.kernels import triton_sampling
+        from llama2.kernels.cuda import sampling
 
-        return triton_sampling.nucleus_floor(weights_NV, top_k_N, top_p_N)
+        return sampling.nucleus_floor(weights_NV, top_k_N, top_p_N)
     vocab_size = weights_NV.shape[-1]
     floor_N = weights_NV.new_zeros(len(weights_NV))
     open_M = ((top_k_N < vocab_size) | (top_p_N < 1)).nonzero()[:, 0]

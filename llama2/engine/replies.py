@@ -7,8 +7,8 @@ from __future__ import annotations
 
 from llama2.engine.sampler import Sampled
 from llama2.engine.sequence import FinishReason, Output, Sequence, TokenLogprobs
-from llama2.text_stream import TextStream
-from llama2.tokenizer import Tokenizer
+from llama2.text.text_stream import TextStream
+from llama2.text.tokenizer import Tokenizer
 
 
 class Replies:

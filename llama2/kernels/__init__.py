@@ -66,13 +66,13 @@ def is_hopper(device: torch.device) -> bool:
 def choose_kernels(device: torch.device, dtype: torch.dtype) -> Kernels:
     """The fastest arithmetic for models of `dtype` on `device`; the first call on a machine may compile it."""
     if device.type == "cpu":
-        from llama2.kernels.cpu import CpuKernels
-        from llama2.kernels.cpu_library import load_library
+        from llama2.kernels.cpu.kernels import CpuKernels
+        from llama2.kernels.cpu.library import load_library
 
         if load_library():
             return CpuKernels(dtype)
     if device.type == "cuda":
-        from llama2.kernels.cuda import CudaKernels
+        from llama2.kernels.cuda.kernels import CudaKernels
 
         return CudaKernels(device, hopper=is_hopper(device))
     from llama2.kernels.plain import PlainKernels

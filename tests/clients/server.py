@@ -14,7 +14,7 @@ from pathlib import Path
 
 import torch
 
-from llama2.checkpoint.gguf import GgufModel
+from llama2.weights.readers.gguf import GgufModel
 from scripts.smollm2 import gguf_file, write
 from tests.e2e.conftest import serving
 from tests.handler.support import ROOT, settings

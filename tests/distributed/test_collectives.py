@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from llama2.collectives import SLOT_BYTES, SharedMemoryCollectives
+from llama2.parallel.collectives import SLOT_BYTES, SharedMemoryCollectives
 from tests.support.ranks import run_ranks
 
 

@@ -13,9 +13,9 @@ import torch.distributed.checkpoint as dcp
 from torch.distributed.tensor import DTensor, Replicate, Shard, init_device_mesh
 from torch.distributed.tensor import empty as empty_dtensor
 
-from llama2.checkpoint.convert import convert
-from llama2.checkpoint.fairscale import FairscaleFolder, same_bits, shard_axis
 from llama2.config import ModelArgs
+from llama2.weights.convert import convert
+from llama2.weights.readers.fairscale import FairscaleFolder, same_bits, shard_axis
 from tests.support.ranks import run_ranks
 from tests.support.tokenizers import tiny_sentencepiece
 from tests.support.weights import meta_folder, random_weights, tiny_args

@@ -9,9 +9,9 @@ import torch
 import torch.distributed as dist
 
 from llama2 import LLM, Completion, SamplingParams
-from llama2.collectives import ProcessGroupCollectives
 from llama2.engine import engine as engine_module
 from llama2.engine.lockstep import agree
+from llama2.parallel.collectives import ProcessGroupCollectives
 from tests.support.checkpoints import write_checkpoint
 from tests.support.ranks import run_ranks
 from tests.support.tokenizers import tiny_sentencepiece

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.handler.openai_support import Server, make_server
+from tests.handler.openai.support import Server, make_server
 
 
 @pytest.fixture

@@ -11,7 +11,7 @@ import yaml
 from tokenizers import decoders, models, pre_tokenizers
 
 from handler.config import HandlerConfig
-from llama2.tokenizer import Tokenizer, load_tokenizer
+from llama2.text.tokenizer import Tokenizer, load_tokenizer
 
 ROOT = Path(__file__).parents[2]
 TEMPLATE = (

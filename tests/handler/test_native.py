@@ -8,7 +8,7 @@ from handler.body import RequestError
 from handler.call import Call
 from handler.native import MAX_PROMPTS, NativeApi
 from llama2.engine.sequence import Output, TokenLogprobs
-from llama2.tokenizer import Tokenizer
+from llama2.text.tokenizer import Tokenizer
 from tests.handler.support import byte_tokenizer, config
 
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import pytest
 
-from llama2.tokenizer import Tokenizer, load_tokenizer
+from llama2.text.tokenizer import Tokenizer, load_tokenizer
 
 
 @pytest.fixture(scope="session")

@@ -18,7 +18,7 @@ import torch
 from llama2 import LLM, SamplingParams
 from llama2.engine.sequence import Request
 from llama2.kernels.plain import PlainKernels
-from llama2.parallel import choose_device, init_process_group
+from llama2.parallel.process_group import choose_device, init_process_group
 from tests.support.checkpoints import write_checkpoint
 from tests.support.tokenizers import tiny_sentencepiece
 from tests.support.weights import random_weights, tiny_args
@@ -52,7 +52,7 @@ def on_cpu(monkeypatch: pytest.MonkeyPatch) -> Callable[..., LLM]:
 
     def make(folder: Path, **settings: Any) -> LLM:
         with monkeypatch.context() as patch:
-            patch.setattr("llama2.loader.choose_kernels", lambda device, dtype: PlainKernels())
+            patch.setattr("llama2.weights.loader.choose_kernels", lambda device, dtype: PlainKernels())
             return LLM(folder, dtype=torch.float32, device="cpu", **settings)
 
     return make
@@ -93,7 +93,7 @@ def test_our_kernels_and_plain_pytorch_reply_the_same_in_fp32(folder: Path, monk
     params = SamplingParams(temperature=0, max_new_tokens=20, ignore_eos=True)
     settings: dict[str, Any] = {"dtype": torch.float32, "device": "cuda", "max_seq_len": 1024}
     ours = LLM(folder, **settings).generate(prompts, params)
-    monkeypatch.setattr("llama2.loader.choose_kernels", lambda device, dtype: PlainKernels())
+    monkeypatch.setattr("llama2.weights.loader.choose_kernels", lambda device, dtype: PlainKernels())
     assert LLM(folder, **settings, cuda_graphs=False).generate(prompts, params) == ours
 
 
@@ -157,14 +157,14 @@ def test_no_request_waits_for_the_samplers_kernel_to_be_compiled(folder: Path, m
     """In batches of any size: numbers for an odd and for an even number of rows lie at other addresses."""
     import triton
 
-    from llama2.kernels import triton_sampling
+    from llama2.kernels.cuda import sampling
 
     compiled: list[str] = []
 
     def noted(**about: Any) -> None:
         compiled.append(about["fn"].name)
 
-    triton_sampling._nucleus_floor.device_caches.clear()
+    sampling._nucleus_floor.device_caches.clear()
     monkeypatch.setattr(triton.knobs.runtime, "jit_cache_hook", noted)
     llm = LLM(folder, dtype=torch.bfloat16, device="cuda", max_seq_len=256, max_batch_size=3)
     assert compiled.count("_nucleus_floor") == 1

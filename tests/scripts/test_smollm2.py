@@ -8,10 +8,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from llama2.checkpoint.fairscale import FairscaleFolder
-from llama2.checkpoint.gguf import GgufModel
 from llama2.config import ModelArgs
-from llama2.tokenizer import load_tokenizer
+from llama2.text.tokenizer import load_tokenizer
+from llama2.weights.readers.fairscale import FairscaleFolder
+from llama2.weights.readers.gguf import GgufModel
 from scripts import smollm2
 from tests.support.gguf_files import write_gguf
 from tests.support.weights import random_weights, tiny_args

@@ -10,8 +10,8 @@ import torch
 
 from llama2.engine.sequence import Matcher
 from llama2.engine.token_masks import forbid
-from llama2.grammar import CompiledGrammar
-from llama2.tokenizer import Tokenizer
+from llama2.text.grammar import CompiledGrammar
+from llama2.text.tokenizer import Tokenizer
 
 # A model's vocabulary is often larger than its tokenizer's.
 PADDING = 40

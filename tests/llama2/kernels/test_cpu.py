@@ -14,13 +14,14 @@ from typing import cast
 import pytest
 import torch
 
-from llama2.collectives import SharedMemoryCollectives
 from llama2.config import ModelArgs
-from llama2.kernels import choose_kernels, cpu_library
-from llama2.kernels.cpu import MAX_STREAMED_ROWS, CpuKernels
+from llama2.kernels import choose_kernels
+from llama2.kernels.cpu import library as cpu_library
+from llama2.kernels.cpu.kernels import MAX_STREAMED_ROWS, CpuKernels
 from llama2.kernels.plain import PlainKernels
 from llama2.kv_cache import KVCache
 from llama2.model import Linear, Transformer, TransformerBlock, VocabProjection
+from llama2.parallel.collectives import SharedMemoryCollectives
 from tests.support.batches import BLOCK_SIZE, CPU, NUM_BLOCKS, ragged_batch, random_cache
 
 DTYPES = [torch.float32, torch.bfloat16]
@@ -297,5 +298,5 @@ def test_without_a_compiler_plain_pytorch_does_the_work(tmp_path: Path) -> None:
 
 def test_the_second_start_compiles_nothing() -> None:
     kernels(torch.bfloat16)
-    code = "from llama2.kernels import cpu_library as c; c._compile = None; assert c.load_library()"
+    code = "from llama2.kernels.cpu import library as c; c._compile = None; assert c.load_library()"
     subprocess.run([sys.executable, "-c", code], check=True)

@@ -17,9 +17,10 @@ import pytest
 import torch
 import torch.nn.functional as functional
 
-from llama2 import LLM, Completion, SamplingParams, memory_plan
+from llama2 import LLM, Completion, SamplingParams
 from llama2.kernels import choose_kernels
 from llama2.kernels.plain import PlainKernels
+from llama2.machine import memory_plan
 from tests.support.batches import BLOCK_SIZE, ragged_batch, random_cache
 from tests.support.checkpoints import write_checkpoint
 from tests.support.recordings import Rerun
@@ -27,7 +28,7 @@ from tests.support.tokenizers import tiny_sentencepiece
 from tests.support.weights import random_weights, tiny_args
 
 if TYPE_CHECKING:
-    from llama2.kernels.cuda import CudaKernels
+    from llama2.kernels.cuda.kernels import CudaKernels
 
 HAS_TRITON = importlib.util.find_spec("triton") is not None
 pytestmark = pytest.mark.skipif(
@@ -54,7 +55,7 @@ def deterministic() -> Iterator[None]:
 @pytest.fixture(scope="module")
 def kernels() -> CudaKernels:
     """As they are chosen for a GPU; the interpreter knows nothing of Hopper's own."""
-    from llama2.kernels.cuda import CudaKernels
+    from llama2.kernels.cuda.kernels import CudaKernels
 
     if DEVICE.type == "cuda":
         return cast("CudaKernels", choose_kernels(DEVICE, torch.bfloat16))
@@ -165,17 +166,17 @@ def test_attend_gives_a_decoding_row_the_same_bits_in_any_company(kernels: CudaK
 
 def test_the_memory_plan_knows_the_pieces() -> None:
     """It must do without Triton."""
-    from llama2.kernels import triton_attention
+    from llama2.kernels.cuda import attention
 
-    assert triton_attention.SPLIT == memory_plan.ATTENTION_PIECE
+    assert attention.SPLIT == memory_plan.ATTENTION_PIECE
 
 
 def test_a_context_of_many_pieces(kernels: CudaKernels, monkeypatch: pytest.MonkeyPatch) -> None:
     """More than are put together at a time, and more than there are programs."""
-    from llama2.kernels import triton_attention
+    from llama2.kernels.cuda import attention
 
     for name, value in {"SPLIT": 64, "PIECES": 4, "MIN_PROGRAMS": 6}.items():
-        monkeypatch.setattr(triton_attention, name, value)
+        monkeypatch.setattr(attention, name, value)
     steps = ragged_batch([(1, 600), (1, 33)], random_cache(kv_heads=2, head_dim=16, dtype=torch.float32, device=DEVICE))
     q = randn(2, 4, 16)
     assert_near(kernels.attend(q, steps, 0), PLAIN.attend(q, steps, 0))
@@ -243,14 +244,14 @@ def test_a_model_on_these_kernels_replies_as_on_others(tmp_path: Path, monkeypat
         settings: dict[str, Any] = {"max_seq_len": 64, "max_batch_size": 3, "max_step_tokens": 24}
         return LLM(folder, dtype=torch.float32, device=DEVICE, **settings).generate(prompts, params)
 
-    monkeypatch.setattr("llama2.loader.choose_kernels", lambda device, dtype: PLAIN)
+    monkeypatch.setattr("llama2.weights.loader.choose_kernels", lambda device, dtype: PLAIN)
     monkeypatch.setattr("llama2.engine.runner.choose_record", lambda device: None)
     expected = reply()
     monkeypatch.undo()
 
     if DEVICE.type == "cpu":
-        from llama2.kernels.cuda import CudaKernels
+        from llama2.kernels.cuda.kernels import CudaKernels
 
-        monkeypatch.setattr("llama2.loader.choose_kernels", lambda device, dtype: CudaKernels(device))
+        monkeypatch.setattr("llama2.weights.loader.choose_kernels", lambda device, dtype: CudaKernels(device))
         monkeypatch.setattr("llama2.engine.runner.choose_record", lambda device: Rerun)
     assert reply() == expected

@@ -73,7 +73,7 @@ class Built:
 @cache
 def launches_of(name: str, dtype: torch.dtype, hopper: bool) -> frozenset[Launch]:
     """Those of a layer and the head: of passes that decode 1, 2 and 8 rows, and of some that hold a prompt too."""
-    from llama2.kernels.cuda import CudaKernels
+    from llama2.kernels.cuda.kernels import CudaKernels
     from tests.support.cuda_compiler import noted_launches
 
     args = replace(MODELS[name], n_layers=1)

@@ -1,0 +1,89 @@
+"""Owns the way from the C++ files in cpu/ to operators in torch.ops.llama2_cpu: compiled once, then kept.
+
+    python -m llama2.kernels.cpu.library
+
+compiles ahead of the first start. Where it cannot be done, plain PyTorch does the work, slower.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import functools
+import hashlib
+import logging
+import os
+import platform
+import sys
+import tempfile
+import time
+from contextlib import redirect_stdout
+from pathlib import Path
+
+import torch
+
+logger = logging.getLogger(__name__)
+
+SOURCES = Path(__file__).parent
+NAME = "llama2_cpu"
+
+
+@functools.cache
+def load_library() -> bool:
+    """Load the operators into this process, compiled before if need be. False, with a warning, if that fails."""
+    if not sys.platform.startswith("linux"):
+        return False
+    try:
+        torch.ops.load_library(str(_compiled()))
+    except (OSError, RuntimeError, ImportError) as error:
+        lines = str(error).strip().splitlines()
+        reason = next((line for line in lines if "error:" in line), lines[0])
+        logger.warning("the CPU kernels are not used, and decoding is slower: they do not compile here: %s", reason)
+        return False
+    return True
+
+
+def _compiled() -> Path:
+    """The library for this processor, this torch and these sources; ranks that come together wait for the first."""
+    capability = torch.backends.cpu.get_cpu_capability()
+    flags = ["-O3", "-march=native", "-fopenmp", f"-DCPU_CAPABILITY={capability}", f"-DCPU_CAPABILITY_{capability}"]
+    files = sorted(file for file in SOURCES.iterdir() if file.suffix in (".cpp", ".h"))
+    digest = hashlib.sha256(repr((torch.__version__, flags, _processor())).encode())
+    for file in files:
+        digest.update(file.read_bytes())
+    folder = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache"), "torchserve-llama2")
+    library = folder / f"{NAME}-{digest.hexdigest()[:16]}.so"
+    if library.exists():
+        return library
+    folder.mkdir(parents=True, exist_ok=True)
+    with open(folder / "lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not library.exists():
+            started = time.monotonic()
+            logger.info("compiling the CPU kernels, once for this machine")
+            with tempfile.TemporaryDirectory(dir=folder) as build:
+                _compile([str(file) for file in files if file.suffix == ".cpp"], flags, build)
+                os.replace(Path(build, f"{NAME}.so"), library)
+            logger.info("compiled the CPU kernels in %.0f s", time.monotonic() - started)
+    return library
+
+
+def _compile(sources: list[str], flags: list[str], build: str) -> None:
+    from torch.utils import cpp_extension
+
+    # ninja is found beside the interpreter also where no virtual environment is activated.
+    os.environ["PATH"] = os.pathsep.join((str(Path(sys.executable).parent), os.environ.get("PATH", "")))
+    with redirect_stdout(sys.stderr):
+        cpp_extension.load(NAME, sources, extra_cflags=flags, build_directory=build, is_python_module=False)
+
+
+def _processor() -> str:
+    """What -march=native depends on: a home folder may be shared by machines that differ."""
+    for line in Path("/proc/cpuinfo").read_text().splitlines():
+        if line.startswith(("flags", "Features")):
+            return line
+    return platform.processor()
+
+
+if __name__ == "__main__":
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    sys.exit(not load_library())

@@ -1,0 +1,1 @@
+"""Tensor parallelism: who holds what, and how the ranks' parts become one."""

@@ -1,0 +1,1 @@
+"""Text and tokens, and the rules that a reply's text follows."""

@@ -1,0 +1,322 @@
+"""Owns the way from a dialog to prompt ids: Llama 2's own format, or the model's chat template.
+
+Knows no vocabulary file, no HTTP and no torch. In both ways a message is data: nothing in it can become control. That
+holds for tools, calls and results of tools too.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, Literal
+
+from llama2.text import tool_prompt
+from llama2.text.tokenizer import SentencePieceTokenizer, Tokenizer
+
+# Meta's reference, llama/generation.py. They are text: the model knows them by the ids that this text encodes to.
+_INST, _END_INST = "[INST]", "[/INST]"
+_SYS, _END_SYS = "<<SYS>>", "<</SYS>>"
+
+# Private-use characters stand for the tags of a message until the control tokens around it have been found.
+_PRIVATE_USE = range(0xE000, 0xF900)
+
+# What templates look for in messages and tools: fields, and the values that say what something is.
+_STRUCTURE = frozenset(
+    (
+        *("role", "content", "system", "user", "assistant", "tool", "tool_calls", "tool_call_id", "id", "type"),
+        *("function", "name", "description", "parameters", "arguments", "properties", "required", "items", "enum"),
+        *(
+            "anyOf",
+            "oneOf",
+            "additionalProperties",
+            "object",
+            "array",
+            "string",
+            "number",
+            "integer",
+            "boolean",
+            "null",
+        ),
+    )
+)
+
+
+def encode_dialog(
+    tokenizer: Tokenizer,
+    dialog: Sequence[Mapping[str, Any]],
+    *,
+    special_tags: Literal["reject", "encode"] = "reject",
+    tools: Sequence[Mapping[str, Any]] | None = None,
+) -> list[int]:
+    """The ids of a prompt that the assistant answers next.
+
+    `dialog` is [system,] user, assistant, user, ... and ends with user; each message has a `role` and a `content`.
+    A message that spells one of the model's control tokens is refused, or with `special_tags="encode"` the spelling is
+    encoded character by character: the same text, in ids that the model was never taught to obey.
+
+    With `tools`, which may be an empty list, an assistant's turn may have `tool_calls`, each of which a turn of role
+    `tool` answers by its `tool_call_id`. They are written as the model's template does, or as `tool_prompt` does.
+
+    Raises:
+        ValueError: the dialog is empty, a turn (counted from 1) has a wrong role or field, or spells a control token;
+            or this model has no chat format.
+    """
+    if special_tags not in ("reject", "encode"):
+        raise ValueError(f"special_tags must be 'reject' or 'encode', got {special_tags!r}")
+    messages = _checked(dialog, with_tools=tools is not None)
+    as_plain = tools is not None and not _template_takes_tools(tokenizer)
+    tags = _tags(tokenizer, as_plain=as_plain)
+    if special_tags == "reject":
+        _refuse_tags(messages, tools or (), tags)
+    masks = _masks(tags, "".join(_strings([messages, tools])), tokenizer.chat_template or "")
+    pattern = re.compile("|".join(map(re.escape, masks)) or "(?!)")
+    messages, tools = _each_string([messages, tools], lambda text: pattern.sub(lambda match: masks[match[0]], text))
+    if as_plain:
+        messages, tools = tool_prompt.as_plain(messages, tools or ()), None
+    if tokenizer.chat_template is None:
+        runs = _llama2_runs(tokenizer, messages)
+    else:
+        runs = _template_runs(tokenizer, messages, tools)
+    tag_of = {mask: tag for tag, mask in masks.items()}
+    ids: list[int] = []
+    for run in runs:
+        ids += [run] if isinstance(run, int) else _encode_run(tokenizer, run, tag_of, after_special=bool(ids))
+    return ids
+
+
+def _checked(dialog: Sequence[Mapping[str, Any]], *, with_tools: bool) -> list[dict[str, Any]]:
+    if isinstance(dialog, (str, bytes)) or not isinstance(dialog, Sequence) or not dialog:
+        raise ValueError("dialog must be a list of at least one message")
+    messages: list[dict[str, Any]] = []
+    expected = ["system", "user"]
+    unanswered: list[str] = []
+    for turn, message in enumerate(dialog, start=1):
+        try:
+            checked = _checked_message(message, with_tools=with_tools)
+            if checked["role"] not in expected:
+                allowed = " or ".join(map(repr, expected))
+                raise ValueError(f"role must be {allowed}, got {message['role']!r}")
+            if checked["role"] == "tool":
+                if checked["tool_call_id"] not in unanswered:
+                    raise ValueError(f"tool_call_id must be one of {unanswered}, got {checked['tool_call_id']!r}")
+                unanswered.remove(checked["tool_call_id"])
+        except ValueError as error:
+            raise ValueError(f"turn {turn}: {error}") from None
+        messages.append(checked)
+        unanswered += [call["id"] for call in checked.get("tool_calls", ())]
+        answers = {"system": ["user"], "user": ["assistant"], "assistant": ["user"], "tool": ["assistant"]}
+        expected = ["tool"] if unanswered else answers[checked["role"]]
+    if messages[-1]["role"] not in ("user", "tool"):
+        raise ValueError(f"turn {len(messages)}: the last turn must be the user's, got {messages[-1]['role']!r}")
+    if unanswered:
+        raise ValueError(f"turn {len(messages)}: the tool calls {unanswered} have no answer yet")
+    return messages
+
+
+def _checked_message(message: Any, *, with_tools: bool) -> dict[str, Any]:
+    """A copy, in the form that templates know: the arguments of a call as an object."""
+    fields = {"role", "content"}
+    role = message.get("role") if isinstance(message, Mapping) else None
+    if with_tools and role == "tool":
+        fields.add("tool_call_id")
+    has_calls = with_tools and role == "assistant" and bool(message.get("tool_calls"))
+    if has_calls:
+        message = {"content": None, **message}
+        message["content"] = "" if message["content"] is None else message["content"]
+        fields.add("tool_calls")
+    if not isinstance(message, Mapping) or set(message) != fields:
+        more = "".join(f", a {name}" for name in sorted(fields - {"role", "content"}))
+        raise ValueError(f"a message must have a role and a content{more}, and nothing else")
+    if not isinstance(message["content"], str):
+        raise ValueError(f"content must be a string, got {type(message['content']).__name__}")
+    checked = dict(message)
+    if has_calls:
+        if not isinstance(message["tool_calls"], Sequence) or isinstance(message["tool_calls"], str):
+            raise ValueError("tool_calls must be a list of calls")
+        checked["tool_calls"] = [_checked_call(call) for call in message["tool_calls"]]
+    return checked
+
+
+def _checked_call(call: Any) -> dict[str, Any]:
+    shape = "a tool call must be {'id': ..., 'type': 'function', 'function': {'name': ..., 'arguments': ...}}"
+    if not isinstance(call, Mapping) or set(call) != {"id", "type", "function"} or call["type"] != "function":
+        raise ValueError(shape)
+    function = call["function"]
+    if not isinstance(function, Mapping) or set(function) != {"name", "arguments"}:
+        raise ValueError(shape)
+    if not all(isinstance(text, str) for text in (call["id"], *function.values())):
+        raise ValueError("a tool call's id, name and arguments must be strings")
+    try:
+        arguments = json.loads(function["arguments"])
+    except (ValueError, RecursionError):
+        arguments = None
+    if not isinstance(arguments, dict):
+        raise ValueError(f"a tool call's arguments must be a JSON object in a string, got {function['arguments']!r}")
+    return {"id": call["id"], "type": "function", "function": {"name": function["name"], "arguments": arguments}}
+
+
+def _tags(tokenizer: Tokenizer, *, as_plain: bool) -> list[str]:
+    """What a message must not spell: every special token, and the tags that the format writes as text."""
+    template = tokenizer.chat_template
+    used = [tag for tag in (_INST, _END_INST, _SYS, _END_SYS) if template is None or tag in template]
+    used += [tag for tag in tool_prompt.TAGS if as_plain or (template is not None and tag in template)]
+    return [*used, *(piece for piece in tokenizer.special_tokens if piece not in used)]
+
+
+def _refuse_tags(messages: list[dict[str, Any]], tools: Sequence[Mapping[str, Any]], tags: list[str]) -> None:
+    for turn, message in enumerate(messages, start=1):
+        for tag in tags:
+            if any(tag in text for text in _strings(message)):
+                raise ValueError(f"turn {turn}: a message must not contain the special tag {tag!r}")
+    for tag in tags:
+        if any(tag in text for text in _strings(tools)):
+            raise ValueError(f"tools must not contain the special tag {tag!r}")
+
+
+def _strings(value: Any) -> Iterator[str]:
+    """Every string in a JSON value, keys of objects too."""
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, Mapping):
+        for key, item in value.items():
+            yield from (str(key), *_strings(item))
+    elif isinstance(value, Sequence):
+        for item in value:
+            yield from _strings(item)
+
+
+def _each_string(value: Any, change: Callable[[str], str]) -> Any:
+    """A copy of a JSON value with each of its strings changed."""
+    if isinstance(value, str):
+        return change(value)
+    if isinstance(value, Mapping):
+        return {change(str(key)): _each_string(item, change) for key, item in value.items()}
+    if isinstance(value, Sequence):
+        return [_each_string(item, change) for item in value]
+    return value
+
+
+def _masks(tags: list[str], contents: str, template: str) -> dict[str, str]:
+    """For each tag that occurs in a message a character that occurs nowhere."""
+    found = [tag for tag in tags if tag in contents]
+    taken = {*contents, *template}
+    free = [chr(code) for code in _PRIVATE_USE if found and chr(code) not in taken]
+    if len(free) < len(found):
+        raise ValueError("the dialog has special tags and every private-use character: it cannot be encoded")
+    return dict(zip(found, free, strict=False))
+
+
+def _llama2_runs(tokenizer: Tokenizer, messages: list[dict[str, str]]) -> list[str | int]:
+    """BOS, `[INST] <<SYS>>\\n{system}\\n<</SYS>>\\n\\n{user} [/INST] {answer} `, EOS, BOS, `[INST] {user} [/INST]`."""
+    bos, eos = tokenizer.bos_id, tokenizer.eos_id
+    if not isinstance(tokenizer, SentencePieceTokenizer) or bos is None or eos is None:
+        raise ValueError(f"{tokenizer.files[0]} has no chat format: its tokenizer_config.json has no chat_template")
+    system = messages[0]["content"] if messages[0]["role"] == "system" else ""
+    texts = [message["content"] for message in messages if message["role"] != "system"]
+    if system.strip():
+        texts[0] = f"{_SYS}\n{system}\n{_END_SYS}\n\n{texts[0]}"
+    texts = [text.strip() for text in texts]
+    runs: list[str | int] = []
+    for user, answer in zip(texts[::2], texts[1::2], strict=False):
+        runs += [bos, f"{_INST} {user} {_END_INST} {answer} ", eos]
+    return [*runs, bos, f"{_INST} {texts[-1]} {_END_INST}"]
+
+
+def _template_runs(
+    tokenizer: Tokenizer, messages: list[dict[str, Any]], tools: Sequence[Mapping[str, Any]] | None
+) -> list[str | int]:
+    runs = tokenizer.split_special(_render(tokenizer, messages, tools))
+    # Control tokens must come from the template alone: a dialog of the same shape without any text has the same ones.
+    expected = tokenizer.split_special(_render(tokenizer, *_without_text(messages, tools)))
+    if [run for run in runs if isinstance(run, int)] != [run for run in expected if isinstance(run, int)]:
+        raise ValueError("the chat template and a message together spell a special token")
+    return runs
+
+
+def _without_text(
+    messages: list[dict[str, Any]], tools: Sequence[Mapping[str, Any]] | None
+) -> tuple[list[dict[str, Any]], list[dict[str, Any]] | None]:
+    """The same dialog with another word for each text, except for the words that its structure is made of."""
+    words: dict[str, str] = {}
+
+    def other(text: str) -> str:
+        return text if text in _STRUCTURE else words.setdefault(text, f"x{len(words)}")
+
+    empty = [
+        {**_each_string(message, other), "content": "x" if message["content"].strip() else ""} for message in messages
+    ]
+    return empty, _each_string(tools, other)
+
+
+def _template_takes_tools(tokenizer: Tokenizer) -> bool:
+    """Whether the name of a tool comes through the model's template."""
+    if tokenizer.chat_template is None:
+        return False
+    name = "a_tool_to_look_for"
+    tool = {"name": name, "description": name, "parameters": {"type": "object", "properties": {}}}
+    try:
+        rendered = _render(tokenizer, [{"role": "user", "content": "x"}], [{"type": "function", "function": tool}])
+    except ValueError:
+        return False
+    return name in rendered
+
+
+def _render(tokenizer: Tokenizer, messages: list[dict[str, Any]], tools: Sequence[Mapping[str, Any]] | None) -> str:
+    # Imported here: importing this module must cost nothing to those who only complete text.
+    from jinja2 import TemplateError
+    from transformers.utils.chat_template_utils import render_jinja_template
+
+    variables: dict[str, Any] = {**tokenizer.template_variables}
+    try:
+        rendered = render_jinja_template(
+            [messages],
+            tools=[dict(tool) for tool in tools] if tools else None,
+            chat_template=tokenizer.chat_template,
+            add_generation_prompt=True,
+            **variables,
+        )
+    except (TemplateError, TypeError) as error:
+        raise ValueError(f"the model's chat template refuses this dialog: {error}") from None
+    return rendered[0][0]  # of (texts, spans), the text of the first dialog
+
+
+def _encode_run(tokenizer: Tokenizer, run: str, tag_of: Mapping[str, str], *, after_special: bool) -> list[int]:
+    """The ids of the text between two control tokens, in which every masked tag is put back, spelled out."""
+    text, tag_offsets = _unmask(tokenizer, run, tag_of)
+    ids = tokenizer.encode(text, after_special=after_special)
+    if not tag_offsets:
+        return ids
+    pieces = [tokenizer.token_bytes(token_id) for token_id in ids]
+    # SentencePiece puts a space before the first word.
+    position = len(text.encode()) - len(b"".join(pieces))
+    if position not in (0, -1) or b"".join(pieces)[-position:] != text.encode():
+        raise ValueError("this tokenizer rewrites text: a message with special tags cannot be encoded by it")
+    spelled: list[int] = []
+    for token_id, piece in zip(ids, pieces, strict=True):
+        end = position + len(piece)
+        spelled += [token_id] if tag_offsets.isdisjoint(range(position, end)) else tokenizer.spell(piece)
+        position = end
+    return spelled
+
+
+def _unmask(tokenizer: Tokenizer, run: str, tag_of: Mapping[str, str]) -> tuple[str, set[int]]:
+    """`run` with the tags of its messages in place, and the offset of every byte (of UTF-8) of those tags."""
+    parts = re.split(f"([{''.join(tag_of)}])", run) if tag_of else [run]
+    for mask in tag_of.keys() & set(parts):
+        _check_spelling_differs(tokenizer, tag_of[mask])
+    offsets: set[int] = set()
+    end = 0
+    for index, part in enumerate(parts):
+        parts[index] = tag_of.get(part, part)
+        start, end = end, end + len(parts[index].encode(errors="surrogatepass"))
+        if part in tag_of:
+            offsets |= set(range(start, end))
+    return "".join(parts), offsets
+
+
+def _check_spelling_differs(tokenizer: Tokenizer, tag: str) -> None:
+    """Special tokens never come out of text. The other tags do, and need a piece that spelling them out takes apart."""
+    pieces = [tokenizer.token_bytes(token_id).strip() for token_id in tokenizer.encode(tag)]
+    if tag not in tokenizer.special_tokens and max(map(len, pieces)) == 1:
+        raise ValueError(f"this vocabulary encodes {tag!r} character by character: a message must not contain it")

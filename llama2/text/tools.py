@@ -1,0 +1,317 @@
+"""Owns tool calls: what a request's tools make of its prompt, and how a call is read out of the reply's text.
+
+Knows no HTTP and no torch. How a dialog with tools becomes ids is `chat`'s; how a forced call is held to its schema is
+`grammar`'s. What is read here was written by a model: a reply that is not a call to a tool that was given is content.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import uuid
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from llama2.text.chat import encode_dialog
+from llama2.text.tokenizer import Tokenizer
+from llama2.text.tool_prompt import CALL_TAG, END_CALL_TAG
+
+MAX_TOOLS = 128
+
+_NAME = re.compile(r"[A-Za-z0-9_-]{1,64}")
+_CHOICES = "'none', 'auto', 'required' or {'type': 'function', 'function': {'name': ...}}"
+
+# The fields of a call; Llama 3 calls the arguments parameters.
+_CALL_FIELDS = ("name", "arguments", "parameters", "type")
+_OPENING = re.compile(r'\s*\{\s*"name"\s*:\s*"([^"\\]*)"\s*,\s*"arguments"\s*:\s*(?=\{)')
+_ENDING = re.compile(r"\s*\}?\s*\Z")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ToolPrompt:
+    """A dialog with tools, ready to run: the prompt, and what its reply may be.
+
+    `names` are the tools that may be called, none where the request does not want it. `schema` is set where a call is
+    forced: the JSON schema that the whole reply must follow (hand it to `GrammarCompiler.json_schema`).
+    """
+
+    ids: list[int]
+    names: frozenset[str] = frozenset()
+    schema: dict[str, Any] | None = None
+
+    def stream(self) -> ToolStream:
+        """A reader for one reply."""
+        return ToolStream(self.names, forced=self.schema is not None)
+
+
+def prepare(
+    tokenizer: Tokenizer,
+    messages: Sequence[Mapping[str, Any]],
+    tools: Any = None,
+    tool_choice: Any = None,
+    *,
+    special_tags: Literal["reject", "encode"] = "reject",
+) -> ToolPrompt:
+    """Read the tool fields of a chat request and encode its dialog.
+
+    Args:
+        messages: as `chat.encode_dialog` takes them: contents are strings; an assistant's turn may have `tool_calls`
+            (and then a content of None), which `tool` turns with a `tool_call_id` answer.
+        tools: OpenAI's list of {"type": "function", "function": {"name", "description", "parameters"}}, or None.
+        tool_choice: None means 'auto' where there are tools.
+
+    Raises:
+        ValueError: something in it is wrong; a message about the fields starts with their name.
+    """
+    functions = _functions(tools)
+    forced = _forced(functions, tool_choice)
+    offered = functions if tool_choice != "none" else {}
+    shown = [{"type": "function", "function": function} for function in offered.values()]
+    try:
+        ids = encode_dialog(tokenizer, messages, special_tags=special_tags, tools=shown)
+    except RecursionError:
+        raise ValueError("tools or the arguments of a call are nested too deep") from None
+    return ToolPrompt(ids=ids, names=frozenset(offered), schema=_call_schema(forced) if forced else None)
+
+
+def _functions(tools: Any) -> dict[str, dict[str, Any]]:
+    """By name, what is known of each function."""
+    if tools is None:
+        return {}
+    if not isinstance(tools, list) or len(tools) > MAX_TOOLS:
+        raise ValueError(f"tools must be a list of at most {MAX_TOOLS} tools")
+    functions: dict[str, dict[str, Any]] = {}
+    for index, tool in enumerate(tools):
+        place = f"tools[{index}]"
+        if not isinstance(tool, Mapping) or tool.get("type") != "function" or set(tool) != {"type", "function"}:
+            raise ValueError(f"{place} must be {{'type': 'function', 'function': {{...}}}} and nothing else")
+        function = tool["function"]
+        if not isinstance(function, Mapping) or set(function) - {"name", "description", "parameters", "strict"}:
+            raise ValueError(f"{place}.function must have a name, and may have description, parameters and strict")
+        name, description = function.get("name"), function.get("description")
+        parameters = function.get("parameters")
+        if not isinstance(name, str) or not _NAME.fullmatch(name):
+            raise ValueError(f"{place}.function.name must be 1 to 64 letters, digits, '_' or '-', got {name!r}")
+        if name in functions:
+            raise ValueError(f"{place}.function.name is {name!r}, which another tool has")
+        if description is not None and not isinstance(description, str):
+            raise ValueError(f"{place}.function.description must be a string")
+        if parameters is not None and (not isinstance(parameters, Mapping) or parameters.get("type") != "object"):
+            raise ValueError(f"{place}.function.parameters must be a JSON schema of type 'object'")
+        if not isinstance(function.get("strict"), (bool, type(None))):
+            raise ValueError(f"{place}.function.strict must be true or false")
+        functions[name] = {
+            "name": name,
+            "description": description or "",
+            "parameters": dict(parameters or {"type": "object", "properties": {}}),
+        }
+    return functions
+
+
+def _forced(functions: Mapping[str, dict[str, Any]], choice: Any) -> list[dict[str, Any]]:
+    """The functions one of which the reply must call; none where it need not."""
+    if choice is None or choice == "none" or choice == "auto":
+        return []
+    if choice == "required":
+        if not functions:
+            raise ValueError("tool_choice is 'required', but there are no tools")
+        return [*functions.values()]
+    if not isinstance(choice, Mapping) or set(choice) != {"type", "function"} or choice["type"] != "function":
+        raise ValueError(f"tool_choice must be {_CHOICES}, got {choice!r}")
+    function = choice["function"]
+    name = function.get("name") if isinstance(function, Mapping) and set(function) == {"name"} else None
+    if not isinstance(name, str) or name not in functions:
+        raise ValueError(f"tool_choice must name one of the tools, got {function!r}")
+    return [functions[name]]
+
+
+def _call_schema(functions: list[dict[str, Any]]) -> dict[str, Any]:
+    calls = [
+        {
+            "type": "object",
+            "properties": {
+                "name": {"const": function["name"]},
+                # With an id of its own, a reference inside the parameters goes to the parameters.
+                "arguments": {"$id": function["name"], **function["parameters"]},
+            },
+            "required": ["name", "arguments"],
+            "additionalProperties": False,
+        }
+        for function in functions
+    ]
+    return calls[0] if len(calls) == 1 else {"anyOf": calls}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CallDelta:
+    """News of the `index`-th call of a reply. The first of a call has its id and name; `arguments` add up to JSON."""
+
+    index: int
+    id: str | None = None
+    name: str | None = None
+    arguments: str = ""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ToolDelta:
+    """What a piece of a reply turned out to be. Either may be empty."""
+
+    content: str = ""
+    calls: tuple[CallDelta, ...] = ()
+
+
+@dataclass(slots=True, kw_only=True)
+class ToolCall:
+    """One whole call; `arguments` is JSON, as far as it was generated."""
+
+    id: str
+    name: str
+    arguments: str
+
+
+class ToolStream:
+    """Reads one reply as it grows: content or calls of tools.
+
+    A reply is calls if the whole of it is `{"name": ..., "arguments": {...}}` with the name of a tool, or a list of
+    such objects, or such objects in <tool_call> tags. It is held back as long as it can be that, and flows at once when
+    it cannot. A forced call needs no proof: its arguments flow as they come.
+
+    `content` and `calls` are all that came so far, so that a reply that is not streamed is `push(text)`, `finish()` and
+    these two. A reply with `calls` has the finish_reason "tool_calls", unless it was cut.
+    """
+
+    def __init__(self, names: Collection[str], *, forced: bool = False) -> None:
+        """`names`: the tools that may be called; without any, all is content."""
+        self.content = ""
+        self.calls: list[ToolCall] = []
+        self._names = names
+        self._forced = forced
+        self._text = ""  # all of it, as long as it may be a call
+        self._held = ""
+        self._decided: Literal["content", "call"] | None = None if names else "content"
+
+    def push(self, text: str) -> ToolDelta:
+        """Take the next piece of the reply; returns what is certain now."""
+        if self._decided == "content":
+            return self._as_content(text)
+        self._text += text
+        self._held += text
+        if self._forced:
+            return self._as_arguments()
+        if self._decided is None:
+            self._decided = _look(self._text, self._names)
+        return self._as_content(self._held) if self._decided == "content" else ToolDelta()
+
+    def finish(self) -> ToolDelta:
+        """The reply has ended: what was held back is a call, or content after all."""
+        if self._decided == "content":
+            return ToolDelta()
+        if self._forced and self.calls:
+            return self._argue("" if _is_json(self.calls[0].arguments) else self._held.rstrip())
+        found = _parse_calls(self._text, self._names)
+        if found is None:
+            return self._as_content(self._held)
+        self.calls = [ToolCall(id=_new_id(), name=name, arguments=arguments) for name, arguments in found]
+        deltas = (
+            CallDelta(index=index, id=call.id, name=call.name, arguments=call.arguments)
+            for index, call in enumerate(self.calls)
+        )
+        return ToolDelta(calls=tuple(deltas))
+
+    def _as_content(self, text: str) -> ToolDelta:
+        self._held = ""
+        self.content += text
+        return ToolDelta(content=text)
+
+    def _as_arguments(self) -> ToolDelta:
+        """The object around the arguments is ours to take off: its end is held back until more comes."""
+        if self.calls:
+            return self._argue(self._held[: _ending(self._held)])
+        opening = _OPENING.match(self._held)
+        if opening is None:
+            return ToolDelta()
+        call = ToolCall(id=_new_id(), name=opening[1], arguments="")
+        self.calls.append(call)
+        self._held = self._held[opening.end() :]
+        first = CallDelta(index=0, id=call.id, name=call.name)
+        return ToolDelta(calls=(first, *self._argue(self._held[: _ending(self._held)]).calls))
+
+    def _argue(self, arguments: str) -> ToolDelta:
+        self._held = self._held[len(arguments) :]
+        self.calls[0].arguments += arguments
+        return ToolDelta(calls=(CallDelta(index=0, arguments=arguments),) if arguments else ())
+
+
+def _new_id() -> str:
+    return f"call_{uuid.uuid4().hex[:24]}"
+
+
+def _ending(text: str) -> int:
+    """Where the closing brace of the outer object may begin: what follows may not be the arguments' any more."""
+    match = _ENDING.search(text)
+    assert match is not None  # it matches an empty end
+    return match.start()
+
+
+def _is_json(text: str) -> bool:
+    try:
+        json.loads(text)
+    except (ValueError, RecursionError):
+        return False
+    return True
+
+
+def _look(text: str, names: Collection[str]) -> Literal["content", "call"] | None:
+    """What a reply is that begins so, as far as that can be told from its tag, its first field and the tool's name."""
+    text = text.lstrip()
+    if CALL_TAG.startswith(text):
+        return None
+    text = text.removeprefix(CALL_TAG).lstrip().removeprefix("[").lstrip()
+    if text[:1] not in ("", "{"):
+        return "content"
+    text = text[1:].lstrip()
+    if any(f'"{field}"'.startswith(text) for field in _CALL_FIELDS):
+        return None
+    match = re.match(r'"(\w+)"\s*(?::\s*("[^"]*"?)?)?', text)
+    if match is None or match[1] not in _CALL_FIELDS:
+        return "content"
+    if match[1] != "name":
+        return "call"
+    name, rest = match[2], text[match.end() :]
+    if name is None:
+        return "content" if rest else None
+    whole = [f'"{known}"' for known in names]
+    return "call" if name in whole else None if any(one.startswith(name) for one in whole) else "content"
+
+
+def _parse_calls(text: str, names: Collection[str]) -> list[tuple[str, str]] | None:
+    """Name and arguments of each call, if `text` is nothing but calls of these tools."""
+    text = text.strip()
+    parts = [text]
+    if text.startswith(CALL_TAG):
+        # The last closing tag is often what the model ends its turn with.
+        parts = [part.strip().removesuffix(END_CALL_TAG) for part in text.split(CALL_TAG)[1:]]
+    calls: list[tuple[str, str]] = []
+    try:
+        for part in parts:
+            value = json.loads(part)
+            calls += [_call(item, names) for item in (value if isinstance(value, list) else [value])]
+    except (ValueError, RecursionError):
+        return None
+    return calls or None
+
+
+def _call(value: Any, names: Collection[str]) -> tuple[str, str]:
+    if (
+        not isinstance(value, dict)
+        or not set(value) <= set(_CALL_FIELDS)
+        or value.get("type", "function") != "function"
+    ):
+        raise ValueError("this is no call")
+    name, arguments = value.get("name"), value.get("arguments", value.get("parameters"))
+    if not isinstance(name, str) or name not in names or not isinstance(arguments, dict):
+        raise ValueError("this is no call of a tool that was given")
+    written = json.dumps(arguments, ensure_ascii=False, allow_nan=False)
+    written.encode()  # Python's reader takes lone surrogates, and infinity, which no JSON has
+    return name, written

@@ -1,0 +1,248 @@
+"""Owns a conversion: Meta's shards to a folder that is complete by itself (DCP), and back to any number of shards.
+
+Every process of the group calls `convert`; each opens the whole source (which reads nothing), works out the same
+shares, and writes its own. An error on one process becomes the same error on all of them.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import shutil
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import Literal, TypeVar
+
+import torch
+import torch.distributed as dist
+from torch.distributed.checkpoint import CheckpointException
+
+from llama2.config import MODEL_ARGS_FILE, ModelArgs
+from llama2.progress import Bar, progress
+from llama2.text.tokenizer import BPE_FILE, SENTENCEPIECE_FILE, Tokenizer, load_tokenizer
+from llama2.weights.readers.dcp import METADATA_FILE, Chunk, DcpFolder, save_chunks
+from llama2.weights.readers.fairscale import (
+    PARAMS_FILE,
+    FairscaleFolder,
+    check_num_shards,
+    fill_shards,
+    reserve_shards,
+    same_bits,
+    write_params,
+)
+from llama2.weights.staging import StagedFolder
+
+logger = logging.getLogger(__name__)
+
+T = TypeVar("T")
+
+
+def convert(
+    original_ckpt_dir: Path | str,
+    save_checkpoint_dir: Path | str,
+    *,
+    tokenizer_path: Path | str | None = None,
+    model_parallel_size: int | None = None,
+    dtype: torch.dtype | None = None,
+    output_format: Literal["dcp", "fairscale"] = "dcp",
+    output_model_parallel_size: int | None = None,
+    overwrite: bool = False,
+    verify: bool = False,
+) -> None:
+    """Convert a checkpoint; a collective if a process group is up, in this process alone if none is.
+
+    Args:
+        original_ckpt_dir: Meta's folder; for `output_format="fairscale"` a converted folder as well.
+        save_checkpoint_dir: the folder to make. It appears when it is complete, and not before.
+        tokenizer_path: `tokenizer.model`, `tokenizer.json`, or their folder; None: in `original_ckpt_dir`.
+        model_parallel_size: the number of Meta's shards that must be there; None: as many as there are.
+        dtype: of the weights written; None: the source's.
+        output_model_parallel_size: the number of shards to write, for `output_format="fairscale"`.
+        overwrite: replace the checkpoint that `save_checkpoint_dir` holds.
+        verify: read the result back and compare every weight with its source, bit for bit.
+
+    Raises:
+        ValueError: on every process, with the same message, if any of them met an error.
+    """
+    ranks = _Ranks()
+    staged = StagedFolder(save_checkpoint_dir)
+    if output_format not in ("dcp", "fairscale"):
+        raise ValueError(f"output_format must be dcp or fairscale, got {output_format!r}")
+    if output_format == "fairscale" and output_model_parallel_size is None:
+        raise ValueError("output_format=fairscale needs output_model_parallel_size, the number of shards to write")
+    if output_format == "dcp" and output_model_parallel_size is not None:
+        raise ValueError(
+            "output_model_parallel_size belongs to output_format=fairscale: a converted folder has no shards"
+        )
+
+    def open_source() -> tuple[Tokenizer, FairscaleFolder | DcpFolder]:
+        folder = Path(original_ckpt_dir)
+        tokenizer = load_tokenizer(folder if tokenizer_path is None else tokenizer_path)
+        if (folder / METADATA_FILE).exists():
+            if output_format == "dcp":
+                raise ValueError(
+                    f"{folder} is a converted checkpoint already: it loads at every tensor parallel degree"
+                )
+            if model_parallel_size is not None:
+                raise ValueError(f"model_parallel_size counts Meta's shards, and {folder} is a converted checkpoint")
+            return tokenizer, DcpFolder(folder)
+        return tokenizer, FairscaleFolder(folder, vocab_size=tokenizer.vocab_size, num_shards=model_parallel_size)
+
+    tokenizer, source = ranks.agree(open_source)
+    dtype = source.dtype if dtype is None else dtype
+    if output_model_parallel_size is not None:
+        check_num_shards(source.args, output_model_parallel_size)
+
+    def open_target() -> None:
+        staged.recover()
+        _check_target(staged.target, source.folder.resolve(), overwrite=overwrite)
+        staged.open(size=sum(_nbytes(shape, dtype) for shape in source.args.parameter_shapes().values()))
+
+    ranks.agree(open_target, only_first=True)
+    try:
+        if output_model_parallel_size is not None:
+            _write_shards(ranks, source, staged.partial, num_shards=output_model_parallel_size, dtype=dtype)
+        else:
+            assert isinstance(source, FairscaleFolder)
+            _write_dcp(ranks, source, staged.partial, dtype=dtype)
+        ranks.agree(lambda: _copy_tokenizer(tokenizer, staged.partial), only_first=True)
+        if verify:
+            ranks.agree(lambda: _verify(ranks, source, staged.partial, tokenizer.vocab_size, dtype=dtype))
+        ranks.agree(staged.commit, only_first=True)
+    except BaseException:
+        staged.discard()
+        raise
+    if ranks.rank == 0:
+        logger.info("wrote %s", staged.target)
+
+
+class _Ranks:
+    """The processes that convert together: this one's rank, and how they agree on an error."""
+
+    def __init__(self) -> None:
+        self.rank = dist.get_rank() if dist.is_initialized() else 0
+        self.world_size = dist.get_world_size() if dist.is_initialized() else 1
+
+    def agree(self, step: Callable[[], T], *, only_first: bool = False) -> T:
+        """Run `step` on every process (`only_first`: on rank 0, None elsewhere); raise on all if it failed on one."""
+        result, error = None, None
+        if self.rank == 0 or not only_first:
+            try:
+                result = step()
+            except (ValueError, OSError, CheckpointException) as caught:
+                error = caught
+        messages = [_message(error) if error else None]
+        if self.world_size > 1:
+            messages = [None] * self.world_size
+            dist.all_gather_object(messages, _message(error) if error else None)
+        for message in messages:
+            if message is not None:
+                raise ValueError(message) from error
+        return result  # type: ignore[return-value]
+
+    def share(self, items: Iterable[T], nbytes: Callable[[T], int]) -> list[T]:
+        """This process's part of `items`, in their order; the parts are all of them, and have about as many bytes."""
+        order = list(items)
+        loads = [0] * self.world_size
+        mine = []
+        for index in sorted(range(len(order)), key=lambda index: -nbytes(order[index])):
+            least = loads.index(min(loads))
+            loads[least] += nbytes(order[index])
+            if least == self.rank:
+                mine.append(index)
+        return [order[index] for index in sorted(mine)]
+
+    def progress(self, what: str, total: int) -> Bar:
+        """A bar of bytes, shown by rank 0 for its own share, which stands for all."""
+        if self.world_size > 1:
+            what += f" (share 1 of {self.world_size})"
+        return progress(desc=what, total=total, unit="B", unit_scale=True, disable=self.rank != 0, leave=True)
+
+
+def _message(error: BaseException) -> str:
+    """One line for the user."""
+    if isinstance(error, CheckpointException):
+        error, _ = next(iter(error.failures.values()))
+    if isinstance(error, (KeyboardInterrupt, SystemExit)):
+        raise error
+    return " ".join(str(error).split()) or type(error).__name__
+
+
+def _nbytes(shape: Sequence[int], dtype: torch.dtype) -> int:
+    return math.prod(shape) * dtype.itemsize
+
+
+def _check_target(target: Path, source: Path, *, overwrite: bool) -> None:
+    if target == source or target in source.parents:
+        raise ValueError(f"save_checkpoint_dir {target} must not be or contain original_ckpt_dir {source}")
+    if not target.exists() or (target.is_dir() and not any(target.iterdir())):
+        return
+    if not target.is_dir():
+        raise ValueError(f"save_checkpoint_dir {target} is a file")
+    if not overwrite:
+        raise ValueError(f"save_checkpoint_dir {target} exists; --overwrite replaces it")
+    if not (target / MODEL_ARGS_FILE).exists() and not (target / PARAMS_FILE).exists():
+        raise ValueError(f"save_checkpoint_dir {target} holds no checkpoint: --overwrite does not replace it")
+
+
+def _write_dcp(ranks: _Ranks, source: FairscaleFolder, folder: Path, *, dtype: torch.dtype) -> None:
+    shapes = source.args.parameter_shapes()
+
+    def plan() -> list[Chunk]:
+        chunks = [Chunk(name=name, offsets=at, view=view) for name in shapes for at, view in source.chunks(name)]
+        return ranks.share(chunks, lambda chunk: chunk.view.nbytes)
+
+    chunks = ranks.agree(plan)
+    with ranks.progress("converting", sum(chunk.view.nbytes for chunk in chunks)) as bar:
+        ranks.agree(lambda: save_chunks(folder, chunks, shapes=shapes, dtype=dtype, progress=bar.update))
+    ranks.agree(lambda: source.args.save(folder), only_first=True)
+
+
+def _write_shards(
+    ranks: _Ranks, source: FairscaleFolder | DcpFolder, folder: Path, *, num_shards: int, dtype: torch.dtype
+) -> None:
+    indices = range(ranks.rank, num_shards, ranks.world_size)
+    ranks.agree(lambda: reserve_shards(folder, source.args, num_shards=num_shards, dtype=dtype, indices=indices))
+    names = _share_of_names(ranks, source.args)
+    with ranks.progress("converting", _total(source, names)) as bar:
+
+        def read(name: str) -> torch.Tensor:
+            weight = source.read(name)
+            bar.update(weight.nbytes)
+            return weight
+
+        ranks.agree(lambda: fill_shards(folder, source.args, read, num_shards=num_shards, names=names))
+    ranks.agree(lambda: write_params(folder, source.args), only_first=True)
+
+
+def _verify(
+    ranks: _Ranks, source: FairscaleFolder | DcpFolder, folder: Path, vocab_size: int, *, dtype: torch.dtype
+) -> None:
+    is_dcp = (folder / METADATA_FILE).exists()
+    result = DcpFolder(folder) if is_dcp else FairscaleFolder(folder, vocab_size=vocab_size)
+    names = _share_of_names(ranks, source.args)
+    with ranks.progress("verifying", _total(source, names)) as bar:
+        for name in names:
+            stored = result.read(name)
+            for offsets, chunk in source.chunks(name):
+                part = stored[tuple(slice(at, at + size) for at, size in zip(offsets, chunk.shape, strict=True))]
+                if not same_bits(part, chunk.to(dtype)):
+                    raise ValueError(f"verification failed: {name} differs from its source {source.folder}")
+                bar.update(chunk.nbytes)
+
+
+def _share_of_names(ranks: _Ranks, args: ModelArgs) -> list[str]:
+    shapes = args.parameter_shapes()
+    return ranks.share(shapes, lambda name: math.prod(shapes[name]))
+
+
+def _total(source: FairscaleFolder | DcpFolder, names: Sequence[str]) -> int:
+    shapes = source.args.parameter_shapes()
+    return sum(_nbytes(shapes[name], source.dtype) for name in names)
+
+
+def _copy_tokenizer(tokenizer: Tokenizer, folder: Path) -> None:
+    main, *others = tokenizer.files
+    shutil.copyfile(main, folder / (BPE_FILE if main.suffix == ".json" else SENTENCEPIECE_FILE))
+    for file in others:
+        shutil.copyfile(file, folder / file.name)

@@ -1,0 +1,108 @@
+"""Owns the way from a converted checkpoint to a model that runs: shapes, memory for this rank's share, DCP into it.
+
+Knows neither how a checkpoint is made nor what the model is used for.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+import warnings
+from collections.abc import Callable, Mapping
+
+import torch
+import torch.distributed.checkpoint as dcp
+from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import DTensor
+
+from llama2.config import ModelArgs
+from llama2.kernels import choose_kernels
+from llama2.model import Linear, Transformer, VocabProjection
+from llama2.parallel.collectives import Collectives
+from llama2.parallel.plan import allocate, connect
+from llama2.progress import progress
+from llama2.weights.readers.dcp import DcpFolder
+from llama2.weights.readers.mapped import MappedReader
+
+logger = logging.getLogger(__name__)
+
+# Copies into a GPU's memory that are on their way at once.
+GPU_STREAMS = 4
+
+
+def build_model(
+    args: ModelArgs,
+    mesh: DeviceMesh,
+    collectives: Collectives,
+    *,
+    dtype: torch.dtype,
+    device: torch.device,
+    max_seq_len: int,
+    threads: int,
+    fill: Callable[[Mapping[str, DTensor]], None],
+) -> Transformer:
+    """This rank's share of a model, in `dtype` on `device`, ready to run positions below `max_seq_len`.
+
+    `fill` gives the weights their values: by Meta's names, as DTensors in the at-rest shapes. When it has returned, the
+    kernels lay them out anew, by `threads` threads on a CPU: the DTensors are worth nothing from then on.
+    """
+    with torch.device("meta"):
+        model = Transformer(args, choose_kernels(device, dtype))
+    fill(allocate(model, mesh, dtype=dtype, device=device))
+    linear = [module for module in model.modules() if isinstance(module, (Linear, VocabProjection))]
+    model.kernels.prepare([module.weight for module in linear], threads=threads)
+    connect(model, mesh, collectives)
+    model.finish(max_seq_len)
+    return model.eval()
+
+
+def load_model(
+    checkpoint: DcpFolder,
+    mesh: DeviceMesh,
+    collectives: Collectives,
+    *,
+    dtype: torch.dtype,
+    device: torch.device,
+    max_seq_len: int,
+    threads: int,
+) -> Transformer:
+    """`build_model` with a checkpoint's weights, read by `threads` threads on a CPU.
+
+    Raises:
+        ValueError: a file of the checkpoint is damaged.
+    """
+    started = time.monotonic()
+
+    def fill(at_rest: Mapping[str, DTensor]) -> None:
+        total = sum(weight.to_local().nbytes for weight in at_rest.values())
+        with (
+            progress(
+                total=total, desc="loading", unit="B", unit_scale=True, delay=2, disable=collectives.rank != 0
+            ) as bar,
+            warnings.catch_warnings(),
+        ):
+            # Every rank finds its own pieces: there is nothing to agree on.
+            warnings.filterwarnings("ignore", message=".*assuming the intent is to load in a single process.*")
+            streams = GPU_STREAMS if device.type == "cuda" else threads
+            reader = MappedReader(checkpoint.folder, threads=streams, progress=bar.update)
+            dcp.load(dict(at_rest), storage_reader=reader, no_dist=True)
+
+    try:
+        model = build_model(
+            checkpoint.args,
+            mesh,
+            collectives,
+            dtype=dtype,
+            device=device,
+            max_seq_len=max_seq_len,
+            threads=threads,
+            fill=fill,
+        )
+    except CheckpointException as error:  # a BaseException: it would pass every handler above
+        failure = next(iter(error.failures.values()))[0]
+        raise ValueError(f"checkpoint {checkpoint.folder} cannot be loaded: {failure}") from error
+    if collectives.rank == 0:
+        held = sum(parameter.nbytes for parameter in model.parameters())
+        logger.info("loaded %.2f GB on rank 0 in %.1f s", held / 1e9, time.monotonic() - started)
+    return model

@@ -1,0 +1,1 @@
+"""What reads weights: one module for each format of files."""

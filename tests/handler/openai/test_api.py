@@ -1,0 +1,137 @@
+"""The paths that need no engine, and how a fault looks to a client."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import pytest
+
+from handler.body import RequestError
+from handler.call import Call
+from handler.openai import api
+from tests.handler.openai.support import SAID, USER, Server
+
+
+@pytest.mark.parametrize("prefix", ["v1/", ""])
+def test_models_lists_every_name_the_server_answers_to(server: Server, prefix: str) -> None:
+    listed = server.get(f"{prefix}models")
+    assert listed["object"] == "list"
+    assert [model["id"] for model in listed["data"]] == ["smol", "llama"]
+    for model in listed["data"]:
+        assert server.get(f"{prefix}models/{model['id']}") == model
+        assert (model["object"], model["max_model_len"]) == ("model", 100)
+
+
+def test_another_models_description_is_a_404(server: Server) -> None:
+    assert server.refused("v1/models/gpt-4")[:2] == (404, "model")
+
+
+@pytest.mark.parametrize("path", ["v1/embeddings", "v2/models", "v1", "v1/", "v1/chat", "v1/completions/x"])
+def test_any_other_path_is_a_404_that_names_it(server: Server, path: str) -> None:
+    status, _, message = server.refused(path)
+    assert (status, path in message) == (404, True)
+
+
+def test_tokenize_and_detokenize_are_each_others_way_back(server: Server) -> None:
+    ids = server.tokenizer.encode("Hé!")
+    reply = server.get("tokenize", prompt="Hé!", return_token_strs=True)
+    assert reply == {
+        "count": 4,
+        "max_model_len": 100,
+        "tokens": ids,
+        "token_strs": ["H", r"bytes:\xc3", r"bytes:\xa9", "!"],
+    }
+    assert server.get("detokenize", tokens=ids) == {"prompt": "Hé!"}
+    assert server.get("tokenize", prompt="a")["token_strs"] is None
+
+
+def test_tokenize_of_messages_is_the_prompt_of_a_chat_with_its_inspection(server: Server) -> None:
+    reply = server.get("v1/tokenize", messages=[USER])
+    assert reply["tokens"] == list(server.request("v1/chat/completions", messages=[USER]).prompt_ids)
+    assert reply["count"] == len(reply["tokens"])
+    assert reply["inspection"]["ids"] == reply["tokens"]
+    assert server.get("detokenize", tokens=reply["tokens"]) == {"prompt": SAID}
+
+
+@pytest.mark.parametrize(
+    ("path", "body", "param"),
+    [
+        ("tokenize", {}, "prompt"),
+        ("tokenize", {"prompt": "a", "messages": [USER]}, "prompt"),
+        ("tokenize", {"messages": [USER], "add_special_tokens": True}, "add_special_tokens"),
+        ("tokenize", {"messages": [USER], "add_generation_prompt": False}, "add_generation_prompt"),
+        ("tokenize", {"messages": [USER], "chat_template": "{{ 1 }}"}, "chat_template"),
+        ("tokenize", {"prompt": "a", "text": "a"}, "text"),
+        ("detokenize", {}, "tokens"),
+        ("detokenize", {"tokens": [99999]}, "tokens[0]"),
+        ("detokenize", {"tokens": ["a"]}, "tokens[0]"),
+    ],
+)
+def test_a_mistake_is_refused_and_named(server: Server, path: str, body: Any, param: str) -> None:
+    assert server.refused(path, **body)[:2] == (400, param)
+
+
+@pytest.mark.parametrize("body", ["a text", [1], 5, None])
+def test_a_body_that_is_no_object_is_refused(server: Server, body: Any) -> None:
+    with pytest.raises(RequestError, match="must be a JSON object") as caught:
+        server.api.read("v1/completions", lambda: body)
+    assert caught.value.status == 400
+
+
+def test_health_tells_how_the_engine_is(server: Server) -> None:
+    server.stats.running, server.stats.waiting, server.stats.steps = 2, 1, 7
+    server.stats.seconds_since_step = 0.01234
+    assert server.get("health") == {
+        "status": "ok",
+        "running": 2,
+        "waiting": 1,
+        "steps": 7,
+        "last_step_age": 0.012,
+    }
+
+
+def test_an_engine_that_has_work_and_makes_no_steps_is_not_healthy(
+    server: Server, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One that is idle, or that has moved since it was last asked, is."""
+    server.stats.running = 1
+    server.get("health")
+    monkeypatch.setattr(api, "STALL_SECONDS", 0.0)
+    assert server.refused("health")[0] == 503
+    server.stats.steps += 1
+    assert server.get("health")["status"] == "ok"
+    server.stats.running = 0
+    assert server.get("health")["status"] == "ok"
+
+
+def test_an_error_has_openais_shape(server: Server) -> None:
+    with pytest.raises(RequestError) as caught:
+        server.read("v1/completions", prompt="a", model="gpt-4")
+    error = json.loads(caught.value.as_json())["error"]
+    assert set(error) == {"message", "type", "param", "code"}
+    assert (error["type"], error["param"], error["code"]) == ("invalid_request_error", "model", "model_not_found")
+
+
+@pytest.mark.parametrize(
+    ("status", "kind"),
+    [(400, "invalid_request_error"), (401, "authentication_error"), (404, "invalid_request_error"),
+     (422, "invalid_request_error"), (429, "rate_limit_error"), (500, "server_error"), (503, "server_error")],
+)  # fmt: skip
+def test_an_errors_type_follows_from_its_status(status: int, kind: str) -> None:
+    assert json.loads(RequestError("", status=status).as_json())["error"]["type"] == kind
+
+
+def test_an_error_can_name_a_field_that_is_not_unicode(server: Server) -> None:
+    with pytest.raises(RequestError) as caught:
+        server.read("v1/completions", **{"prompt": "a", "\ud800": 1})
+    caught.value.as_json().encode()
+
+
+@pytest.mark.parametrize("stream", [True, False])
+def test_a_failure_under_way_ends_a_stream_as_openai_does(server: Server, stream: bool) -> None:
+    call = Call("id", server.read("v1/completions", prompt="a", stream=stream))
+    told = call.form.failure(RequestError("it broke", status=500))
+    event, *rest = told.removesuffix("\n").split("\n\n")
+    assert json.loads(event.removeprefix("data: "))["error"]["message"] == "it broke"
+    assert rest == (["data: [DONE]\n"] if stream else [])

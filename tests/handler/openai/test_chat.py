@@ -1,0 +1,325 @@
+"""Chats, field by field: what the engine is asked, and what comes back. What both endpoints share is tested with
+completions."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import pytest
+
+from tests.handler.openai.support import LOGPROB, SAID, USER, FakeGrammar, Server, usage
+
+PATH = "v1/chat/completions"
+WEATHER = {
+    "type": "function",
+    "function": {"name": "weather", "description": "of a city", "parameters": {"type": "object", "properties": {}}},
+}
+NEWS = {"type": "function", "function": {"name": "news"}}
+CALL = '{"name": "weather", "arguments": {"city": "Rome"}}'
+
+
+def deltas(events: list[Any], index: int = 0) -> list[dict[str, Any]]:
+    return [choice["delta"] for event in events for choice in event["choices"] if choice["index"] == index]
+
+
+def test_a_reply_has_openais_shape(server: Server) -> None:
+    reply = server.say(PATH, "Yo", messages=[USER], model="llama")
+    assert reply.pop("created") > 0
+    assert reply == {
+        "id": "chatcmpl-id",
+        "object": "chat.completion",
+        "model": "llama",
+        "system_fingerprint": "fp_1",
+        "choices": [
+            {
+                "index": 0,
+                "message": {"role": "assistant", "content": "Yo", "refusal": None},
+                "logprobs": None,
+                "finish_reason": "stop",
+            }
+        ],
+        "usage": usage(21, 2),
+    }
+
+
+def test_messages_are_written_in_the_models_format_and_the_reply_is_a_text_of_its_own(server: Server) -> None:
+    request = server.request(PATH, messages=[USER])
+    assert server.shown(request.prompt_ids) == SAID
+    assert not request.continues_prompt
+
+
+def test_without_max_tokens_a_reply_may_be_as_long_as_fits(server: Server) -> None:
+    assert server.request(PATH, messages=[USER]).params.max_new_tokens is None
+
+
+@pytest.mark.parametrize("field", ["max_tokens", "max_completion_tokens"])
+def test_either_name_limits_the_reply(server: Server, field: str) -> None:
+    assert server.request(PATH, messages=[USER], **{field: 9}).params.max_new_tokens == 9
+    both = {"max_tokens": 9, "max_completion_tokens": 9}
+    assert server.request(PATH, messages=[USER], **both).params.max_new_tokens == 9
+
+
+@pytest.mark.parametrize("role", ["system", "developer"])
+def test_a_developer_is_what_the_model_knows_as_system(server: Server, role: str) -> None:
+    request = server.request(PATH, messages=[{"role": role, "content": "Be brief."}, USER])
+    assert server.shown(request.prompt_ids) == f"<|im_start|>system\nBe brief.<|im_end|>\n{SAID}"
+
+
+def test_the_text_parts_of_a_content_are_one_text(server: Server) -> None:
+    parts = [{"type": "text", "text": "H"}, {"type": "text", "text": "i"}]
+    request = server.request(PATH, messages=[{"role": "user", "content": parts}])
+    assert server.shown(request.prompt_ids) == SAID
+
+
+def test_logprobs_are_one_object_per_token(server: Server) -> None:
+    (choice,) = server.say(PATH, "xA", messages=[USER], logprobs=True, top_logprobs=1)["choices"]
+    x = {"token": "x", "logprob": LOGPROB, "bytes": [120]}
+    a = {"token": "a", "logprob": -0.25, "bytes": [97]}
+    assert choice["logprobs"] == {
+        "content": [
+            {**x, "top_logprobs": [x]},
+            {"token": "A", "logprob": -2.0, "bytes": [65], "top_logprobs": [a]},
+        ],
+        "refusal": None,
+    }
+    (choice,) = server.say(PATH, "x", messages=[USER], logprobs=True)["choices"]
+    assert choice["logprobs"]["content"] == [{**x, "top_logprobs": []}]
+
+
+def test_n_replies_have_an_index_each(server: Server) -> None:
+    reply = server.say(PATH, "a", "bc", messages=[USER], n=2)
+    assert [(choice["index"], choice["message"]["content"]) for choice in reply["choices"]] == [(0, "a"), (1, "bc")]
+    assert reply["usage"]["completion_tokens"] == 3
+
+
+def test_a_stream_is_role_then_content_then_reason_for_each_reply(server: Server) -> None:
+    events = server.stream(PATH, "ab", "c", messages=[USER], n=2, finish_reason="length")
+    role = {"role": "assistant", "content": ""}
+    assert deltas(events, 0) == [role, {"content": "a"}, {"content": "b"}, {}]
+    assert deltas(events, 1) == [role, {"content": "c"}, {}]
+    reasons = [choice["finish_reason"] for event in events for choice in event["choices"]]
+    assert sorted(filter(None, reasons)) == ["length", "length"]
+    assert {event["object"] for event in events} == {"chat.completion.chunk"}
+
+
+def test_the_replies_of_a_stream_do_not_wait_for_each_other(server: Server) -> None:
+    events = server.stream(PATH, "abc", "def", messages=[USER], n=2)
+    indices = [event["choices"][0]["index"] for event in events]
+    assert indices[:6] == [0, 0, 1, 1, 0, 1]
+
+
+def test_streamed_logprobs_add_up_to_the_whole_ones(server: Server) -> None:
+    body: dict[str, Any] = {"messages": [USER], "logprobs": True, "top_logprobs": 1}
+    whole = server.say(PATH, "xAy", **body)["choices"][0]["logprobs"]["content"]
+    events = server.stream(PATH, "xAy", **body)
+    parts = [event["choices"][0]["logprobs"] for event in events]
+    assert [entry for part in parts if part for entry in part["content"]] == whole
+
+
+def test_include_usage_adds_one_event_without_choices(server: Server) -> None:
+    *events, last = server.stream(PATH, "xy", messages=[USER], stream_options={"include_usage": True})
+    assert all(event["usage"] is None for event in events)
+    assert (last["choices"], last["usage"]["completion_tokens"]) == ([], 2)
+
+
+def test_tools_stand_in_the_prompt_unless_they_must_not_be_called(server_with_room: Server) -> None:
+    server = server_with_room
+    offered = server.shown(server.request(PATH, messages=[USER], tools=[WEATHER]).prompt_ids)
+    assert '"weather"' in offered
+    assert "of a city" in offered
+    assert server.shown(server.request(PATH, messages=[USER], tools=[WEATHER], tool_choice="none").prompt_ids) == SAID
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_call_of_a_tool_is_told_from_content(server_with_room: Server, stream: bool) -> None:
+    body: dict[str, Any] = {"messages": [USER], "tools": [WEATHER, NEWS]}
+    if stream:
+        events = server_with_room.stream(PATH, CALL, **body)
+        calls = [call for delta in deltas(events) for call in delta.get("tool_calls", ())]
+        assert not any(delta.get("content") for delta in deltas(events))
+        assert [call["index"] for call in calls] == [0] * len(calls)
+        call = {**calls[0], "function": {"name": calls[0]["function"]["name"]}}
+        call["function"]["arguments"] = "".join(one["function"]["arguments"] for one in calls)
+        reason = events[-1]["choices"][0]["finish_reason"]
+    else:
+        (choice,) = server_with_room.say(PATH, CALL, **body)["choices"]
+        assert choice["message"]["content"] is None
+        (call,) = choice["message"]["tool_calls"]
+        reason = choice["finish_reason"]
+    assert call["type"] == "function"
+    assert call["id"].startswith("call_")
+    assert call["function"]["name"] == "weather"
+    assert json.loads(call["function"]["arguments"]) == {"city": "Rome"}
+    assert reason == "tool_calls"
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_reply_with_tools_may_be_content_all_the_same(server_with_room: Server, stream: bool) -> None:
+    body: dict[str, Any] = {"messages": [USER], "tools": [WEATHER]}
+    if stream:
+        events = server_with_room.stream(PATH, "Sunny {}", **body)
+        assert "".join(delta.get("content", "") for delta in deltas(events)) == "Sunny {}"
+        assert events[-1]["choices"][0]["finish_reason"] == "stop"
+    else:
+        (choice,) = server_with_room.say(PATH, "Sunny {}", **body)["choices"]
+        assert (choice["message"], choice["finish_reason"]) == (
+            *({"role": "assistant", "content": "Sunny {}", "refusal": None}, "stop"),
+        )
+
+
+def test_a_forced_call_has_no_other_format(server_with_room: Server) -> None:
+    body: dict[str, Any] = {"messages": [USER], "tools": [WEATHER], "tool_choice": "required"}
+    status, param, _ = server_with_room.refused(PATH, **body, response_format={"type": "json_object"})
+    assert (status, param) == (400, "response_format")
+
+
+@pytest.mark.parametrize("choice", ["required", {"type": "function", "function": {"name": "weather"}}])
+def test_a_forced_call_is_held_to_the_schema_of_the_tool(server_with_room: Server, choice: Any) -> None:
+    request = server_with_room.request(PATH, messages=[USER], tools=[WEATHER], tool_choice=choice)
+    assert isinstance(request.grammar, FakeGrammar)
+    assert request.grammar.kind == "json_schema"
+    assert request.grammar.source["properties"]["name"] == {"const": "weather"}
+
+
+def test_a_call_that_was_cut_says_so(server_with_room: Server) -> None:
+    choice = {"type": "function", "function": {"name": "weather"}}
+    body: dict[str, Any] = {"messages": [USER], "tools": [WEATHER], "tool_choice": choice}
+    reply = server_with_room.say(PATH, '{"name": "weather", "arguments": {"ci', finish_reason="length", **body)
+    (cut,) = reply["choices"]
+    assert cut["finish_reason"] == "length"
+    assert cut["message"]["tool_calls"][0]["function"]["arguments"] == '{"ci'
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_without_parallel_tool_calls_one_is_made(server_with_room: Server, stream: bool) -> None:
+    body: dict[str, Any] = {"messages": [USER], "tools": [WEATHER], "parallel_tool_calls": False}
+    both = f"[{CALL}, {CALL}]"
+    if stream:
+        calls = [
+            call
+            for delta in deltas(server_with_room.stream(PATH, both, **body))
+            for call in delta.get("tool_calls", ())
+        ]
+    else:
+        calls = server_with_room.say(PATH, both, **body)["choices"][0]["message"]["tool_calls"]
+    assert len(calls) == 1
+
+
+def test_calls_and_their_results_go_into_the_next_prompt(server_with_room: Server) -> None:
+    call = {"id": "call_1", "type": "function", "function": {"name": "weather", "arguments": '{"city": "Rome"}'}}
+    messages = [
+        USER,
+        {"role": "assistant", "content": None, "tool_calls": [call]},
+        {"role": "tool", "tool_call_id": "call_1", "content": "21 degrees"},
+    ]
+    shown = server_with_room.shown(server_with_room.request(PATH, messages=messages, tools=[WEATHER]).prompt_ids)
+    assert shown.index("Rome") < shown.index("21 degrees")
+
+
+@pytest.mark.parametrize(
+    "field",
+    [
+        {"store": False},
+        {"service_tier": "auto"},
+        {"service_tier": "default"},
+        {"modalities": ["text"]},
+        {"metadata": {}},
+        {"reasoning_effort": "none"},
+        {"verbosity": "medium"},
+        {"tool_choice": "none"},
+        {"prompt_cache_key": "a"},
+        {"prompt_cache_retention": "in_memory"},
+        {"parallel_tool_calls": True},
+        {"functions": None},
+        {"audio": None},
+        {"prediction": None},
+        {"web_search_options": None},
+    ],
+)
+def test_a_field_that_says_what_holds_anyway_is_accepted(server: Server, field: dict[str, Any]) -> None:
+    assert server.request(PATH, messages=[USER], **field) == server.request(PATH, messages=[USER])
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("audio", {"voice": "alloy", "format": "mp3"}),
+        ("function_call", "auto"),
+        ("functions", [{"name": "f"}]),
+        ("metadata", {"a": "b"}),
+        ("modalities", ["text", "audio"]),
+        ("prediction", {"type": "content", "content": "a"}),
+        ("prompt_cache_retention", "24h"),
+        ("reasoning_effort", "high"),
+        ("service_tier", "flex"),
+        ("store", True),
+        ("store", 0),
+        ("verbosity", "low"),
+        ("web_search_options", {}),
+        ("skip_special_tokens", False),
+    ],
+)
+def test_a_field_that_means_nothing_here_is_refused_by_name(server: Server, field: str, value: Any) -> None:
+    status, param, message = server.refused(PATH, messages=[USER], **{field: value})
+    assert (status, param) == (400, field)
+    assert message.startswith(f"{field} is not supported: ")
+
+
+@pytest.mark.parametrize("field", ["user", "safety_identifier"])
+def test_a_user_is_named_in_the_log(server: Server, caplog: pytest.LogCaptureFixture, field: str) -> None:
+    with caplog.at_level("INFO"):
+        server.request(PATH, messages=[USER], **{field: "eve"})
+    assert "request id is for user 'eve'" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("body", "status", "param", "message"),
+    [
+        ({}, 400, "messages", "messages is missing"),
+        ({"messages": []}, 400, "messages", "messages must not be empty"),
+        ({"messages": "Hi"}, 400, "messages", "messages must be a list, got 'Hi'"),
+        ({"messages": ["Hi"]}, 400, "messages[0]", "must be an object"),
+        ({"messages": [{"content": "Hi"}]}, 400, "messages[0]", "must have a 'role'"),
+        ({"messages": [{"role": "bot", "content": "Hi"}]}, 400, "messages[0]", "must have a 'role' of 'system'"),
+        ({"messages": [USER, {"role": "assistant", "text": "Yo"}]}, 400, "messages[1].text", "it has no place there"),
+        ({"messages": [{"role": "user"}]}, 400, "messages[0].content", "messages[0].content is missing"),
+        ({"messages": [{"role": "user", "content": 5}]}, 400, "messages[0].content", "must be a string or a list"),
+        ({"messages": [{**USER, "name": "Eve"}]}, 400, "messages[0].name", "is not supported"),
+        (
+            {"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "x"}}]}]},
+            *(400, "messages[0].content[0].type", "is not supported: this model reads and writes text"),
+        ),
+        ({"messages": [{"role": "assistant", "content": "Hi"}]}, 422, "messages[0]", "role must be 'system' or 'user'"),
+        ({"messages": [USER, USER]}, 422, "messages[1]", "role must be 'assistant', got 'user'"),
+        ({"messages": [{"role": "user", "content": "<|im_end|>"}]}, 422, "messages[0]", "'<|im_end|>'"),
+        ({"messages": [USER], "prompt": "Hi"}, 400, "prompt", "unknown field 'prompt'"),
+        ({"messages": [USER], "model": "gpt-4"}, 404, "model", "does not exist"),
+        ({"messages": [USER], "max_tokens": 0}, 400, "max_tokens", "must be at least 1"),
+        ({"messages": [USER], "max_completion_tokens": 0}, 400, "max_completion_tokens", "must be at least 1"),
+        ({"messages": [USER], "max_tokens": 5, "max_completion_tokens": 6}, 400, "max_tokens", "contradicts"),
+        ({"messages": [USER], "max_tokens": 80}, 400, "messages", "maximum context length is 100 tokens, but 101"),
+        ({"messages": [USER], "logprobs": 5}, 400, "logprobs", "must be true or false"),
+        ({"messages": [USER], "top_logprobs": 5}, 400, "top_logprobs", "needs logprobs to be true"),
+        ({"messages": [USER], "logprobs": True, "top_logprobs": 21}, 400, "top_logprobs", "must be at most 20"),
+        ({"messages": [USER], "best_of": 2}, 400, "best_of", "unknown field"),
+        ({"messages": [USER], "tool_choice": "required"}, 400, "tool_choice", "there are no tools"),
+        ({"messages": [USER], "tool_choice": "always"}, 400, "tool_choice", "must be 'none', 'auto' or 'required'"),
+        (
+            {"messages": [USER], "tools": [WEATHER], "tool_choice": {"type": "function", "function": {"name": "x"}}},
+            *(400, "tool_choice", "must name one of the tools"),
+        ),
+        ({"messages": [USER], "tools": [{"type": "function"}]}, 400, "tools[0].function", "is missing"),
+        ({"messages": [USER], "tools": [WEATHER, WEATHER]}, 400, "tools[1].function.name", "which another tool has"),
+        (
+            {"messages": [USER], "tools": [{"type": "function", "function": {"name": "f", "strict": True}}]},
+            *(400, "tools[0].function.strict", "needs a tool_choice that forces a call"),
+        ),
+    ],
+)
+def test_a_mistake_is_refused_and_named(
+    server: Server, body: dict[str, Any], status: int, param: str, message: str
+) -> None:
+    refused = server.refused(PATH, **body)
+    assert refused[:2] == (status, param)
+    assert message in refused[2]

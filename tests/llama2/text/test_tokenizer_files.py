@@ -1,0 +1,104 @@
+"""The files beside a vocabulary are believed where they make sense, and refused in one line where they do not."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from llama2.text.tokenizer import Tokenizer, load_tokenizer
+
+
+def _with_config(source: Tokenizer, folder: Path, config: Any, *, template: str | None = None) -> Tokenizer:
+    file = folder / source.files[0].name
+    file.write_bytes(source.files[0].read_bytes())
+    (folder / "tokenizer_config.json").write_text(json.dumps(config))
+    if template is not None:
+        (folder / "chat_template.jinja").write_text(template)
+    return load_tokenizer(folder)
+
+
+def test_the_config_names_bos_and_eos_and_says_whether_bos_is_added(bpe: Tokenizer, tmp_path: Path) -> None:
+    config = {"bos_token": {"content": "<|endoftext|>", "special": True}, "eos_token": "<|im_end|>"}
+    tokenizer = _with_config(bpe, tmp_path, config | {"add_bos_token": True})
+    assert tokenizer.encode_prompt("Hello") == [0, *bpe.encode("Hello")]
+    assert tokenizer.template_variables == {"bos_token": "<|endoftext|>", "eos_token": "<|im_end|>"}
+    assert _with_config(bpe, tmp_path, config).encode_prompt("Hello") == bpe.encode("Hello")
+
+
+def test_the_chat_template_is_read_wherever_it_stands(sp: Tokenizer, bpe: Tokenizer, tmp_path: Path) -> None:
+    named = [{"name": "tool_use", "template": "A"}, {"name": "default", "template": "B"}]
+    assert _with_config(bpe, tmp_path, {}).chat_template is None
+    assert _with_config(bpe, tmp_path, {"chat_template": "C"}).chat_template == "C"
+    assert _with_config(bpe, tmp_path, {"chat_template": named}).chat_template == "B"
+    assert _with_config(sp, tmp_path, {"chat_template": "C"}).chat_template == "C"
+    tokenizer = _with_config(sp, tmp_path, {}, template="D")
+    assert tokenizer.chat_template == "D"
+    assert [file.name for file in tokenizer.files] == [
+        "tokenizer.model",
+        "tokenizer_config.json",
+        "chat_template.jinja",
+    ]
+
+
+BYTE_LEVEL = {"type": "ByteLevel", "add_prefix_space": True, "trim_offsets": True, "use_regex": True}
+BPE = {"model": {"type": "BPE", "vocab": {"a": 0}, "merges": []}, "added_tokens": [], "decoder": BYTE_LEVEL}
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "problem"),
+    [
+        ("tokenizer.model", b"", "not a SentencePiece model"),
+        ("tokenizer.model", b"\x00\xff" * 500, "not a SentencePiece model"),
+        ("tokenizer.model", b"IQ== 0\nIg== 1\n", "not a SentencePiece model"),
+        ("tokenizer.json", b"", "not a JSON file"),
+        ("tokenizer.json", b"\xff\xfe", "cannot be read as text"),
+        ("tokenizer.json", b"[" * 100_000, "not a JSON file"),
+        ("tokenizer.json", b"[]", "must hold a JSON object"),
+        ("tokenizer.json", b"{}", "with a BPE model"),
+        ("tokenizer.json", BPE | {"decoder": {"type": "WordPiece"}}, "decoder WordPiece is not supported"),
+        ("tokenizer.json", BPE | {"decoder": None}, "with a BPE model"),
+        ("tokenizer.json", BPE | {"model": {"type": "WordLevel", "vocab": {"a": 0}}}, "with a BPE model"),
+        ("tokenizer.json", BPE | {"model": {"type": "BPE", "vocab": {"a": 0}, "merges": ["b c"]}}, "library reads"),
+        (
+            "tokenizer.json",
+            BPE | {"model": {"type": "BPE", "vocab": {"a": 2**32 - 1}, "merges": []}},
+            "without wide gaps",
+        ),
+        ("tokenizer.json", BPE | {"model": {"type": "BPE", "vocab": {}, "merges": []}}, "without wide gaps"),
+        ("tokenizer.json", BPE | {"pre_tokenizer": 5}, "library reads"),
+        ("tokenizer.txt", b"a b c", "of no known kind"),
+    ],
+)
+def test_a_file_that_is_no_tokenizer_is_refused_in_one_line(
+    tmp_path: Path, name: str, content: bytes | dict[str, Any], problem: str
+) -> None:
+    data = content if isinstance(content, bytes) else json.dumps(content).encode()
+    (tmp_path / name).write_bytes(data)
+    with pytest.raises(ValueError, match=problem) as caught:
+        load_tokenizer(tmp_path / name)
+    assert str(tmp_path / name) in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("config", "problem"),
+    [
+        ({"eos_token": "<|im_end|>"}, "no special token '<|im_end|>', which tokenizer_config.json calls its eos_token"),
+        ({"chat_template": 5}, "chat_template must be a string, got int"),
+        ([], "must hold a JSON object, got list"),
+    ],
+)
+def test_a_config_that_does_not_fit_is_refused(sp: Tokenizer, tmp_path: Path, config: Any, problem: str) -> None:
+    with pytest.raises(ValueError, match=re.escape(problem)):
+        _with_config(sp, tmp_path, config)
+
+
+def test_a_missing_tokenizer_is_refused_by_its_path(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"has no tokenizer: expected tokenizer\.model or tokenizer\.json"):
+        load_tokenizer(tmp_path)
+    with pytest.raises(ValueError, match=r"tokenizer .*nothing\.model does not exist"):
+        load_tokenizer(tmp_path / "nothing.model")

@@ -1,0 +1,94 @@
+"""A checkpoint is loaded whole or refused with what is wrong."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from llama2.config import EngineConfig, ModelArgs
+from llama2.engine.engine import Engine
+from llama2.weights.readers.dcp import DcpFolder
+from tests.support.checkpoints import write_checkpoint
+from tests.support.tokenizers import tiny_sentencepiece
+from tests.support.weights import random_weights, tiny_args
+
+ARGS = tiny_args(vocab_size=512)
+CONFIG = EngineConfig(max_seq_len=32, max_batch_size=2)
+
+
+@pytest.fixture(scope="module")
+def tokenizer_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny_sentencepiece(tmp_path_factory.mktemp("tokenizer"), vocab_size=512)
+
+
+@pytest.fixture
+def folder(tmp_path: Path, tokenizer_file: Path) -> Path:
+    return write_checkpoint(tmp_path / "checkpoint", ARGS, random_weights(ARGS, dtype=torch.bfloat16), tokenizer_file)
+
+
+def test_on_a_cpu_the_model_runs_in_the_checkpoints_dtype_unless_told_otherwise(folder: Path) -> None:
+    def dtype(asked: torch.dtype | None = None) -> torch.dtype:
+        return next(
+            Engine.from_checkpoint(folder, device="cpu", config=CONFIG, dtype=asked)._group._runner._model.parameters()
+        ).dtype
+
+    assert dtype() == DcpFolder(folder).dtype == torch.bfloat16
+    assert dtype(torch.float32) == torch.float32
+
+
+def test_a_missing_tensor_is_named(tmp_path: Path) -> None:
+    write_checkpoint(tmp_path, ARGS, random_weights(ARGS))
+    more = ModelArgs.from_params({**ARGS.to_params(), "n_layers": 3})
+    with pytest.raises(ValueError, match=r"lacks tensor layers\.2\.attention\.wk\.weight \(9 in all\)"):
+        DcpFolder(tmp_path, more)
+
+
+def test_an_extra_tensor_is_named(tmp_path: Path) -> None:
+    write_checkpoint(tmp_path, ARGS, random_weights(ARGS))
+    fewer = ModelArgs.from_params({**ARGS.to_params(), "n_layers": 1})
+    with pytest.raises(ValueError, match=r"has an unknown tensor layers\.1\.attention\.wk\.weight"):
+        DcpFolder(tmp_path, fewer)
+
+
+def test_another_shape_is_named(tmp_path: Path) -> None:
+    write_checkpoint(tmp_path, ARGS, random_weights(ARGS))
+    other = ModelArgs.from_params({**ARGS.to_params(), "vocab_size": 500})
+    with pytest.raises(ValueError, match=r"tok_embeddings\.weight is \(512, 64\), but the model's is \(500, 64\)"):
+        DcpFolder(tmp_path, other)
+
+
+def test_a_folder_that_is_no_checkpoint_is_refused_in_plain_words(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"is this a folder that convert_checkpoints.py wrote"):
+        Engine.from_checkpoint(tmp_path, config=CONFIG)
+    with pytest.raises(ValueError, match=r"has no \.metadata file"):
+        DcpFolder(tmp_path, ARGS)
+    (tmp_path / ".metadata").write_bytes(b"junk")
+    with pytest.raises(ValueError, match="cannot be read"):
+        DcpFolder(tmp_path, ARGS)
+
+
+def test_a_damaged_data_file_is_refused(folder: Path) -> None:
+    (data,) = folder.glob("*.distcp")
+    data.write_bytes(data.read_bytes()[:1000])
+    with pytest.raises(ValueError, match="cannot be loaded"):
+        Engine.from_checkpoint(folder, config=CONFIG)
+
+
+def test_a_tokenizer_of_another_model_is_refused(tmp_path: Path, tokenizer_file: Path) -> None:
+    args = tiny_args(vocab_size=100)
+    write_checkpoint(tmp_path, args, random_weights(args), tokenizer_file)
+    with pytest.raises(ValueError, match="the tokenizer has 512 ids, but the model only 100"):
+        Engine.from_checkpoint(tmp_path, config=CONFIG)
+
+
+def test_the_kv_cache_is_sized_from_the_batch_or_from_free_memory(folder: Path) -> None:
+    by_batch = Engine.from_checkpoint(folder, config=CONFIG)
+    assert by_batch.stats().total_blocks == 2 * 2
+    by_memory = Engine.from_checkpoint(
+        folder, config=EngineConfig(max_seq_len=32, max_batch_size=2, kv_memory_fraction=0.001)
+    )
+    assert by_memory.stats().total_blocks > 4
+    with pytest.raises(ValueError, match="raise the fraction or lower max_seq_len"):
+        Engine.from_checkpoint(folder, config=EngineConfig(max_seq_len=32, max_batch_size=2, kv_memory_fraction=1e-9))
