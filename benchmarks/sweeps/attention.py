@@ -22,7 +22,7 @@ DECODING = ((1, 128), (1, 1024), (1, 4096), (8, 1024), (64, 1024))
 PROMPTS = ((1, 512), (1, 2048), (4, 512))
 # The variants are tried on these.
 VARIED_DECODING, VARIED_PROMPTS = ((1, 4096), (8, 1024), (64, 1024)), ((1, 2048),)
-# What `attend_single` is given in place of its own choice. With heads_apart the cache is (block, head, position, D).
+# What `attend_decode` is given in place of its own choice. With heads_apart the cache is (block, head, position, D).
 DECODING_VARIANTS: tuple[dict[str, Any], ...] = (
     {},
     {"pdl": False},
@@ -40,7 +40,7 @@ DECODING_VARIANTS: tuple[dict[str, Any], ...] = (
     {"num_warps": 8},
     {"heads_apart": True, "num_stages": 3},
 )
-# What `attend_ragged` is given: M rows (queries times heads of a group) and L positions of a tile, and how it is run.
+# What `attend_prefill` is given: M rows (queries times heads of a group) and L positions of a tile, and how it is run.
 PROMPT_VARIANTS: tuple[dict[str, Any], ...] = (
     {"M": 64, "L": 64, "num_warps": 4, "num_stages": 3},
     {"M": 64, "L": 64, "num_warps": 4, "num_stages": 2},
@@ -89,7 +89,7 @@ def _decode(
     bench: Bench, args: ModelArgs, sequences: int, context: int, settings: Mapping[str, Any] = MappingProxyType({})
 ) -> Calls:
     from llama2.kernels import is_hopper
-    from llama2.kernels.cuda import attention
+    from llama2.kernels.cuda import decode_attention
 
     options = {"pdl": is_hopper(bench.device), **settings}
     heads_apart = options.pop("heads_apart", False)
@@ -98,7 +98,7 @@ def _decode(
     arrived = torch.zeros(sequences * args.n_kv_heads, dtype=torch.int32, device=bench.device)
     return [
         partial(
-            attention.attend_single,
+            decode_attention.attend_decode,
             q,
             keys,
             values,
@@ -116,14 +116,14 @@ def _prompts(
     bench: Bench, args: ModelArgs, sequences: int, length: int, settings: Mapping[str, Any] = MappingProxyType({})
 ) -> Calls:
     from llama2.kernels import is_hopper
-    from llama2.kernels.cuda import attention
+    from llama2.kernels.cuda import prefill_attention
 
     hopper = is_hopper(bench.device)
     q = bench.random(sequences * length, args.n_heads, args.head_dim)
     starts = torch.arange(0, (sequences + 1) * length, length, dtype=torch.int32, device=bench.device)
     return [
         partial(
-            attention.attend_ragged,
+            prefill_attention.attend_prefill,
             q,
             keys,
             values,

@@ -17,7 +17,7 @@ from llama2.config import ModelArgs
 ROWS = (1, 2, 4, 8, 64)
 # Triton's product keeps a sum for each row: beyond these it is no candidate.
 STREAMED_ROWS = (1, 2, 4)
-# What `layers.linear` is given in place of its own choice: N rows of the weight by K inputs are a tile, and
+# What `products.linear` is given in place of its own choice: N rows of the weight by K inputs are a tile, and
 # EARLY inputs are fetched before the kernel before has ended, where it may (pdl).
 VARIANTS: tuple[dict[str, Any], ...] = (
     {},
@@ -81,9 +81,9 @@ def sweep(bench: Bench, args: ModelArgs) -> None:
 
 def _triton(x_RC: torch.Tensor, weight_FC: torch.Tensor, **settings: Any) -> torch.Tensor:
     from llama2.kernels import is_hopper
-    from llama2.kernels.cuda import layers
+    from llama2.kernels.cuda import products
 
-    return layers.linear(x_RC, weight_FC, **{"pdl": is_hopper(x_RC.device), **settings})
+    return products.linear(x_RC, weight_FC, **{"pdl": is_hopper(x_RC.device), **settings})
 
 
 def _in_three_axes(x_RC: torch.Tensor, weight_FC: torch.Tensor) -> torch.Tensor:

@@ -32,26 +32,26 @@ def measure(bench: Bench, args: ModelArgs) -> None:
 
 def _add_rms_norm(bench: Bench, args: ModelArgs, rows: int) -> Calls:
     from llama2.kernels import is_hopper
-    from llama2.kernels.cuda import layers
+    from llama2.kernels.cuda import pointwise
 
     x, branch, weight = bench.random(rows, args.dim), bench.random(rows, args.dim), bench.random(args.dim)
-    return [partial(layers.add_rms_norm, x, branch, weight, 1e-5, pdl=is_hopper(bench.device))]
+    return [partial(pointwise.add_rms_norm, x, branch, weight, 1e-5, pdl=is_hopper(bench.device))]
 
 
 def _rotate_and_store(bench: Bench, args: ModelArgs, rows: int) -> Calls:
     from llama2.kernels import is_hopper
-    from llama2.kernels.cuda import layers
+    from llama2.kernels.cuda import pointwise
 
     qkv = bench.random(rows, (args.n_heads + 2 * args.n_kv_heads) * args.head_dim)
     rope = torch.rand(rows, args.head_dim // 2, 2, device=bench.device)
     slots = torch.arange(rows, device=bench.device)
     keys, values = (bench.random(-(-rows // 16), 16, args.n_kv_heads, args.head_dim) for _ in range(2))
-    return [partial(layers.rotate_and_store, qkv, rope, slots, keys, values, pdl=is_hopper(bench.device))]
+    return [partial(pointwise.rotate_and_store, qkv, rope, slots, keys, values, pdl=is_hopper(bench.device))]
 
 
 def _silu_mul(bench: Bench, args: ModelArgs, rows: int) -> Calls:
     from llama2.kernels import is_hopper
-    from llama2.kernels.cuda import layers
+    from llama2.kernels.cuda import pointwise
 
     gate_up = bench.random(rows, 2 * args.hidden_dim)
-    return [partial(layers.silu_mul, gate_up, pdl=is_hopper(bench.device))]
+    return [partial(pointwise.silu_mul, gate_up, pdl=is_hopper(bench.device))]

@@ -121,8 +121,7 @@ import torch
 from benchmarks.sweeps.attention import DECODING_VARIANTS, PROMPT_VARIANTS
 from benchmarks.sweeps.products import VARIANTS
 from benchmarks.sweeps.former_product import linear
-from llama2.kernels.cuda import attention
-from llama2.kernels.cuda import layers
+from llama2.kernels.cuda import decode_attention, prefill_attention, products
 
 torch.manual_seed(0)
 sequences, context, heads, kv_heads, dim, block = 2, 300, 4, 2, 16, 16
@@ -139,20 +138,20 @@ def attended(attend, lengths, settings):
     starts = torch.tensor([0, *lengths], dtype=torch.int32).cumsum(0).int()
     q = torch.randn(sum(lengths), heads, dim, generator=torch.Generator().manual_seed(1))
     out = torch.zeros_like(q)
-    state = torch.zeros(4, dtype=torch.int32) if attend is attention.attend_single else 0
+    state = torch.zeros(4, dtype=torch.int32) if attend is decode_attention.attend_decode else 0
     attend(q, *caches, tables, contexts, starts, state, out, **settings)
     return out
 
 for variants, attend, lengths in (
-    (DECODING_VARIANTS, attention.attend_single, (1, 1)),
-    (PROMPT_VARIANTS, attention.attend_ragged, (70, 9)),
+    (DECODING_VARIANTS, decode_attention.attend_decode, (1, 1)),
+    (PROMPT_VARIANTS, prefill_attention.attend_prefill, (70, 9)),
 ):
     expected = attended(attend, lengths, {})
     for settings in variants:
         torch.testing.assert_close(attended(attend, lengths, settings), expected, atol=1e-5, rtol=1e-5)
 x, weight = torch.randn(2, 1100), torch.randn(6, 1100)
 for settings in VARIANTS:
-    found = layers.linear(x, weight, **{**settings, "pdl": False})
+    found = products.linear(x, weight, **{**settings, "pdl": False})
     torch.testing.assert_close(found, x @ weight.T, atol=1e-4, rtol=1e-4)
 torch.testing.assert_close(linear(x, weight), x @ weight.T, atol=1e-4, rtol=1e-4)
 """

@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 
 from llama2.batch import Batch
-from llama2.kernels.cuda import attention, layers
+from llama2.kernels.cuda import decode_attention, pointwise, prefill_attention, products
 from llama2.kernels.plain import PlainKernels
 
 # Rows with which a product costs its weight's way through memory and nothing else.
@@ -28,29 +28,29 @@ class CudaKernels(PlainKernels):
 
     def linear(self, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
         if x.shape[0] in STREAMED_ROWS:
-            return layers.linear(x, weight, pdl=self._pdl)
+            return products.linear(x, weight, pdl=self._pdl)
         return super().linear(x, weight)
 
     def gated_linear(self, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
         if x.shape[0] in STREAMED_ROWS:
-            return layers.linear(x, weight, gated=True, pdl=self._pdl)
+            return products.linear(x, weight, gated=True, pdl=self._pdl)
         return super().gated_linear(x, weight)
 
     def add_rms_norm(
         self, x_TC: torch.Tensor, branch_TC: torch.Tensor | None, weight_C: torch.Tensor, eps: float
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        return x_TC, layers.add_rms_norm(x_TC, branch_TC, weight_C, eps, pdl=self._pdl)
+        return x_TC, pointwise.add_rms_norm(x_TC, branch_TC, weight_C, eps, pdl=self._pdl)
 
     def rotate_and_store(self, qkv_TX: torch.Tensor, rope_TD2: torch.Tensor, batch: Batch, layer: int) -> torch.Tensor:
         keys, values = batch.cache.keys[layer], batch.cache.values[layer]
-        return layers.rotate_and_store(qkv_TX, rope_TD2, batch.slots_T, keys, values, pdl=self._pdl)
+        return pointwise.rotate_and_store(qkv_TX, rope_TD2, batch.slots_T, keys, values, pdl=self._pdl)
 
     def attend(self, q_THD: torch.Tensor, batch: Batch, layer: int) -> torch.Tensor:
         keys, values, single = batch.cache.keys[layer], batch.cache.values[layer], batch.num_single
         tables_SN, contexts_S, starts_S1 = batch.tables_SN, batch.contexts_S, batch.query_starts_S1
         out_THD = torch.empty_like(q_THD)
         if single != 0:
-            attention.attend_single(
+            decode_attention.attend_decode(
                 q_THD,
                 keys,
                 values,
@@ -62,7 +62,7 @@ class CudaKernels(PlainKernels):
                 pdl=self._pdl,
             )
         if single is None or single < len(contexts_S):
-            attention.attend_ragged(
+            prefill_attention.attend_prefill(
                 q_THD,
                 keys,
                 values,
@@ -77,4 +77,4 @@ class CudaKernels(PlainKernels):
         return out_THD
 
     def silu_mul(self, gate_up_T2F: torch.Tensor) -> torch.Tensor:
-        return layers.silu_mul(gate_up_T2F, pdl=self._pdl)
+        return pointwise.silu_mul(gate_up_T2F, pdl=self._pdl)

@@ -166,17 +166,17 @@ def test_attend_gives_a_decoding_row_the_same_bits_in_any_company(kernels: CudaK
 
 def test_the_memory_plan_knows_the_pieces() -> None:
     """It must do without Triton."""
-    from llama2.kernels.cuda import attention
+    from llama2.kernels.cuda import decode_attention
 
-    assert attention.SPLIT == memory_plan.ATTENTION_PIECE
+    assert decode_attention.SPLIT == memory_plan.ATTENTION_PIECE
 
 
 def test_a_context_of_many_pieces(kernels: CudaKernels, monkeypatch: pytest.MonkeyPatch) -> None:
     """More than are put together at a time, and more than there are programs."""
-    from llama2.kernels.cuda import attention
+    from llama2.kernels.cuda import decode_attention
 
     for name, value in {"SPLIT": 64, "PIECES": 4, "MIN_PROGRAMS": 6}.items():
-        monkeypatch.setattr(attention, name, value)
+        monkeypatch.setattr(decode_attention, name, value)
     steps = ragged_batch([(1, 600), (1, 33)], random_cache(kv_heads=2, head_dim=16, dtype=torch.float32, device=DEVICE))
     q = randn(2, 4, 16)
     assert_near(kernels.attend(q, steps, 0), PLAIN.attend(q, steps, 0))

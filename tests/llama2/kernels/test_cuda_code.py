@@ -138,7 +138,7 @@ def test_weights_go_from_memory_to_registers(kernels: list[Built]) -> None:
 
 
 def test_attention_of_prompts_has_two_programs_on_a_multiprocessor(kernels: list[Built]) -> None:
-    for one in of(kernels, "_attend_prompts"):
+    for one in of(kernels, "_attend_prefill"):
         assert one.programs_per_multiprocessor >= 2, one
         assert one.code.count("HGMMA" if one.capability >= 90 else "HMMA") > 0, one
 

@@ -292,5 +292,5 @@ def test_the_tokenizer_and_the_chat_need_no_torch(bpe: Tokenizer) -> None:
         "encode_dialog(load_tokenizer(sys.argv[1]), [{'role': 'user', 'content': 'hi'}])\n"
         "assert 'torch' not in sys.modules"
     )
-    root = Path(__file__).parents[2]
+    root = Path(__file__).parents[3]
     subprocess.run([sys.executable, "-c", code, str(bpe.files[0])], cwd=root, check=True)
