@@ -9,7 +9,7 @@ import dataclasses
 import json
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -160,25 +160,36 @@ def _ffn_width(dim: int, multiple_of: int, ffn_dim_multiplier: float | None) -> 
     return multiple_of * math.ceil(width / multiple_of)
 
 
+def _option(default: Any, text: str, *, key: str | None = None) -> Any:
+    """A field of `EngineConfig`: its `help`, and its `key` in model-config.yaml where that is not its name."""
+    return field(default=default, metadata={"help": text} | ({"key": key} if key else {}))
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EngineConfig:
-    """Sizes of the engine. `max_step_tokens` bounds the tokens of one forward pass (prefill chunks and decodes)."""
+    """The options of an engine, declared here alone: the keywords of `LLM` and the keys of model-config.yaml follow.
 
-    max_seq_len: int = 2048
-    max_batch_size: int = 8
-    block_size: int = 16
-    max_step_tokens: int = 512
-    # None: room for max_batch_size sequences of max_seq_len. Else this fraction of the memory that loading leaves free
-    # and, on a GPU, the steps do not need.
-    kv_memory_fraction: float | None = None
-    # Blocks that hold the beginning of a prompt already are used again, the longest unused given up first.
-    prefix_cache: bool = True
-    # On a GPU, small passes are recorded at the start and replayed: some memory and seconds for fewer launches.
-    cuda_graphs: bool = True
-    # Where the ranks' GPUs reach each other's memory, sums of up to 8 MiB between them go past NCCL.
-    symm_mem_all_reduce: bool = True
-    # The generator that gives a seed to each request that brings none; None draws one from the system.
-    seed: int | None = None
+    Raises:
+        ValueError: an option is out of range; the message names it, its value and what is allowed.
+    """
+
+    max_seq_len: int = _option(2048, "prompt and reply together, in tokens")
+    max_batch_size: int = _option(8, "sequences that are computed together; more wait their turn")
+    max_step_tokens: int = _option(512, "tokens of one forward pass: longer prompts are prefilled in chunks")
+    block_size: int = _option(16, "tokens in a block of the KV cache")
+    kv_memory_fraction: float | None = _option(
+        None,
+        "KV cache of this fraction of the memory that loading and, on a GPU, the steps leave; none: of max_batch_size "
+        "sequences of max_seq_len",
+    )
+    prefix_cache: bool = _option(True, "prompts reuse the blocks of earlier ones that begin alike")
+    cuda_graphs: bool = _option(
+        True, "GPUs: steps of up to 512 tokens are recorded at the start and replayed, for some memory and seconds"
+    )
+    symm_mem_all_reduce: bool = _option(True, "GPUs that reach each other's memory make sums of up to 8 MiB past NCCL")
+    seed: int | None = _option(
+        None, "seeds the requests that bring no seed; none: different at every start", key="manual_seed"
+    )
 
     def __post_init__(self) -> None:
         for name in ("max_seq_len", "max_batch_size", "block_size", "max_step_tokens"):
@@ -193,12 +204,17 @@ class EngineConfig:
             value = getattr(self, name)
             if not isinstance(value, bool):
                 raise ValueError(f"{name} must be true or false, got {value!r}")
-        if self.kv_memory_fraction is not None and not 0 < self.kv_memory_fraction <= 1:
-            raise ValueError(f"kv_memory_fraction must be in (0, 1], got {self.kv_memory_fraction!r}")
+        fraction = self.kv_memory_fraction
+        if fraction is not None:
+            is_number = isinstance(fraction, (int, float)) and not isinstance(fraction, bool)
+            if not is_number or not 0 < fraction <= 1:
+                raise ValueError(f"kv_memory_fraction must be in (0, 1], got {fraction!r}")
+        if self.seed is not None and (not isinstance(self.seed, int) or isinstance(self.seed, bool)):
+            raise ValueError(f"seed must be an integer, got {self.seed!r}")
 
     @property
     def recorded_tokens(self) -> int:
-        """Of the largest pass that is worth recording: a larger one computes for longer than its launches take."""
+        """Tokens of the largest pass that is worth recording: a larger one computes for longer than it launches."""
         return max(self.max_batch_size, min(self.max_step_tokens, 512))
 
     @property

@@ -34,17 +34,9 @@ class LLM:
         dtype: torch.dtype | None = None,
         device: torch.device | str | None = None,
         tokenizer_path: Path | str | None = None,
-        max_seq_len: int = 2048,
-        max_batch_size: int = 8,
-        max_step_tokens: int = 512,
-        block_size: int = 16,
-        kv_memory_fraction: float | None = None,
-        prefix_cache: bool = True,
-        cuda_graphs: bool = True,
-        symm_mem_all_reduce: bool = True,
-        seed: int | None = None,
+        **options: Any,
     ) -> None:
-        """See `EngineConfig` for the sizes and `Engine.from_checkpoint` for the rest.
+        """`options` are the fields of `EngineConfig`; see `Engine.from_checkpoint` for the rest.
 
         Raises:
             ValueError: the checkpoint, the tokenizer, the TP degree or a size is wrong.
@@ -54,17 +46,7 @@ class LLM:
             tokenizer_path=tokenizer_path,
             dtype=dtype,
             device=device,
-            config=EngineConfig(
-                max_seq_len=max_seq_len,
-                max_batch_size=max_batch_size,
-                max_step_tokens=max_step_tokens,
-                block_size=block_size,
-                kv_memory_fraction=kv_memory_fraction,
-                prefix_cache=prefix_cache,
-                cuda_graphs=cuda_graphs,
-                symm_mem_all_reduce=symm_mem_all_reduce,
-                seed=seed,
-            ),
+            config=EngineConfig(**options),
         )
         self.tokenizer = self._engine.tokenizer
         self._calls = count()

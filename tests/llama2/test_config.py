@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from pathlib import Path
 from typing import Any
@@ -102,9 +103,16 @@ def test_a_damaged_model_args_file_is_refused_in_plain_words(tmp_path: Path, tex
         ({"max_seq_len": 0}, "max_seq_len must be a positive integer, got 0"),
         ({"max_batch_size": 600}, "max_step_tokens must be at least max_batch_size=600, got 512"),
         ({"kv_memory_fraction": 1.5}, r"kv_memory_fraction must be in \(0, 1\], got 1.5"),
+        ({"kv_memory_fraction": "much"}, r"kv_memory_fraction must be in \(0, 1\], got 'much'"),
+        ({"seed": 1.5}, "seed must be an integer, got 1.5"),
     ],
     ids=str,
 )
 def test_an_impossible_engine_is_refused(changes: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         EngineConfig(**changes)
+
+
+def test_every_option_says_what_it_is_for() -> None:
+    for field in dataclasses.fields(EngineConfig):
+        assert field.metadata["help"], field.name

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
-import inspect
 import subprocess
 import sys
 from pathlib import Path
@@ -11,7 +9,6 @@ from pathlib import Path
 import pytest
 
 from llama2 import LLM, SamplingParams
-from llama2.config import EngineConfig
 from tests.support.checkpoints import write_checkpoint
 from tests.support.tokenizers import tiny_sentencepiece
 from tests.support.weights import random_weights, tiny_args
@@ -32,10 +29,11 @@ def llm(folder: Path) -> LLM:
     return LLM(folder, max_seq_len=128, max_batch_size=2)
 
 
-def test_the_engines_defaults_are_those_of_the_offline_front() -> None:
-    parameters = inspect.signature(LLM.__init__).parameters
-    for field in dataclasses.fields(EngineConfig):
-        assert parameters[field.name].default == field.default, field.name
+def test_an_option_of_the_engine_is_a_keyword_and_an_unknown_one_is_refused(folder: Path) -> None:
+    with pytest.raises(ValueError, match="max_seq_len must be a positive integer, got 0"):
+        LLM(folder, max_seq_len=0)
+    with pytest.raises(TypeError, match="max_sequence_length"):
+        LLM(folder, max_sequence_length=8)
 
 
 def test_text_and_its_ids_are_the_same_prompt(llm: LLM) -> None:
