@@ -1,4 +1,4 @@
-"""Owns the way from the bytes of a request's body to a JSON value, and the JSON form of a refusal.
+"""Owns the way from the bytes of a request's body to a JSON value.
 
 Knows no API: which fields a body may have is another room's.
 """
@@ -9,26 +9,7 @@ import json
 from collections.abc import Mapping
 from typing import Any
 
-_KINDS = {401: "authentication_error", 429: "rate_limit_error"}
-
-
-class RequestError(ValueError):
-    """One request is refused, with an HTTP status and the field that is to blame. Nobody else notices.
-
-    `code` is a word for programs, where there is one; else the status stands for it.
-    """
-
-    def __init__(self, message: str, *, param: str | None = None, status: int = 400, code: str | None = None) -> None:
-        super().__init__(message)
-        self.param = param
-        self.status = status
-        self.code = code
-
-    def as_json(self) -> str:
-        kind = "server_error" if self.status >= 500 else _KINDS.get(self.status, "invalid_request_error")
-        error = {"message": str(self), "type": kind, "param": self.param, "code": self.code or self.status}
-        text = json.dumps({"error": error}, ensure_ascii=False) + "\n"
-        return text.encode(errors="replace").decode()  # a field's name can hold what UTF-8 cannot say
+from handler.errors import RequestError
 
 
 def read_body(item: Mapping[str, Any], *, is_json: bool) -> dict[str, Any] | str:

@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
-from handler.body import RequestError
+from handler.errors import RequestError
 from llama2.engine.sequence import FinishReason, Output, Request, TokenLogprobs
 
 

@@ -23,9 +23,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from handler.body import RequestError
 from handler.call import Progress
 from handler.config import HandlerConfig, nearest
+from handler.errors import RequestError
 from handler.prompt import Prompt, fit
 from llama2.engine.sequence import Output, Request, SamplingParams, TokenLogprobs
 from llama2.text.chat import encode_dialog
@@ -165,8 +165,7 @@ class NativeApi:
         try:
             return dataclasses.replace(self._config.sampling, **changes)
         except ValueError as error:
-            param = str(error).split(maxsplit=1)[0]
-            raise RequestError(str(error), param=param if param in _SAMPLING_FIELDS else None) from None
+            raise RequestError.of(error) from None
 
     def _is_chat(self, fields: Mapping[str, Any]) -> bool:
         """A dialog is a chat. A bare prompt is what `mode` says: a text to go on with, or a user's one message."""

@@ -8,8 +8,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from handler.body import RequestError
 from handler.config import HandlerConfig
+from handler.errors import RequestError
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -20,8 +20,9 @@ from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any, Protocol
 
-from handler.body import RequestError, read_body
+from handler.body import read_body
 from handler.call import Call, Format
+from handler.errors import RequestError
 from llama2.engine.sequence import Output, Request
 
 logger = logging.getLogger(__name__)
@@ -172,7 +173,7 @@ class Transport:
         except ValueError as error:
             for request in call.requests:
                 self._engine.abort(request.request_id)
-            raise RequestError(str(error)) from None
+            raise RequestError.of(error) from None
         self._calls[call.call_id] = call
 
     def _take(self, output: Output) -> None:

@@ -48,6 +48,7 @@ FLOORS = {
     "llama2.engine.token_masks": 1,
     "llama2.engine.block_manager": 1,
     "llama2.config": 0,
+    "llama2.errors": 0,
     "llama2.parallel.splits": 0,
     "llama2.text.tool_prompt": 0,
     "llama2.text.json_schema": 0,
@@ -76,7 +77,15 @@ TORCH_FREE = (
     ),
     *("llama2.text.tools", "llama2.text.tool_prompt", "llama2.text.json_schema"),
     *("llama2.engine.scheduler", "llama2.engine.block_manager", "build_archive"),
-    *("handler.body", "handler.call", "handler.config", "handler.native", "handler.transport", "handler.llama_handler"),
+    *(
+        "handler.body",
+        "handler.errors",
+        "handler.call",
+        "handler.config",
+        "handler.native",
+        "handler.transport",
+        "handler.llama_handler",
+    ),
     *("handler.prompt", "handler.openai.api", "handler.gpu_mask"),
 )
 

@@ -14,9 +14,9 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-from handler.body import RequestError
 from handler.call import Format
 from handler.config import HandlerConfig
+from handler.errors import RequestError
 from handler.openai.chat import ChatFormat
 from handler.openai.completions import CompletionFormat
 from handler.openai.inspector import Inspector

@@ -10,8 +10,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, cast
 
-from handler.body import RequestError
 from handler.config import HandlerConfig
+from handler.errors import RequestError
 from handler.openai.schema import AssistantMessage, Message, Tool, ToolChoice, ToolMessage
 from handler.prompt import Prompt, cut_left, fit
 from llama2.text.tokenizer import Tokenizer

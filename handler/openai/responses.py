@@ -13,8 +13,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from handler.body import RequestError
 from handler.call import Progress
+from handler.errors import RequestError
 from handler.openai.schema import GenerationBody
 from handler.prompt import Prompt
 from llama2.engine.sequence import Grammar, Output, Request, SamplingParams

@@ -9,7 +9,7 @@ import sys
 from collections.abc import Callable
 from typing import Any, Protocol
 
-from handler.body import RequestError
+from handler.errors import RequestError
 from handler.openai.schema import GenerationBody, JsonObjectFormat, JsonSchemaFormat
 from llama2.engine.sequence import Grammar, SamplingParams
 

@@ -12,8 +12,8 @@ from typing import Annotated, Any, Literal, TypeVar
 from pydantic import AfterValidator, BaseModel, ConfigDict, Discriminator, Field, Tag, ValidationError
 from pydantic_core import ErrorDetails, PydanticCustomError
 
-from handler.body import RequestError
 from handler.config import nearest
+from handler.errors import RequestError
 from llama2.engine.sequence import MAX_LOGPROBS
 
 MAX_N = 128

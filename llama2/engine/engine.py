@@ -27,6 +27,7 @@ from llama2.engine.sampler import Choice, Sampler
 from llama2.engine.scheduler import Plan, Scheduler
 from llama2.engine.sequence import FinishReason, Output, Request, Sequence
 from llama2.engine.transfer import row_index, select
+from llama2.errors import InvalidValue, shown
 from llama2.kv_cache import KVCache, count_blocks
 from llama2.machine.threads import hand_over, undivided
 from llama2.model import Transformer
@@ -220,7 +221,7 @@ class Engine:
         """Refuse a request that can never run; any rank, any thread.
 
         Raises:
-            ValueError: it is empty or too long, or an id is outside the vocabulary.
+            ValueError: it is empty or too long, or (InvalidValue) an id is outside the vocabulary.
         """
         length, longest = len(request.prompt_ids), self.config.max_seq_len
         room = longest - request.generate
@@ -230,7 +231,7 @@ class Engine:
                 + (" and the reply needs at least one" if request.generate else "")
             )
         if request.n > self.config.max_batch_size:
-            raise ValueError(f"n must be at most max_batch_size={self.config.max_batch_size}, got {request.n}")
+            raise InvalidValue("n", f"must be at most max_batch_size={self.config.max_batch_size}, got {request.n}")
         params = request.params
         named = {
             "prompt_ids": request.prompt_ids,
@@ -240,7 +241,7 @@ class Engine:
         for name, ids in named.items():
             wrong = [token_id for token_id in ids if not 0 <= token_id < self.args.vocab_size]
             if wrong:
-                raise ValueError(f"{name} must be from 0 to {self.args.vocab_size - 1}, got {wrong[0]}")
+                raise InvalidValue(name, f"must be from 0 to {self.args.vocab_size - 1}, got {shown(wrong[0])}")
 
     def abort(self, request_id: str) -> None:
         """Drop a request before the next step; its last Output says "abort". An id that is not live is ignored."""

@@ -6,11 +6,12 @@ Knows no torch, no tensors and no text: ids in, ids out.
 from __future__ import annotations
 
 import enum
-import math
 from array import array
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol
+
+from llama2.errors import InvalidValue, shown
 
 FinishReason = Literal["stop", "length", "abort"]
 
@@ -27,7 +28,7 @@ class SamplingParams:
     these. `max_new_tokens=None` means as many as fit into the engine's max_seq_len.
 
     Raises:
-        ValueError: a field is out of range; the message names field, value and what is allowed.
+        InvalidValue: a field is out of range.
     """
 
     max_new_tokens: int | None = 128
@@ -58,17 +59,17 @@ class SamplingParams:
         if self.seed is not None:
             _check_int("seed", self.seed, low=-(2**63), high=2**63 - 1)
         if not isinstance(self.stop, tuple) or not all(isinstance(text, str) and text for text in self.stop):
-            raise ValueError(f"stop must be a tuple of non-empty strings, got {self.stop!r}")
+            raise InvalidValue("stop", f"must be a tuple of non-empty strings, got {shown(self.stop)}")
         if not isinstance(self.stop_token_ids, tuple):
-            raise ValueError(f"stop_token_ids must be a tuple of token ids, got {self.stop_token_ids!r}")
+            raise InvalidValue("stop_token_ids", f"must be a tuple of token ids, got {shown(self.stop_token_ids)}")
         for token_id in self.stop_token_ids:
             _check_int("stop_token_ids", token_id, low=0)
         if not isinstance(self.ignore_eos, bool):
-            raise ValueError(f"ignore_eos must be true or false, got {self.ignore_eos!r}")
+            raise InvalidValue("ignore_eos", f"must be true or false, got {shown(self.ignore_eos)}")
         if self.logprobs is not None:
             _check_int("logprobs", self.logprobs, low=0, high=MAX_LOGPROBS)
         if not isinstance(self.logit_bias, Mapping):
-            raise ValueError(f"logit_bias must map token ids to numbers, got {self.logit_bias!r}")
+            raise InvalidValue("logit_bias", f"must map token ids to numbers, got {shown(self.logit_bias)}")
         for token_id, bias in self.logit_bias.items():
             _check_int("logit_bias", token_id, low=0)
             _check_number("logit_bias", bias, low=-100.0, high=100.0)
@@ -77,14 +78,14 @@ class SamplingParams:
 def _check_int(name: str, value: Any, *, low: int, high: int | None = None) -> None:
     allowed = f"an integer of at least {low}" if high is None else f"an integer from {low} to {high}"
     if not isinstance(value, int) or isinstance(value, bool) or value < low or (high is not None and value > high):
-        raise ValueError(f"{name} must be {allowed}, got {value!r}")
+        raise InvalidValue(name, f"must be {allowed}, got {shown(value)}")
 
 
 def _check_number(name: str, value: Any, *, low: float, high: float, open_low: bool = False) -> None:
-    is_number = isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
-    if not is_number or value > high or value < low or (open_low and value == low):
+    is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    if not is_number or not low <= value <= high or (open_low and value == low):
         bracket = "(" if open_low else "["
-        raise ValueError(f"{name} must be a number in {bracket}{low:g}, {high:g}], got {value!r}")
+        raise InvalidValue(name, f"must be a number in {bracket}{low:g}, {high:g}], got {shown(value)}")
 
 
 class Matcher(Protocol):
@@ -117,7 +118,7 @@ class Request:
     `generate=False` ends after the prompt.
 
     Raises:
-        ValueError: `n` or `prompt_logprobs` is out of range.
+        InvalidValue: `n` or `prompt_logprobs` is out of range.
     """
 
     request_id: str

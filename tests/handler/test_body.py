@@ -3,7 +3,8 @@ from typing import Any
 
 import pytest
 
-from handler.body import RequestError, read_body
+from handler.body import read_body
+from handler.errors import RequestError
 
 
 @pytest.mark.parametrize(

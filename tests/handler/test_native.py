@@ -4,8 +4,8 @@ from typing import Any
 
 import pytest
 
-from handler.body import RequestError
 from handler.call import Call
+from handler.errors import RequestError
 from handler.native import MAX_PROMPTS, NativeApi
 from llama2.engine.sequence import Output, TokenLogprobs
 from llama2.text.tokenizer import Tokenizer
@@ -200,6 +200,7 @@ SAID = {"role": "user", "content": "Hi"}
         ({"prompt": "a", "max_new_tokens": True}, "max_new_tokens", "got True"),
         ({"prompt": "a", "temperature": -1}, "temperature", "got -1"),
         ({"prompt": "a", "temperature": float("nan")}, "temperature", "got nan"),
+        ({"prompt": "a", "frequency_penalty": 10**400}, "frequency_penalty", "a number in [-2, 2], got 1000"),
         ({"prompt": "a", "top_p": "x"}, "top_p", "top_p must be a number"),
         ({"prompt": "a", "stop": 5}, "stop", "stop must be a string or a list of strings, got 5"),
         ({"prompt": "a", "stop": [""]}, "stop", "stop must be"),

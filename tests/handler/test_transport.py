@@ -11,8 +11,8 @@ import pytest
 from ts.context import Context, RequestProcessor
 
 from handler import transport
-from handler.body import RequestError
 from handler.call import Progress
+from handler.errors import RequestError
 from handler.transport import Transport
 from llama2.engine.sequence import Output, Request
 

@@ -10,8 +10,8 @@ from typing import Any
 
 import pytest
 
-from handler.body import RequestError
 from handler.call import Call, Format
+from handler.errors import RequestError
 from handler.openai.api import OpenAiApi, Served
 from llama2.engine.sequence import Output, Request, TokenLogprobs
 from llama2.text.tokenizer import Tokenizer

@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 
-from handler.body import RequestError
 from handler.call import Call
+from handler.errors import RequestError
 from handler.openai import api
 from tests.handler.openai.support import SAID, USER, Server
 

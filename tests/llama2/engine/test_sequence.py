@@ -5,6 +5,7 @@ from typing import Any
 import pytest
 
 from llama2.engine.sequence import MAX_LOGPROBS, Request, SamplingParams, Sequence, Status
+from llama2.errors import InvalidValue
 
 LEGAL: list[dict[str, Any]] = [
     {},
@@ -63,9 +64,10 @@ def test_what_is_in_range_is_kept_as_it_is(fields: dict[str, Any]) -> None:
 def test_what_is_out_of_range_is_refused_by_field_value_and_what_is_allowed(
     name: str, value: Any, allowed: str
 ) -> None:
-    with pytest.raises(ValueError) as caught:
+    with pytest.raises(InvalidValue) as caught:
         SamplingParams(**{name: value})
     message = str(caught.value)
+    assert caught.value.field == name
     assert message.startswith(f"{name} must be {allowed}")
     culprit = value[0] if isinstance(value, tuple) and name == "stop_token_ids" else value
     assert message.endswith(f"got {culprit!r}")
