@@ -47,7 +47,7 @@ def benchmark(
     batches: int | Sequence[int] = (1, 8, 32, 64),
     contexts: int | Sequence[int] = (128, 1024, 4096),
     new_tokens: int = 32,
-    rounds: int = 3,
+    rounds: int = 5,
     peer: str | Sequence[str] = (),
     dtype: str = "bf16",
     device: str | None = None,
@@ -65,13 +65,14 @@ def benchmark(
 
     Args:
         checkpoint: a converted folder; or else
-        shape: 7b, 13b, 70b, 135m, 160m or tiny, with random weights, made on the device: speed does not depend on them.
+        shape: 7b, 13b, 70b, 1b, 135m, 160m or tiny, with random weights: speed does not depend on them.
         batches: sequences at once, such as 1,8,32,64.
         contexts: tokens of each prompt, such as 128,1024,4096.
         new_tokens: decoding steps that are timed, once every sequence decodes.
         rounds: how often each piece of work is measured.
-        peer: whom to measure in turns with ours: transformers, transformers_static (static cache, compiled), llama_cpp,
-            vllm, gpt_fast; several with commas. One that is not installed is named with the command that installs it.
+        peer: whom to measure in turns with ours: transformers (a plain greedy loop), transformers_batching (its own
+            continuous batching), transformers_static (static cache, compiled), llama_cpp, vllm, gpt_fast; several with
+            commas. One that is not installed is named with the command that installs it.
         dtype: bf16, fp16 or fp32; of weights, KV cache, and the product of the ceilings.
         device: cpu or cuda; by default a GPU where each rank has one.
         threads: of each rank on a CPU, by default OMP_NUM_THREADS, else all cores; a peer gets those of all ranks.

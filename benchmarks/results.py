@@ -24,9 +24,16 @@ _LIBRARIES = ("torch", "numpy", "transformers", "torchserve")
 
 
 def machine() -> dict[str, Any]:
-    """CPU model, cores that this process may use, memory in GiB, and the names of the GPUs."""
+    """The CPU's name, vendor, family and model, cores that this process may use, memory in GiB, the names of the GPUs.
+
+    A CPU's name may say no more than "AMD EPYC"; its family and model tell one generation from another.
+    """
+    cpu = _cpu()
     return {
-        "cpu": _cpu_model(),
+        "cpu": cpu.get("model name") or platform.processor() or platform.machine(),
+        "cpu_vendor": cpu.get("vendor_id"),
+        "cpu_family": cpu.get("cpu family"),
+        "cpu_model": cpu.get("model"),
         "cores": len(os.sched_getaffinity(0)),
         "memory_gib": round(os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / 2**30, 1),
         "gpus": _said_by("nvidia-smi", "--query-gpu=name", "--format=csv,noheader").splitlines(),
@@ -80,13 +87,13 @@ def save(path: Path | str, kind: str, settings: Mapping[str, Any], figures: Any)
     return path
 
 
-def _cpu_model() -> str:
+def _cpu() -> dict[str, str]:
+    """What Linux says of the first processor; nothing elsewhere."""
     with contextlib.suppress(OSError):
-        for line in Path("/proc/cpuinfo").read_text().splitlines():
-            name, _, value = line.partition(":")
-            if name.strip() == "model name":
-                return value.strip()
-    return platform.processor() or platform.machine()
+        first = Path("/proc/cpuinfo").read_text().partition("\n\n")[0]
+        pairs = (line.partition(":") for line in first.splitlines())
+        return {name.strip(): value.strip() for name, _, value in pairs}
+    return {}
 
 
 @functools.cache

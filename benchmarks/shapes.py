@@ -21,6 +21,10 @@ SHAPES: dict[str, ModelArgs] = {
             "vocab_size": 32000,
         }
     ),
+    # TinyLlama's: 2.2 GB in bf16, more than any cache.
+    "1b": ModelArgs.from_params(
+        {"dim": 2048, "n_layers": 22, "n_heads": 32, "n_kv_heads": 4, "hidden_dim": 5632, "vocab_size": 32000}
+    ),
     # SmolLM2-135M's.
     "135m": ModelArgs.from_params(
         {"dim": 576, "n_layers": 30, "n_heads": 9, "n_kv_heads": 3, "hidden_dim": 1536, "vocab_size": 49152}

@@ -73,6 +73,13 @@ def _peers(device_type: str) -> dict[str, PeerKind]:
             weights="hf",
             options={"static": True},
         ),
+        "transformers_batching": PeerKind(
+            module="transformers_batching",
+            library="transformers",
+            install="pip install -e .",
+            venv=None,
+            weights="hf",
+        ),
         "llama_cpp": PeerKind(
             module="llama_cpp",
             library="llama_cpp",

@@ -9,7 +9,15 @@ from __future__ import annotations
 import time
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, Cache, DynamicCache, StaticCache, __version__
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    Cache,
+    DynamicCache,
+    PreTrainedModel,
+    StaticCache,
+    __version__,
+)
 
 from benchmarks.peers.protocol import Done, Setup, Work, serve
 
@@ -21,14 +29,8 @@ class Transformers:
         torch.set_num_threads(setup.threads)
         self._device = torch.device(setup.device)
         self._static = bool(setup.options.get("static"))
-        dtype = getattr(torch, setup.dtype)
-        with self._device:
-            if setup.options["random_weights"]:
-                config = AutoConfig.from_pretrained(setup.weights)
-                self._model = AutoModelForCausalLM.from_config(config, dtype=dtype).eval()
-            else:
-                self._model = AutoModelForCausalLM.from_pretrained(setup.weights, dtype=dtype)
-        self._decode = self._model
+        self._model = load_model(setup)
+        self._decode: torch.nn.Module = self._model
         if self._static:
             self._decode = torch.compile(self._model, mode="reduce-overhead", fullgraph=True)
         self._seen: set[tuple[int, int]] = set()
@@ -77,6 +79,16 @@ class Transformers:
         if self._device.type == "cuda":
             torch.cuda.synchronize()
         return time.perf_counter()
+
+
+def load_model(setup: Setup) -> PreTrainedModel:
+    """The model in the folder `setup.weights`, or one of its config whose weights are made up."""
+    dtype = getattr(torch, setup.dtype)
+    with torch.device(setup.device):
+        if setup.options["random_weights"]:
+            config = AutoConfig.from_pretrained(setup.weights)
+            return AutoModelForCausalLM.from_config(config, dtype=dtype).eval()
+        return AutoModelForCausalLM.from_pretrained(setup.weights, dtype=dtype)
 
 
 if __name__ == "__main__":

@@ -168,9 +168,9 @@ def test_a_mistake_is_named_before_anything_is_measured(
 
 
 def test_every_peer_that_is_not_installed_has_a_command(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """On an empty machine only our own interpreter's peer is there."""
+    """On an empty machine only our own interpreter's peers are there."""
     monkeypatch.setattr(registry, "VENVS", tmp_path)
-    names = ["transformers", "transformers_static", "llama_cpp", "vllm", "gpt_fast"]
+    names = ["transformers", "transformers_static", "transformers_batching", "llama_cpp", "vllm", "gpt_fast"]
     for device_type in ("cpu", "cuda"):
         kinds = find_peers(names, device_type=device_type)
         missing = {name: kind.install for name, kind in kinds.items() if not kind.is_installed(tmp_path)}

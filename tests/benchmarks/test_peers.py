@@ -97,20 +97,30 @@ def test_a_shape_is_exported_without_weights_which_its_reader_makes_up(tmp_path:
     assert [file.name for file in folder.iterdir()] == ["config.json"]
 
 
-def test_a_peer_in_its_own_process_gives_our_greedy_tokens(engine: Engine, exported: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("name", ["transformers", "transformers_batching"])
+def test_a_peer_in_its_own_process_gives_our_greedy_tokens(
+    engine: Engine, exported: Path, tmp_path: Path, name: str
+) -> None:
     """The same prompts, the same fp32 weights: the same 1 + 6 tokens of each reply, and a time for each phase."""
-    kind = find_peers(["transformers"], device_type="cpu")["transformers"]
+    kind = find_peers([name], device_type="cpu")[name]
     work = Work(prompts=PROMPTS, new_tokens=6)
     with Peer(kind.python, f"benchmarks.peers.{kind.module}", setup(exported), log=tmp_path / "log") as peer:
         theirs = peer.run(work)
-        with pytest.raises(PeerError, match="ValueError: expected sequence of length"):
-            peer.run(Work(prompts=[[1, 2], [3]], new_tokens=1))
-        assert peer.run(work).token_ids == theirs.token_ids  # it lives on after a mistake
+        assert peer.run(work).token_ids == theirs.token_ids
     ours = MeasuredEngine(engine).run(work)
     assert ours.token_ids == theirs.token_ids
     assert [len(reply) for reply in ours.token_ids] == [7, 7, 7]
     assert min(ours.prefill_seconds, ours.decode_seconds, theirs.prefill_seconds, theirs.decode_seconds) > 0
     engine.check_integrity()
+
+
+def test_a_peer_lives_on_after_a_mistake(exported: Path, tmp_path: Path) -> None:
+    kind = find_peers(["transformers"], device_type="cpu")["transformers"]
+    work = Work(prompts=PROMPTS, new_tokens=2)
+    with Peer(kind.python, f"benchmarks.peers.{kind.module}", setup(exported), log=tmp_path / "log") as peer:
+        with pytest.raises(PeerError, match="ValueError: expected sequence of length"):
+            peer.run(Work(prompts=[[1, 2], [3]], new_tokens=1))
+        assert [len(reply) for reply in peer.run(work).token_ids] == [3, 3, 3]
 
 
 def test_only_the_measured_work_is_in_the_times(engine: Engine) -> None:

@@ -24,6 +24,14 @@ def test_a_file_has_the_machine_the_versions_the_commit_and_the_figures(tmp_path
     assert content["commit"] == commit()
 
 
+@pytest.mark.skipif(not Path("/proc/cpuinfo").exists(), reason="only Linux tells a processor's family and model")
+def test_a_processor_is_named_by_its_vendor_family_and_model() -> None:
+    """As lscpu names them: "AMD EPYC" alone may be any of five generations."""
+    names = ("cpu", "cpu_vendor") + (("cpu_family", "cpu_model") if platform.machine() == "x86_64" else ())
+    assert all(machine()[name] for name in names)
+    assert all(machine()[name].isdigit() for name in names[2:])
+
+
 def test_no_host_name_is_written(tmp_path: Path) -> None:
     path = save(tmp_path / "one.json", "offline", {}, [])
     assert socket.gethostname() not in path.read_text()
