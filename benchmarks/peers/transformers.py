@@ -7,6 +7,7 @@ advantage. Option `static`: a static cache and a compiled model, which is what t
 from __future__ import annotations
 
 import time
+from typing import Any
 
 import torch
 from transformers import (
@@ -30,7 +31,7 @@ class Transformers:
         self._device = torch.device(setup.device)
         self._static = bool(setup.options.get("static"))
         self._model = load_model(setup)
-        self._decode: torch.nn.Module = self._model
+        self._decode: Any = self._model
         if self._static:
             self._decode = torch.compile(self._model, mode="reduce-overhead", fullgraph=True)
         self._seen: set[tuple[int, int]] = set()
