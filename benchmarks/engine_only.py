@@ -19,6 +19,7 @@ import fire
 
 from llama2.config import EngineConfig
 from llama2.engine.engine import Engine
+from llama2.engine.loading import load_engine
 from llama2.engine.sequence import Request, SamplingParams
 
 SEED = 1
@@ -44,7 +45,7 @@ def run(
         device: cuda or cpu; by default the best there is.
     """
     config = EngineConfig(max_seq_len=max_seq_len, max_batch_size=max_batch_size, max_step_tokens=max_step_tokens)
-    engine = Engine.from_checkpoint(checkpoint, device=device, config=config)
+    engine = load_engine(checkpoint, device=device, config=config)
     if engine.rank != 0:
         engine.close()
         return

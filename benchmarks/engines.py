@@ -22,6 +22,7 @@ from benchmarks.limits import kv_bytes_per_token, read_parameters
 from benchmarks.peers.protocol import Done, Work
 from llama2.config import EngineConfig, ModelArgs
 from llama2.engine.engine import Engine
+from llama2.engine.loading import build_engine
 from llama2.engine.sequence import Request, SamplingParams
 from llama2.machine.memory import free_memory
 from llama2.machine.threads import undivided
@@ -139,7 +140,7 @@ def fit_memory(
 
 
 def random_engine(args: ModelArgs, config: EngineConfig, *, dtype: torch.dtype, device: torch.device) -> Engine:
-    """An engine as `Engine.from_checkpoint` makes it, with random weights. Called on every rank.
+    """An engine as `load_engine` makes it, with random weights. Called on every rank.
 
     Raises:
         ValueError: the model cannot be split over the ranks, or a sequence of max_seq_len does not fit.
@@ -169,9 +170,7 @@ class RandomModel:
     def engine(self, config: EngineConfig) -> Engine:
         """Its max_seq_len is at most the model's."""
         with undivided():
-            return Engine.from_model(
-                self._model, self._mesh, self._collectives, tokenizer=self._tokenizer, config=config
-            )
+            return build_engine(self._model, self._mesh, self._collectives, tokenizer=self._tokenizer, config=config)
 
 
 def _draw(weights: Mapping[str, DTensor]) -> None:

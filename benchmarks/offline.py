@@ -32,6 +32,7 @@ from benchmarks.results import RESULTS, ROOT, save
 from benchmarks.shapes import find_shape
 from llama2.config import EngineConfig, ModelArgs
 from llama2.engine.engine import Engine
+from llama2.engine.loading import load_engine
 from llama2.parallel.process_group import choose_device, init_process_group
 from llama2.progress import progress
 from scripts.flags import check_counts, given, run, several
@@ -126,7 +127,7 @@ def benchmark(
         engine = random_engine(args, config, dtype=DTYPES[dtype], device=where)
         source = Source.of_shape(shape, args)
     else:
-        engine = Engine.from_checkpoint(str(checkpoint), dtype=DTYPES[dtype], device=where, config=config)
+        engine = load_engine(str(checkpoint), dtype=DTYPES[dtype], device=where, config=config)
         source = Source.of_checkpoint(Path(str(checkpoint)))
     ready_seconds = time.perf_counter() - started
     if engine.rank != 0:

@@ -18,6 +18,7 @@ from benchmarks.results import RESULTS, ROOT, save
 from benchmarks.tables import table
 from llama2.config import EngineConfig
 from llama2.engine.engine import Engine
+from llama2.engine.loading import load_engine
 from llama2.engine.sequence import Request, SamplingParams
 from scripts.flags import check_counts, run
 
@@ -81,7 +82,7 @@ def benchmark(
     config = EngineConfig(
         max_seq_len=prefix_tokens + suffix_tokens + 1, max_batch_size=2, max_step_tokens=max_step_tokens
     )
-    engine = Engine.from_checkpoint(checkpoint, device=device, config=config)
+    engine = load_engine(checkpoint, device=device, config=config)
     if engine.rank != 0:
         engine.close()
         return

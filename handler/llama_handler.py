@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from handler.metrics import EngineMetrics
     from handler.transport import Transport
-    from llama2.engine.engine import Engine
+    from llama2.engine.service_loop import ServiceLoop
 
 logger = logging.getLogger(__name__)
 
@@ -33,7 +33,7 @@ _POLL_NOISE = ("Backend received inference at", "skip sending response at rank",
 class LlamaHandler:
     """One rank of one worker."""
 
-    _engine: Engine
+    _loop: ServiceLoop
     _transport: Transport
 
     def initialize(self, context: Any) -> None:
@@ -66,14 +66,15 @@ class LlamaHandler:
         from handler.openai.api import OpenAiApi, Served
         from handler.transport import Transport
         from handler.wire import read_in_large_pieces
-        from llama2.engine.engine import Engine
+        from llama2.engine.loading import load_engine
+        from llama2.engine.service_loop import ServiceLoop
         from llama2.text.chat import encode_dialog
         from llama2.text.grammar import GrammarCompiler
 
         read_in_large_pieces()
         folder = Path(context.system_properties["model_dir"])
         config = HandlerConfig.from_settings(context.model_yaml_config, base=folder, environ=os.environ)
-        self._engine = Engine.from_checkpoint(
+        engine = load_engine(
             config.converted_ckpt_dir,
             tokenizer_path=config.tokenizer_path,
             model_args_path=config.model_args_path,
@@ -81,10 +82,10 @@ class LlamaHandler:
             device=config.device,
             config=config.engine,
         )
-        self._engine.start(_end_process)
-        if self._engine.rank == 0:
-            tokenizer = self._engine.tokenizer
-            grammars = GrammarCompiler(tokenizer, self._engine.args.vocab_size)
+        self._loop = ServiceLoop(engine, _end_process)
+        if engine.rank == 0:
+            tokenizer = engine.tokenizer
+            grammars = GrammarCompiler(tokenizer, engine.args.vocab_size)
             # The first of these import and compile, which no client should wait for.
             with contextlib.suppress(ValueError):  # a model without a chat format
                 encode_dialog(tokenizer, [{"role": "user", "content": "Hello!"}])
@@ -94,23 +95,23 @@ class LlamaHandler:
             openai = OpenAiApi(
                 tokenizer,
                 config,
-                vocab_size=self._engine.args.vocab_size,
+                vocab_size=engine.args.vocab_size,
                 served=Served(
                     names=tuple(dict.fromkeys((context.model_name, "llama"))),
                     system_fingerprint=config.fingerprint(),
                 ),
                 grammars=grammars,
-                stats=self._engine.stats,
+                stats=self._loop.stats,
             )
             # The model's own path is the native API, and all behind it is OpenAI's.
             self._transport = Transport(
-                self._engine, lambda path, body: openai.read(path, body) if path else native.read(body())
+                self._loop, lambda path, body: openai.read(path, body) if path else native.read(body())
             )
             metrics = EngineMetrics(context.metrics, context.model_name)
             threading.Thread(target=self._keep_house, args=(metrics,), name="housekeeping", daemon=True).start()
 
     def handle(self, data: list[dict[str, Any]], context: Any) -> list[str]:
-        if self._engine.rank != 0:
+        if self._loop.engine.rank != 0:
             return [""] * len(data)
         return self._transport.poll(data, context)
 
@@ -120,7 +121,7 @@ class LlamaHandler:
         for look in itertools.count():
             ticks.wait(LOOK_SECONDS)
             self._transport.watch()
-            stats = self._engine.stats()
+            stats = self._loop.stats()
             # Other numbers change at every step; this one everybody shall know at once.
             if stats.running != running or look % LOOKS_PER_PUBLISHING == 0:
                 metrics.publish(stats)

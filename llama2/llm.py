@@ -16,7 +16,7 @@ from typing import Any, cast
 import torch
 
 from llama2.config import EngineConfig
-from llama2.engine.engine import Engine
+from llama2.engine.loading import load_engine
 from llama2.engine.sequence import Completion, Output, Request, SamplingParams
 from llama2.progress import progress
 from llama2.text.chat import encode_dialog
@@ -36,12 +36,12 @@ class LLM:
         tokenizer_path: Path | str | None = None,
         **options: Any,
     ) -> None:
-        """`options` are the fields of `EngineConfig`; see `Engine.from_checkpoint` for the rest.
+        """`options` are the fields of `EngineConfig`; see `load_engine` for the rest.
 
         Raises:
             ValueError: the checkpoint, the tokenizer, the TP degree or a size is wrong.
         """
-        self._engine = Engine.from_checkpoint(
+        self._engine = load_engine(
             checkpoint_dir,
             tokenizer_path=tokenizer_path,
             dtype=dtype,
@@ -64,7 +64,7 @@ class LLM:
         if isinstance(prompts, str):
             raise ValueError("prompts must be a list of prompts, got one string")
         encoded = [self.tokenizer.encode_prompt(prompt) if isinstance(prompt, str) else prompt for prompt in prompts]
-        return self._run(encoded, params, continues_prompt=True)
+        return self._complete(encoded, params, continues_prompt=True)
 
     def chat(
         self, dialogs: list[Dialog], params: SamplingParams | list[SamplingParams] | None = None
@@ -76,17 +76,20 @@ class LLM:
         """
         if any(isinstance(dialog, Mapping) for dialog in dialogs):
             raise ValueError("dialogs must be a list of dialogs, each a list of messages; got a message in its place")
-        return self._run([encode_dialog(self.tokenizer, dialog) for dialog in dialogs], params, continues_prompt=False)
+        encoded = [encode_dialog(self.tokenizer, dialog) for dialog in dialogs]
+        return self._complete(encoded, params, continues_prompt=False)
 
     def score(self, token_ids: list[int]) -> torch.Tensor:
         """The logits (T, V), fp32 on the CPU, that the model gives after each of T ids."""
-        return cast(torch.Tensor, self._on_rank_0(lambda: self._engine.score(token_ids)))
+        request = Request(request_id=f"{next(self._calls)}", prompt_ids=tuple(token_ids), score=True, generate=False)
+        (outputs,) = self._run([request])
+        return cast(torch.Tensor, outputs[-1].prompt_logits)
 
     def close(self) -> None:
         """Let go of the GPUs' recordings. Under torchrun every rank calls it, before it ends the process group."""
         self._engine.close()
 
-    def _run(
+    def _complete(
         self,
         prompts: list[list[int]],
         params: SamplingParams | list[SamplingParams] | None,
@@ -102,17 +105,17 @@ class LLM:
             Request(request_id=f"{call}-{index}", prompt_ids=tuple(ids), params=one, continues_prompt=continues_prompt)
             for index, (ids, one) in enumerate(zip(prompts, params, strict=True))
         ]
+        return [_completion(*one) for one in zip(requests, self._run(requests), strict=True)]
+
+    def _run(self, requests: list[Request]) -> list[list[Output]]:
+        """The outputs of each request, on every rank: rank 0 drives the engine, and the others follow its steps."""
         for request in requests:
             self._engine.check(request)
-        return cast("list[Completion]", self._on_rank_0(lambda: self._drive(requests)))
-
-    def _on_rank_0(self, work: Any) -> Any:
-        """Do the work where the engine is driven; the other ranks follow its steps and get its result."""
         if self._engine.rank != 0:
-            return self._engine.follow()
-        return self._engine.release(work())
+            return cast("list[list[Output]]", self._engine.follow())
+        return cast("list[list[Output]]", self._engine.release(self._drive(requests)))
 
-    def _drive(self, requests: list[Request]) -> list[Completion]:
+    def _drive(self, requests: list[Request]) -> list[list[Output]]:
         gained: dict[str, list[Output]] = {request.request_id: [] for request in requests}
         for request in requests:
             self._engine.add(request)
@@ -128,7 +131,7 @@ class LLM:
             for request in requests:
                 self._engine.abort(request.request_id)
             raise
-        return [_completion(request, gained[request.request_id]) for request in requests]
+        return list(gained.values())
 
 
 def _completion(request: Request, outputs: list[Output]) -> Completion:

@@ -1,32 +1,34 @@
-"""Owns that every rank runs the same plans in the same order: rank 0 leads, the others follow.
+"""Owns that every rank does the same things in the same order: rank 0 leads, the others follow.
 
-Knows no requests and no sampling. A plan is complete by itself, so all that a rank can get wrong is which one comes
-next; it counts them, and says so when the count does not fit.
+Knows no requests and no sampling. What all ranks do is a method of `Runner`, which rank 0 has all of them call: to run
+a plan, and whatever else comes. Calls are numbered, and a rank that misses one says so.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, Concatenate, NamedTuple, ParamSpec, TypeVar
 
 import torch
 import torch.distributed as dist
 
 from llama2.engine.runner import Runner
-from llama2.engine.scheduler import Plan
 from llama2.parallel.collectives import Collectives, LockstepError
 
+P = ParamSpec("P")
+T = TypeVar("T")
 
-@dataclass(frozen=True, slots=True)
-class _Release:
-    """The message that ends `follow` on the other ranks and hands them a result."""
 
-    result: Any
+class _Message(NamedTuple):
+    """Call this method of the runner; without a `method`, end `follow` and return the one argument."""
+
+    step: int
+    method: str | None
+    arguments: tuple[Any, ...]
 
 
 class Lockstep:
-    """One rank's end of the group. `steps` is the number of the last plan that it ran."""
+    """One rank's end of the group. `steps` is the number of the last call that it took part in."""
 
     def __init__(self, runner: Runner, collectives: Collectives) -> None:
         self.rank = collectives.rank
@@ -34,13 +36,15 @@ class Lockstep:
         self._runner = runner
         self._collectives = collectives
 
-    def lead(self, plan: Plan) -> torch.Tensor:
-        """Rank 0: run `plan` on every rank; returns the logits (R, V) that it asks for."""
-        self._collectives.broadcast_object(plan)
-        self.steps = plan.step
-        logits_RV = self._runner.run(plan)
-        assert logits_RV is not None
-        return logits_RV
+    def call(self, method: Callable[Concatenate[Runner, P], T], *args: P.args, **_: P.kwargs) -> T:
+        """Rank 0: call a method of the runner on every rank; returns what it returns on this one.
+
+        All do it, or none: a method that can fail on one rank alone must have the ranks agree (`agree`) before it
+        changes anything.
+        """
+        self.steps += 1
+        self._collectives.broadcast_object(_Message(self.steps, method.__name__, args))
+        return getattr(self._runner, method.__name__)(*args)
 
     def feed(self, ids_R: torch.Tensor) -> None:
         """Rank 0: what the next plan's unread tokens are, by row: ids (R,) int64 on the device."""
@@ -48,7 +52,7 @@ class Lockstep:
 
     def release(self, result: Any = None) -> Any:
         """Rank 0: end `follow` on the other ranks, where it returns `result`."""
-        self._collectives.broadcast_object(_Release(result))
+        self._collectives.broadcast_object(_Message(self.steps, None, (result,)))
         return result
 
     def close(self) -> None:
@@ -56,22 +60,22 @@ class Lockstep:
         self._runner.close()
 
     def follow(self) -> Any:
-        """A rank other than 0: run what rank 0 leads until it releases the group; returns what it sent along.
+        """A rank other than 0: do what rank 0 has all ranks do until it releases the group; returns what it sent along.
 
         Raises:
-            LockstepError: this rank missed a plan or got one twice.
+            LockstepError: this rank missed a call or got one twice.
         """
         while True:
-            message = self._collectives.broadcast_object()
-            if isinstance(message, _Release):
-                return message.result
+            message: _Message = self._collectives.broadcast_object()
+            if message.method is None:
+                return message.arguments[0]
             if message.step != self.steps + 1:
                 raise LockstepError(
                     f"rank {self.rank} is out of step: it ran step {self.steps} last, "
                     f"and rank 0 sends step {message.step}"
                 )
             self.steps = message.step
-            self._runner.run(message)
+            getattr(self._runner, message.method)(*message.arguments)
 
 
 def agree(settings: object, count: Callable[[], int]) -> int:

@@ -56,7 +56,7 @@ class Runner:
             chunks.append(Chunk(len(chunks), 0, (0,) * length, blocks, "last"))
             left -= length
         with self._on_device():
-            self._launch(Plan(step=0, chunks=tuple(chunks)))
+            self._launch(Plan(chunks=tuple(chunks)))
 
     def close(self) -> None:
         """Give up what was recorded, as must be before the process group ends. All ranks call it."""

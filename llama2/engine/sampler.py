@@ -119,20 +119,6 @@ class Sampler:
             token_R = _put(token_R, at_N, torch.where(select(is_sound_R, at_N), drawn_N, _BROKEN))
         return Choice(token_R, logits, sequences)
 
-    def warm_up(self, vocab_size: int, batch_size: int, device: torch.device) -> None:
-        """Choose from logits that mean nothing, so that no request waits until kernels are compiled and loaded.
-
-        A full batch: so the memory that it takes is known to be there.
-        """
-        greedy = SamplingParams(temperature=0, logprobs=0)
-        filtered = SamplingParams(top_k=1, top_p=0.5, min_p=0.1, repetition_penalty=1.1, logit_bias={0: 1.0})
-        logits_RV = torch.zeros(batch_size, vocab_size, device=device)
-        # One row of another kind is what takes some rows from among others.
-        for first, rest in ((greedy, greedy), (filtered, filtered), (greedy, filtered)):
-            kinds = [first, *[rest] * (batch_size - 1)]
-            requests = [Request(request_id="warm-up", prompt_ids=(0,), params=one) for one in kinds]
-            self.sample(logits_RV, [Sequence.of(one, row) for row, one in enumerate(requests)]).read()
-
     def _draw(self, logits_NV: Tensor, peak_N: Tensor, likeliest_N: Tensor, sequences: Items[Sequence]) -> Tensor:
         """Invert each row's cumulative distribution, in the order of the vocabulary, at one uniform number."""
         params = [sequence.request.params for sequence in sequences]
@@ -169,6 +155,21 @@ class Sampler:
         digest = hashlib.blake2b(f"{stream} token {sequence.num_generated}".encode(), digest_size=8).digest()
         # 52 bits and a half: exact in a double, and never 0 or 1.
         return ((int.from_bytes(digest, "little") >> 12) + 0.5) / 2**52
+
+
+def warm_up(vocab_size: int, batch_size: int, device: torch.device) -> None:
+    """Choose from logits that mean nothing, so that no request waits until kernels are compiled and loaded.
+
+    A full batch: so the memory that it takes is known to be there.
+    """
+    greedy = SamplingParams(temperature=0, logprobs=0)
+    filtered = SamplingParams(top_k=1, top_p=0.5, min_p=0.1, repetition_penalty=1.1, logit_bias={0: 1.0})
+    logits_RV = torch.zeros(batch_size, vocab_size, device=device)
+    # One row of another kind is what takes some rows from among others.
+    for first, rest in ((greedy, greedy), (filtered, filtered), (greedy, filtered)):
+        kinds = [first, *[rest] * (batch_size - 1)]
+        requests = [Request(request_id="warm-up", prompt_ids=(0,), params=one) for one in kinds]
+        Sampler().sample(logits_RV, [Sequence.of(one, row) for row, one in enumerate(requests)]).read()
 
 
 def _put(values_R: Tensor, rows_N: Tensor | None, values_N: Tensor) -> Tensor:

@@ -45,12 +45,8 @@ class Chunk(NamedTuple):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Plan:
-    """One forward pass. `step` counts the plans of a scheduler: 1, 2, 3, …
+    """One forward pass. `copies` are the (from, to) blocks to copy, in this order, before anything is written."""
 
-    `copies` are the (from, to) blocks to copy, in this order, before anything is written.
-    """
-
-    step: int
     chunks: tuple[Chunk, ...]
     copies: tuple[tuple[int, int], ...] = ()
 
@@ -62,7 +58,7 @@ class Plan:
     def __reduce__(self) -> tuple[Any, ...]:
         # One plan is sent in every step. With tables as plain bytes, pickle never leaves its C code.
         rows = [(*chunk[:3], chunk.block_table.tobytes(), chunk.logits) for chunk in self.chunks]
-        return _plan_of, (self.step, rows, self.copies)
+        return _plan_of, (rows, self.copies)
 
 
 class Scheduler:
@@ -84,7 +80,6 @@ class Scheduler:
         # Of each live request those replies that have not ended.
         self._by_request_id: dict[str, list[Sequence]] = {}
         self._last_arrival = -1
-        self._num_steps = 0
         # Of all sequences that were started: their tokens by then, and those of them that were in the cache already.
         self.num_prompt_tokens = 0
         self.num_cached_tokens = 0
@@ -178,8 +173,7 @@ class Scheduler:
                 f"request {oldest.request.request_id!r} of {len(oldest.token_ids)} tokens does not fit into the empty "
                 f"KV cache of {self._blocks.num_blocks} blocks of {self._blocks.block_size}"
             )
-        self._num_steps += 1
-        return Plan(step=self._num_steps, chunks=tuple(chunks), copies=self._blocks.take_copies())
+        return Plan(chunks=tuple(chunks), copies=self._blocks.take_copies())
 
     def fork(self, sequence: Sequence) -> list[Sequence]:
         """The other replies to a prompt that the last plan completes: running from now on, on the same blocks."""
@@ -201,11 +195,11 @@ class Scheduler:
             sequence = self._running.get(chunk.key)
             if sequence is None:
                 continue
-            assert sequence.num_computed == chunk.start, f"step {plan.step} is out of order for key {chunk.key}"
+            assert sequence.num_computed == chunk.start, f"out of order for key {chunk.key}"
             sequence.num_computed += len(chunk.token_ids)
             self._blocks.name_blocks(sequence, chunk.start)
         for row, sequence in enumerate(gaining):
-            assert sequence.num_uncomputed == 0, f"step {plan.step}: a token amid the prefill of {sequence.arrival}"
+            assert sequence.num_uncomputed == 0, f"a token amid the prefill of {sequence.arrival}"
             sequence.token_ids.append(unread(row))
 
     def update(self, sampled: Iterable[tuple[Sequence, int]]) -> list[Sequence]:
@@ -295,9 +289,7 @@ def _chunk(sequence: Sequence, length: int) -> Chunk:
     )
 
 
-def _plan_of(
-    step: int, rows: list[tuple[int, int, tuple[int, ...], bytes, Logits]], copies: tuple[tuple[int, int], ...]
-) -> Plan:
+def _plan_of(rows: list[tuple[int, int, tuple[int, ...], bytes, Logits]], copies: tuple[tuple[int, int], ...]) -> Plan:
     """The plan that was pickled."""
     chunks = tuple(Chunk(key, start, ids, array("i", table), logits) for key, start, ids, table, logits in rows)
-    return Plan(step=step, chunks=chunks, copies=copies)
+    return Plan(chunks=chunks, copies=copies)

@@ -9,7 +9,11 @@ import enum
 from array import array
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, Literal, Protocol
+from typing import TYPE_CHECKING, Any, Literal, Protocol
+
+if TYPE_CHECKING:
+    from llama2.engine.prompt_scores import PromptScores
+    from llama2.text.text_stream import TextStream
 
 from llama2.errors import InvalidValue, shown
 
@@ -156,7 +160,7 @@ class Output:
 
     `prompt_logprobs`, where they were asked for, come whole with the first Output of reply 0: one for each position of
     the prompt, None for the first, before which there is nothing. So do `cached_tokens`: how many of its tokens did not
-    have to be computed.
+    have to be computed. `prompt_logits` are a tensor (prompt, V), fp32 on the CPU, where `score` asked for them.
     """
 
     request_id: str
@@ -166,6 +170,7 @@ class Output:
     logprobs: tuple[TokenLogprobs, ...] = ()
     prompt_logprobs: tuple[TokenLogprobs | None, ...] = ()
     cached_tokens: int = 0
+    prompt_logits: Any = None
     finish_reason: FinishReason | None = None
 
 
@@ -200,7 +205,7 @@ class Sequence:
     The last token may be `unread`: chosen, but not known to the host yet.
     `num_forks` more sequences will come of this one, with the arrivals that follow its own. `block_digests` are the
     block manager's names for the full blocks of `token_ids`, as far as it has needed them. `num_cached` of its tokens
-    were in the cache when it was started first; None before.
+    were in the cache when it was started first; None before. `text` and `prompt_scores` are the engine's.
     """
 
     request: Request
@@ -209,6 +214,8 @@ class Sequence:
     index: int = 0
     num_forks: int = 0
     matcher: Matcher | None = None
+    text: TextStream | None = None
+    prompt_scores: PromptScores | None = None
     num_computed: int = 0
     num_cached: int | None = None
     block_table: array[int] = field(default_factory=lambda: array("i"))

@@ -17,6 +17,8 @@ from benchmarks.peers.protocol import Peer, PeerError, Setup, Work
 from benchmarks.peers.registry import find_peers
 from llama2.config import EngineConfig
 from llama2.engine.engine import Engine
+from llama2.engine.loading import load_engine
+from llama2.engine.sequence import Request
 from tests.support.checkpoints import write_checkpoint
 from tests.support.tokenizers import tiny_sentencepiece
 from tests.support.weights import random_weights, tiny_args
@@ -34,7 +36,7 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def engine(checkpoint: Path) -> Engine:
     config = EngineConfig(max_seq_len=64, max_batch_size=4, prefix_cache=False)
-    return Engine.from_checkpoint(checkpoint, dtype=torch.float32, device="cpu", config=config)
+    return load_engine(checkpoint, dtype=torch.float32, device="cpu", config=config)
 
 
 @pytest.fixture(scope="module")
@@ -59,7 +61,9 @@ def test_transformers_computes_our_logits_from_the_exported_folder(engine: Engin
     with torch.inference_mode():
         theirs = model(torch.tensor(PROMPTS[:1])).logits[0]
     assert model.dtype == torch.float32
-    torch.testing.assert_close(engine.score(PROMPTS[0]), theirs, rtol=1e-4, atol=1e-4)
+    engine.add(Request(request_id="score", prompt_ids=tuple(PROMPTS[0]), score=True, generate=False))
+    (ours,) = engine.step()
+    torch.testing.assert_close(ours.prompt_logits, theirs, rtol=1e-4, atol=1e-4)
 
 
 def test_the_gguf_file_holds_our_weights_in_metas_layout(checkpoint: Path) -> None:

@@ -9,7 +9,7 @@ import torch
 import torch.distributed as dist
 
 from llama2 import LLM, Completion, SamplingParams
-from llama2.engine import engine as engine_module
+from llama2.engine import loading
 from llama2.engine.lockstep import agree
 from llama2.parallel.collectives import ProcessGroupCollectives
 from tests.support.checkpoints import write_checkpoint
@@ -25,7 +25,7 @@ PARAMS = SamplingParams(max_new_tokens=24, temperature=1.0, top_p=1.0, seed=11, 
 def use(folder: str, over_gloo: bool = False) -> tuple[torch.Tensor, list[Completion]]:
     """What a script under torchrun does, the same lines on every rank."""
     if over_gloo:
-        engine_module.connect = lambda device, **_: ProcessGroupCollectives(None)
+        loading.connect = lambda device, **_: ProcessGroupCollectives(None)
     llm = LLM(folder, max_seq_len=128, max_batch_size=4, max_step_tokens=32)
     return llm.score(PROMPTS[-1]), llm.generate(PROMPTS, PARAMS)
 

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import time
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -12,37 +10,13 @@ import pytest
 
 from llama2.config import EngineConfig
 from llama2.engine.engine import Engine
+from llama2.engine.loading import load_engine
 from llama2.engine.sequence import Output, Request, SamplingParams
-from tests.support.checkpoints import write_checkpoint
-from tests.support.tokenizers import tiny_sentencepiece
-from tests.support.weights import random_weights, tiny_args
+from tests.support.weights import tiny_args
 
 ARGS = tiny_args(vocab_size=512)
 GREEDY = SamplingParams(temperature=0, max_new_tokens=40, ignore_eos=True)
 PROMPT = tuple(range(20, 40))
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("model")
-    tokenizer_file = tiny_sentencepiece(folder, vocab_size=512)
-    return write_checkpoint(folder / "checkpoint", ARGS, random_weights(ARGS), tokenizer_file)
-
-
-@pytest.fixture(params=[False, True], ids=["step by step", "looking ahead"])
-def engine(folder: Path, request: pytest.FixtureRequest) -> Engine:
-    engine = Engine.from_checkpoint(folder, config=EngineConfig(max_seq_len=96, max_batch_size=4, seed=3))
-    engine._looks_ahead = request.param
-    return engine
-
-
-@pytest.fixture
-def served(engine: Engine) -> Iterator[Engine]:
-    failures: list[BaseException] = []
-    engine.start(failures.append)
-    yield engine
-    engine.close()
-    assert not failures
 
 
 def request(name: str, params: SamplingParams = GREEDY, prompt: tuple[int, ...] = PROMPT) -> Request:
@@ -128,18 +102,18 @@ def test_requests_join_and_leave_at_every_step(engine: Engine) -> None:
         assert [token for output in drain(engine)[name] for token in output.token_ids] == outputs[name]
 
 
-def test_abort_frees_everything_within_one_step(engine: Engine) -> None:
+def test_abort_frees_everything_at_once(engine: Engine) -> None:
     for name in ("a", "b", "c", "d", "waits"):
         engine.add(request(name))
     for _ in range(3):
         engine.step()
     assert (engine.stats().running, engine.stats().waiting) == (4, 1)
-    for name in ("a", "b", "c", "d", "waits", "unknown"):
-        engine.abort(name)
-    outputs = engine.step()
+    outputs = [output for name in ("a", "b", "c", "d", "waits", "unknown") for output in engine.abort(name)]
     assert {output.request_id: output.finish_reason for output in outputs} == dict.fromkeys(
         ["a", "b", "c", "d", "waits"], "abort"
     )
+    assert engine.stats().running == engine.stats().waiting == 0
+    assert engine.step() == []
     assert not engine.has_work
     assert engine.stats().free_blocks == engine.stats().total_blocks
     engine.check_integrity()
@@ -179,7 +153,7 @@ def test_the_longest_prompt_that_is_taken_gets_one_token(engine: Engine) -> None
 
 def test_seedless_requests_repeat_with_the_engines_seed_and_differ_among_each_other(folder: Path) -> None:
     def replies(seed: int) -> list[list[int]]:
-        engine = Engine.from_checkpoint(folder, config=EngineConfig(max_seq_len=96, max_batch_size=4, seed=seed))
+        engine = load_engine(folder, config=EngineConfig(max_seq_len=96, max_batch_size=4, seed=seed))
         for name in ("a", "b"):
             engine.add(request(name, with_changes(temperature=1.0)))
         outputs = drain(engine)
@@ -199,64 +173,3 @@ def test_the_first_output_says_how_many_tokens_of_the_prompt_were_in_the_cache(e
         outputs = drain(engine)[one.request_id]
         assert outputs[0].cached_tokens == sum(output.cached_tokens for output in outputs) == cached
     assert engine.stats().cached_tokens == 48
-
-
-def test_the_thread_serves_whoever_comes(served: Engine) -> None:
-    assert served.poll(0.0) == []
-    for name in ("a", "b"):
-        served.add(request(name))
-    finished: dict[str, str | None] = {}
-    deadline = time.monotonic() + 20
-    while len(finished) < 2 and time.monotonic() < deadline:
-        finished |= {output.request_id: output.finish_reason for output in served.poll(0.1) if output.finish_reason}
-    assert finished == {"a": "length", "b": "length"}
-    assert served.stats().running == 0
-    assert served.stats().seconds_since_step is not None
-
-
-def test_an_abort_reaches_a_running_thread(served: Engine) -> None:
-    served.add(request("a", with_changes(max_new_tokens=None)))
-    while not any(output.token_ids for output in served.poll(1.0)):
-        pass
-    served.abort("a")
-    outputs: list[Output] = []
-    deadline = time.monotonic() + 10
-    while not (outputs and outputs[-1].finish_reason) and time.monotonic() < deadline:
-        outputs += served.poll(0.1)
-    assert outputs[-1].finish_reason in ("abort", "length")
-    assert served.stats().free_blocks == served.stats().total_blocks
-
-
-def test_a_suspended_engine_holds_no_block_and_goes_on_where_it_was(engine: Engine) -> None:
-    _, expected, _ = run(engine, GREEDY)
-    failures: list[BaseException] = []
-    engine.start(failures.append)
-    engine.add(request("a"))
-    outputs: list[Output] = []
-    while not outputs:
-        outputs += engine.poll(1.0)
-    engine.suspend()
-    deadline = time.monotonic() + 10
-    while engine.stats().running and time.monotonic() < deadline:
-        time.sleep(0.001)
-    assert engine.stats().free_blocks == engine.stats().total_blocks
-    steps = engine.stats().steps
-    time.sleep(0.05)
-    assert engine.stats().steps == steps
-    engine.resume()
-    while not outputs[-1].finish_reason and time.monotonic() < deadline:
-        outputs += engine.poll(0.1)
-    engine.close()
-    assert [token_id for output in outputs for token_id in output.token_ids] == expected
-    assert not failures
-
-
-def test_a_failure_in_the_thread_is_reported_once(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
-    failures: list[BaseException] = []
-    monkeypatch.setattr(engine._group._runner, "run", lambda plan: 1 / 0)
-    engine.start(failures.append)
-    engine.add(request("a"))
-    deadline = time.monotonic() + 10
-    while not failures and time.monotonic() < deadline:
-        time.sleep(0.01)
-    assert [type(failure) for failure in failures] == [ZeroDivisionError]

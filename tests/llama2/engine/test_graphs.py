@@ -23,10 +23,8 @@ from llama2.engine.graphs import Recording, batch_sizes, token_sizes
 from llama2.engine.inputs import Inputs, Sizes
 from llama2.engine.scheduler import Chunk, Logits, Plan
 from llama2.kv_cache import KVCache
-from tests.support.checkpoints import write_checkpoint
 from tests.support.ranks import run_ranks
-from tests.support.tokenizers import tiny_sentencepiece
-from tests.support.weights import random_weights, tiny_args
+from tests.support.weights import tiny_args
 
 CPU = torch.device("cpu")
 GREEDY = SamplingParams(temperature=0, max_new_tokens=25, ignore_eos=True)
@@ -68,14 +66,6 @@ def recorder_of(max_batch_size: int, max_step_tokens: int = 512) -> Recorder:
     largest = EngineConfig(max_batch_size=max_batch_size, max_step_tokens=max_step_tokens).recorded_tokens
     sizes += [(size, f"tokens: {size}") for size in token_sizes(largest)]
     return Recorder([name for _, name in sorted(sizes, reverse=True)])
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("graphs")
-    args = tiny_args(vocab_size=512, n_kv_heads=2)
-    tokenizer = tiny_sentencepiece(folder, vocab_size=512)
-    return write_checkpoint(folder / "checkpoint", args, random_weights(args), tokenizer)
 
 
 def recorded(folder: Path, monkeypatch: pytest.MonkeyPatch, **settings: Any) -> tuple[LLM, Recorder]:
@@ -156,9 +146,7 @@ def test_a_row_whose_logits_nobody_wants_is_left_out(folder: Path, monkeypatch: 
     llm, recorder = recorded(folder, monkeypatch, **settings)
     wanted: tuple[Logits, ...] = ("last", "none", "last")
     chunks = tuple(Chunk(key, 0, (7 + key,), array("i", [key]), logits) for key, logits in enumerate(wanted))
-    ours, theirs = (
-        one._engine._group._runner.run(Plan(step=1, chunks=chunks)) for one in (llm, LLM(folder, **settings))
-    )
+    ours, theirs = (one._engine._group._runner.run(Plan(chunks=chunks)) for one in (llm, LLM(folder, **settings)))
     assert recorder.replayed
     torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=0)
 
@@ -170,7 +158,7 @@ def test_rows_that_fill_a_bucket_touch_no_block_of_a_sequence(folder: Path, monk
     for layer in (*cache.keys, *cache.values):
         layer.fill_(1)
     chunks = tuple(Chunk(key, 16, (7,), array("i", [key, 3 + key]), "last") for key in range(3))
-    runner.run(Plan(step=1, chunks=chunks))
+    runner.run(Plan(chunks=chunks))
     assert recorder.replayed == ["4"]
     for layer in (*cache.keys, *cache.values):
         written = (layer != 1).flatten(2).any(-1).nonzero().tolist()
@@ -202,11 +190,11 @@ def test_a_plan_is_recorded_unless_it_is_large_or_its_logits_are_kept(
     assert graphs is not None
     single = Chunk(0, 5, (1,), array("i", [0]), "last")
     piece = Chunk(1, 0, (1, 2), array("i", [1]), "last")
-    assert graphs.takes(Plan(step=1, chunks=(single, single._replace(logits="none"))))
-    assert graphs.takes(Plan(step=1, chunks=(single, piece._replace(token_ids=(1,) * 39))))
-    assert not graphs.takes(Plan(step=1, chunks=(single, piece._replace(token_ids=(1,) * 40))))
-    assert not graphs.takes(Plan(step=1, chunks=(single, piece._replace(logits="all"))))
-    assert not graphs.takes(Plan(step=1, chunks=(single._replace(logits="all"),)))
+    assert graphs.takes(Plan(chunks=(single, single._replace(logits="none"))))
+    assert graphs.takes(Plan(chunks=(single, piece._replace(token_ids=(1,) * 39))))
+    assert not graphs.takes(Plan(chunks=(single, piece._replace(token_ids=(1,) * 40))))
+    assert not graphs.takes(Plan(chunks=(single, piece._replace(logits="all"))))
+    assert not graphs.takes(Plan(chunks=(single._replace(logits="all"),)))
 
 
 def test_what_was_recorded_is_given_up_once(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -16,13 +16,12 @@ import torch
 from llama2.config import EngineConfig
 from llama2.engine import runner as runner_module
 from llama2.engine.engine import Engine
+from llama2.engine.loading import load_engine
 from llama2.engine.sequence import Output, Request, SamplingParams
 from llama2.text.grammar import GrammarCompiler
-from tests.support.checkpoints import write_checkpoint
 from tests.support.ranks import run_ranks
 from tests.support.recordings import Rerun
-from tests.support.tokenizers import tiny_sentencepiece
-from tests.support.weights import random_weights, tiny_args
+from tests.support.weights import tiny_args
 
 ARGS = tiny_args(vocab_size=512, n_kv_heads=2)
 PARAMS = SamplingParams(temperature=1.0, top_p=0.95, max_new_tokens=30, ignore_eos=True)
@@ -30,16 +29,9 @@ PARAMS = SamplingParams(temperature=1.0, top_p=0.95, max_new_tokens=30, ignore_e
 Replies = dict[tuple[str, int], tuple[list[int], str, str | None, list[float]]]
 
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("model")
-    tokenizer_file = tiny_sentencepiece(folder, vocab_size=512)
-    return write_checkpoint(folder / "checkpoint", ARGS, random_weights(ARGS), tokenizer_file)
-
-
 def make(folder: Path, *, looks_ahead: bool, num_blocks: int | None = None) -> Engine:
     config = EngineConfig(max_seq_len=96, max_batch_size=6, max_step_tokens=24, seed=3)
-    engine = Engine.from_checkpoint(folder, config=config)
+    engine = load_engine(folder, config=config)
     if num_blocks is not None:
         engine = replace_blocks(engine, num_blocks)
     engine._looks_ahead = looks_ahead
@@ -94,9 +86,8 @@ def replies(engine: Engine) -> Replies:
     while waiting or engine.has_work:
         if waiting:
             engine.add(waiting.pop(0))
-        if len(waiting) == 3:
-            engine.abort("dropped")
-        for output in engine.step():
+        dropped = engine.abort("dropped") if len(waiting) == 3 else []
+        for output in (*dropped, *engine.step()):
             outputs.setdefault((output.request_id, output.index), []).append(output)
         engine._scheduler.check_integrity()
     engine.check_integrity()

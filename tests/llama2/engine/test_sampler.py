@@ -395,9 +395,7 @@ def test_equal_weights_stay_or_go_together() -> None:
 
 
 @pytest.mark.parametrize("batch_size", [1, 4])
-def test_warming_up_searches_a_nucleus_in_a_full_batch_and_shifts_no_draw(
-    monkeypatch: pytest.MonkeyPatch, batch_size: int
-) -> None:
+def test_warming_up_searches_a_nucleus_in_a_full_batch(monkeypatch: pytest.MonkeyPatch, batch_size: int) -> None:
     shapes: list[torch.Size] = []
 
     def noted(weights_NV: torch.Tensor, top_k_N: torch.Tensor, top_p_N: torch.Tensor) -> torch.Tensor:
@@ -405,10 +403,8 @@ def test_warming_up_searches_a_nucleus_in_a_full_batch_and_shifts_no_draw(
         return nucleus.nucleus_floor(weights_NV, top_k_N, top_p_N)
 
     monkeypatch.setattr(sampler_module, "nucleus_floor", noted)
-    sampler = Sampler(0)
-    sampler.warm_up(300, batch_size, torch.device("cpu"))
+    sampler_module.warm_up(300, batch_size, torch.device("cpu"))
     assert (batch_size, 300) in shapes
-    assert stream(make_sequence(**PLAIN), sampler) == stream(make_sequence(**PLAIN), Sampler(0))
 
 
 @pytest.mark.gpu

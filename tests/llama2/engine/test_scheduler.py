@@ -108,7 +108,6 @@ class Trial:
             assert not self.scheduler.has_work
             return None
         self.steps += 1
-        assert plan.step == self.steps
         preempted = before.keys() - self.scheduler.running.keys()
         self.preemptions += len(preempted)
         self.check(plan, before, preempted)
@@ -329,7 +328,7 @@ def test_a_plan_is_immutable() -> None:
     plan = trial.step()
     assert plan is not None
     with pytest.raises(dataclasses.FrozenInstanceError):
-        plan.step = 2  # type: ignore[misc]
+        plan.copies = ()  # type: ignore[misc]
     with pytest.raises(AttributeError):
         plan.chunks[0].start = 1  # type: ignore[misc]
     tables = [list(chunk.block_table) for chunk in plan.chunks]

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from llama2.config import EngineConfig, ModelArgs
-from llama2.engine.engine import Engine
+from llama2.engine.loading import load_engine
 from llama2.weights.readers.dcp import DcpFolder
 from tests.support.checkpoints import write_checkpoint
 from tests.support.tokenizers import tiny_sentencepiece
@@ -31,7 +31,7 @@ def folder(tmp_path: Path, tokenizer_file: Path) -> Path:
 def test_on_a_cpu_the_model_runs_in_the_checkpoints_dtype_unless_told_otherwise(folder: Path) -> None:
     def dtype(asked: torch.dtype | None = None) -> torch.dtype:
         return next(
-            Engine.from_checkpoint(folder, device="cpu", config=CONFIG, dtype=asked)._group._runner._model.parameters()
+            load_engine(folder, device="cpu", config=CONFIG, dtype=asked)._group._runner._model.parameters()
         ).dtype
 
     assert dtype() == DcpFolder(folder).dtype == torch.bfloat16
@@ -61,7 +61,7 @@ def test_another_shape_is_named(tmp_path: Path) -> None:
 
 def test_a_folder_that_is_no_checkpoint_is_refused_in_plain_words(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"is this a folder that convert_checkpoints.py wrote"):
-        Engine.from_checkpoint(tmp_path, config=CONFIG)
+        load_engine(tmp_path, config=CONFIG)
     with pytest.raises(ValueError, match=r"has no \.metadata file"):
         DcpFolder(tmp_path, ARGS)
     (tmp_path / ".metadata").write_bytes(b"junk")
@@ -73,22 +73,20 @@ def test_a_damaged_data_file_is_refused(folder: Path) -> None:
     (data,) = folder.glob("*.distcp")
     data.write_bytes(data.read_bytes()[:1000])
     with pytest.raises(ValueError, match="cannot be loaded"):
-        Engine.from_checkpoint(folder, config=CONFIG)
+        load_engine(folder, config=CONFIG)
 
 
 def test_a_tokenizer_of_another_model_is_refused(tmp_path: Path, tokenizer_file: Path) -> None:
     args = tiny_args(vocab_size=100)
     write_checkpoint(tmp_path, args, random_weights(args), tokenizer_file)
     with pytest.raises(ValueError, match="the tokenizer has 512 ids, but the model only 100"):
-        Engine.from_checkpoint(tmp_path, config=CONFIG)
+        load_engine(tmp_path, config=CONFIG)
 
 
 def test_the_kv_cache_is_sized_from_the_batch_or_from_free_memory(folder: Path) -> None:
-    by_batch = Engine.from_checkpoint(folder, config=CONFIG)
+    by_batch = load_engine(folder, config=CONFIG)
     assert by_batch.stats().total_blocks == 2 * 2
-    by_memory = Engine.from_checkpoint(
-        folder, config=EngineConfig(max_seq_len=32, max_batch_size=2, kv_memory_fraction=0.001)
-    )
+    by_memory = load_engine(folder, config=EngineConfig(max_seq_len=32, max_batch_size=2, kv_memory_fraction=0.001))
     assert by_memory.stats().total_blocks > 4
     with pytest.raises(ValueError, match="raise the fraction or lower max_seq_len"):
-        Engine.from_checkpoint(folder, config=EngineConfig(max_seq_len=32, max_batch_size=2, kv_memory_fraction=1e-9))
+        load_engine(folder, config=EngineConfig(max_seq_len=32, max_batch_size=2, kv_memory_fraction=1e-9))

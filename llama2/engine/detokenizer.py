@@ -1,4 +1,4 @@
-"""Owns what becomes of a reply's tokens: the text that is safe to show, and the reason to end.
+"""Owns the way from a sequence's ids to its Output: the text that is safe to show, and the reason to end.
 
 Knows no steps: it is told of each token that a sequence has gained.
 """
@@ -6,34 +6,26 @@ Knows no steps: it is told of each token that a sequence has gained.
 from __future__ import annotations
 
 from llama2.engine.sampler import Sampled
-from llama2.engine.sequence import FinishReason, Output, Sequence, TokenLogprobs
+from llama2.engine.sequence import FinishReason, Output, Sequence
 from llama2.text.text_stream import TextStream
 from llama2.text.tokenizer import Tokenizer
 
 
-class Replies:
-    """The replies that are being written, by arrival."""
+class Detokenizer:
+    """Turns the ids of all sequences into text. What it remembers of one stays with the sequence."""
 
     def __init__(self, tokenizer: Tokenizer, max_seq_len: int) -> None:
         self._tokenizer = tokenizer
         self._max_seq_len = max_seq_len
-        self._streams: dict[int, TextStream] = {}
-
-    def __len__(self) -> int:
-        return len(self._streams)
 
     def open(self, sequence: Sequence) -> None:
         request = sequence.request
-        self._streams[sequence.arrival] = TextStream(
-            self._tokenizer, stop=request.params.stop, continues_prompt=request.continues_prompt
-        )
+        sequence.text = TextStream(self._tokenizer, stop=request.params.stop, continues_prompt=request.continues_prompt)
 
-    def forget(self, sequence: Sequence) -> None:
-        self._streams.pop(sequence.arrival, None)
-
-    def extend(self, sequence: Sequence, sampled: Sampled, prompt_logprobs: tuple[TokenLogprobs | None, ...]) -> Output:
+    def extend(self, sequence: Sequence, sampled: Sampled) -> Output:
         """Turn a sequence's newest token into text, and decide whether it was the last."""
-        params, stream = sequence.request.params, self._streams[sequence.arrival]
+        params, stream = sequence.request.params, sequence.text
+        assert stream is not None
         token_id, text = sampled.token_id, ""
         reason: FinishReason | None = None
         is_eos = token_id in self._tokenizer.eos_ids
@@ -49,13 +41,25 @@ class Replies:
             reason = "length"
         if reason is not None and not stream.stopped:
             text += stream.finish()
+        is_first, scores = sequence.num_generated == 1, sequence.prompt_scores
         return Output(
             request_id=sequence.request.request_id,
             index=sequence.index,
             text=text,
             token_ids=(token_id,),
             logprobs=() if sampled.logprobs is None else (sampled.logprobs,),
-            prompt_logprobs=prompt_logprobs,
-            cached_tokens=(sequence.num_cached or 0) if sequence.num_generated == 1 else 0,
+            prompt_logprobs=scores.logprobs if is_first and scores else (),
+            cached_tokens=(sequence.num_cached or 0) if is_first else 0,
             finish_reason=reason,
+        )
+
+    @staticmethod
+    def prompt_output(sequence: Sequence) -> Output:
+        """The only Output of a request that generates nothing."""
+        scores = sequence.prompt_scores
+        return Output(
+            request_id=sequence.request.request_id,
+            prompt_logprobs=scores.logprobs if scores else (),
+            prompt_logits=scores.logits if scores else None,
+            finish_reason="length",
         )

@@ -10,28 +10,20 @@ import pytest
 import torch
 
 from llama2.config import EngineConfig
-from llama2.engine import engine as engine_module
+from llama2.engine import loading
 from llama2.engine.engine import Engine
+from llama2.engine.loading import load_engine
 from llama2.engine.sequence import Output, Request, SamplingParams
-from tests.support.checkpoints import write_checkpoint
-from tests.support.tokenizers import tiny_sentencepiece
-from tests.support.weights import random_weights, tiny_args
+from tests.support.weights import tiny_args
 
 ARGS = tiny_args(vocab_size=512)
 PROMPT = tuple(range(20, 57))  # two blocks of 16, and 5 tokens of a third
 PARAMS = SamplingParams(temperature=1.0, top_p=1.0, seed=7, max_new_tokens=20, ignore_eos=True)
 
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("model")
-    tokenizer_file = tiny_sentencepiece(folder, vocab_size=512)
-    return write_checkpoint(folder / "checkpoint", ARGS, random_weights(ARGS), tokenizer_file)
-
-
 def make(folder: Path, *, max_step_tokens: int = 64) -> Engine:
     config = EngineConfig(max_seq_len=96, max_batch_size=4, max_step_tokens=max_step_tokens)
-    return Engine.from_checkpoint(folder, config=config)
+    return load_engine(folder, config=config)
 
 
 def run(engine: Engine, *requests: Request) -> dict[tuple[str, int], list[Output]]:
@@ -81,7 +73,7 @@ def test_replies_share_the_blocks_of_their_prompt_and_copy_what_they_write_into(
 def test_a_reply_does_not_depend_on_sharing_nor_on_preemption(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     expected = replies(make(folder), 4)
     assert replies(make(folder, max_step_tokens=5), 4) == expected  # the prompt in pieces
-    monkeypatch.setattr(engine_module, "count_blocks", lambda *args, **kwargs: 7)
+    monkeypatch.setattr(loading, "count_blocks", lambda *args, **kwargs: 7)
     assert replies(make(folder), 4) == expected  # 4 replies of 57 tokens need 2 + 4 * 2
 
 
@@ -102,8 +94,8 @@ def test_abort_ends_all_replies(folder: Path, steps: int) -> None:
     engine.add(Request(request_id="r", prompt_ids=PROMPT, params=PARAMS, n=3))
     for _ in range(steps):
         engine.step()
-    engine.abort("r")
-    assert {output.finish_reason for output in engine.step()} == {"abort"}
+    assert {output.finish_reason for output in engine.abort("r")} == {"abort"}
+    assert engine.step() == []
     assert not engine.has_work
     assert engine.stats().free_blocks == engine.stats().total_blocks
     engine.check_integrity()
@@ -112,7 +104,8 @@ def test_abort_ends_all_replies(folder: Path, steps: int) -> None:
 @pytest.mark.parametrize("max_step_tokens", [5, 64])
 def test_the_prompts_own_logprobs_are_those_of_its_scores(folder: Path, max_step_tokens: int) -> None:
     engine = make(folder, max_step_tokens=max_step_tokens)
-    expected = engine.score(list(PROMPT)).log_softmax(-1)
+    score = Request(request_id="score", prompt_ids=PROMPT, score=True, generate=False)
+    expected = run(engine, score)["score", 0][-1].prompt_logits.log_softmax(-1)
     scored = Request(request_id="scored", prompt_ids=PROMPT, params=PARAMS, prompt_logprobs=2, generate=False)
     outputs = run(engine, scored, Request(request_id="beside", prompt_ids=PROMPT, params=PARAMS))
     (output,) = outputs["scored", 0]
@@ -182,7 +175,7 @@ class Exactly:
 
 
 def test_a_grammar_is_kept_by_every_reply_also_after_preemption(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(engine_module, "count_blocks", lambda *args, **kwargs: 7)
+    monkeypatch.setattr(loading, "count_blocks", lambda *args, **kwargs: 7)
     engine = make(folder)
     sentence = list(range(100, 115))
     request = Request(request_id="r", prompt_ids=PROMPT, params=PARAMS, n=3, grammar=Exactly([*sentence, 2]))

@@ -1,0 +1,119 @@
+"""Owns how an engine comes about: from a converted checkpoint, or from a model that is loaded. Runs no step."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+
+import torch
+from torch.distributed.device_mesh import DeviceMesh
+
+from llama2.config import EngineConfig, ModelArgs
+from llama2.engine.engine import Engine
+from llama2.engine.lockstep import Lockstep, agree
+from llama2.engine.runner import Runner
+from llama2.engine.sampler import warm_up
+from llama2.kv_cache import KVCache, count_blocks
+from llama2.machine.threads import undivided
+from llama2.model import Transformer
+from llama2.parallel.collectives import Collectives, connect
+from llama2.parallel.plan import build_mesh, local_kv_heads
+from llama2.parallel.process_group import choose_device, init_process_group
+from llama2.text.tokenizer import Tokenizer, load_tokenizer
+from llama2.weights.loader import load_model
+from llama2.weights.readers.dcp import DcpFolder
+
+logger = logging.getLogger(__name__)
+
+
+def load_engine(
+    checkpoint_dir: Path | str,
+    *,
+    tokenizer_path: Path | str | None = None,
+    model_args_path: Path | str | None = None,
+    dtype: torch.dtype | None = None,
+    device: torch.device | str | None = None,
+    config: EngineConfig,
+) -> Engine:
+    """Load a converted checkpoint over all ranks of the process group, which is set up here if need be.
+
+    `dtype` is bf16 on a GPU and the checkpoint's own on a CPU unless said otherwise. Called on every rank.
+
+    Raises:
+        ValueError: the checkpoint, the tokenizer, the degree or a size is wrong.
+        LockstepError: the ranks were given different settings.
+    """
+    args = ModelArgs.load(model_args_path or checkpoint_dir)
+    tokenizer = load_tokenizer(tokenizer_path or checkpoint_dir)
+    if tokenizer.vocab_size > args.vocab_size:
+        raise ValueError(
+            f"the tokenizer has {tokenizer.vocab_size} ids, but the model only {args.vocab_size}: "
+            "they do not belong together"
+        )
+    checkpoint = DcpFolder(checkpoint_dir, args)
+    device = choose_device(device)
+    dtype = dtype or (torch.bfloat16 if device.type == "cuda" else checkpoint.dtype)
+    init_process_group(device)
+    mesh = build_mesh(args, device.type)
+    with undivided() as threads:
+        collectives = connect(device, symm_mem_all_reduce=config.symm_mem_all_reduce)
+        model = load_model(
+            checkpoint,
+            mesh,
+            collectives,
+            dtype=dtype,
+            device=device,
+            max_seq_len=config.max_seq_len,
+            threads=threads,
+        )
+        return build_engine(model, mesh, collectives, tokenizer=tokenizer, config=config)
+
+
+def build_engine(
+    model: Transformer, mesh: DeviceMesh, collectives: Collectives, *, tokenizer: Tokenizer, config: EngineConfig
+) -> Engine:
+    """An engine for a model that is ready to run positions up to `config.max_seq_len`. Called on every rank.
+
+    Raises:
+        ValueError: the memory of some rank does not hold one sequence of that length, or the KV cache asked for.
+        LockstepError: the ranks were given different settings.
+    """
+    args, dtype, device = model.args, model.norm.weight.dtype, model.norm.weight.device
+    n_kv_heads = local_kv_heads(args, mesh)
+    num_blocks = agree(
+        (args, config, dtype, tokenizer.vocab_size),
+        lambda: count_blocks(
+            args,
+            config,
+            n_kv_heads=n_kv_heads,
+            dtype=dtype,
+            device=device,
+            rank=collectives.rank,
+            degree=collectives.world_size,
+        ),
+    )
+    cache = KVCache(
+        args,
+        num_blocks=num_blocks,
+        block_size=config.block_size,
+        n_kv_heads=n_kv_heads,
+        dtype=dtype,
+        device=device,
+    )
+    if collectives.rank == 0:
+        logger.info(
+            "TP=%d on %s, %s, KV cache of %d blocks of %d tokens",
+            collectives.world_size, device.type, dtype, num_blocks, config.block_size,
+        )  # fmt: skip
+    engine = Engine(
+        args=args,
+        config=config,
+        tokenizer=tokenizer,
+        group=Lockstep(Runner(model, cache, device, config), collectives),
+        num_blocks=num_blocks,
+        # A CPU has computed a step when the call returns.
+        looks_ahead=device.type != "cpu",
+    )
+    if engine.rank == 0 and device.type != "cpu":
+        warm_up(args.vocab_size, config.max_batch_size, device)
+    return engine
