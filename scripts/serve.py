@@ -22,6 +22,7 @@ from typing import Any
 import fire
 import yaml
 
+from build_archive import PACKAGES
 from handler.gpu_mask import entries, requested
 from scripts.torchserve import Ports, ServerError, TorchServe
 
@@ -138,8 +139,10 @@ def _count_visible(listed: str, mask: str | None) -> int:
 def _fingerprint(config: Path, port: int) -> str:
     """What a running server was started with: its settings, its GPUs and the code in its archive."""
     digest = hashlib.sha256(f"{port} {requested(os.environ)}".encode())
-    sources = [path for package in ("handler", "llama2") for path in sorted((ROOT / package).rglob("*.py"))]
-    for path in (config, ROOT / "config.properties", ROOT / "log4j2.xml", *sources):
+    archived = [path for package in PACKAGES for path in sorted((ROOT / package).rglob("*"))]
+    code = [path for path in archived if path.is_file() and path.parent.name != "__pycache__"]
+    for path in (config, ROOT / "config.properties", ROOT / "log4j2.xml", *code):
+        digest.update(f"{path} {path.stat().st_size} ".encode())
         digest.update(path.read_bytes())
     return digest.hexdigest()
 

@@ -1,9 +1,11 @@
 import os
+import shutil
 from pathlib import Path
 
 import pytest
 import yaml
 
+from build_archive import PACKAGES
 from handler.config import HandlerConfig
 from scripts import serve
 
@@ -90,6 +92,25 @@ def test_a_running_server_is_kept_only_for_the_same_settings_gpus_and_code(
     states = {state(1), state(2), state(1, port=9080)}
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "5")
     assert len({*states, state(1)}) == 4
+
+
+@pytest.mark.parametrize("edited", ["*.py", "*.cpp", "*.h"])
+def test_a_running_server_is_not_kept_after_an_edit_of_what_is_in_its_archive(
+    edited: str, build: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for folder in PACKAGES:
+        shutil.copytree(serve.ROOT / folder, build / folder, ignore=shutil.ignore_patterns("__pycache__"))
+    for file in ("config.properties", "log4j2.xml", "model-config.yaml"):
+        shutil.copy(serve.ROOT / file, build)
+    monkeypatch.setattr(serve, "ROOT", build)
+    config = serve._write_config(1, build)
+    before = serve._fingerprint(config, 8080)
+    (build / "llama2" / "__pycache__").mkdir()
+    (build / "llama2" / "__pycache__" / "model.pyc").touch()
+    assert serve._fingerprint(config, 8080) == before
+    with next((build / "llama2").rglob(edited)).open("a") as source:
+        source.write("\n")
+    assert serve._fingerprint(config, 8080) != before
 
 
 @pytest.mark.parametrize(
