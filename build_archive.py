@@ -32,7 +32,7 @@ PACKAGES = ("handler", "llama2")
 SUFFIX = {"no-archive": "", "default": ".mar"}
 
 
-@SetParseFns(checkpoint=str, config=str, model_store=str, model_name=str, version=str, archive_format=str)
+@SetParseFns(checkpoint=str, config=str, model_store=str, model_name=str, version=str, archive_format=str)  # type: ignore[untyped-decorator]
 def build_archive(
     *,
     checkpoint: str | None = None,

@@ -126,7 +126,7 @@ def to_bubble(reply: Reply) -> dict[str, Any]:
 
 def read(message: Mapping[str, Any]) -> str:
     """What was said in a message, without the note below it."""
-    return message["content"][0]["text"]
+    return str(message["content"][0]["text"])
 
 
 def to_messages(history: History, system: str) -> list[dict[str, str]]:

@@ -124,7 +124,7 @@ class Server:
 
     async def _read_key(self) -> str:
         try:
-            return json.loads(self._key_file.read_text(encoding="utf-8"))["inference"]["key"]
+            return str(json.loads(self._key_file.read_text(encoding="utf-8"))["inference"]["key"])
         except (OSError, ValueError, KeyError) as error:
             raise NoKeyError(f"there is no key in {self._key_file}") from error
 

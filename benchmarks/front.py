@@ -49,7 +49,8 @@ def engine_alone(checkpoint: Path, server: Mapping[str, Any], work: Work) -> dic
     lines = [line for line in done.stdout.splitlines() if line.startswith("{")]
     if done.returncode or not lines:
         raise LoadError(f"the engine alone failed:\n{done.stderr[-2000:]}")
-    return json.loads(lines[-1])
+    figures: dict[str, float] = json.loads(lines[-1])
+    return figures
 
 
 def front_cost(

@@ -27,7 +27,8 @@ class GpuReport:
 
     def figures(self) -> dict[str, Any]:
         """All sections that were written so far."""
-        return self._read().get("figures", {})
+        figures: dict[str, Any] = self._read().get("figures", {})
+        return figures
 
     def put(self, section: str, settings: Mapping[str, Any], figures: Any) -> None:
         """Write a section, in place of an earlier one of that name. All of it must be JSON."""

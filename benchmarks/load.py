@@ -116,7 +116,8 @@ def offer(
         done = complete(command, cwd=folder, environ=environ)
         if done.returncode or not report.exists():
             raise LoadError(f"guidellm failed:\n{(done.stdout + done.stderr)[-2000:]}")
-        return json.loads(report.read_text(encoding="utf-8"))
+        figures: dict[str, Any] = json.loads(report.read_text(encoding="utf-8"))
+        return figures
 
 
 def read_report(

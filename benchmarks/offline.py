@@ -14,7 +14,7 @@ from __future__ import annotations
 import dataclasses
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -257,13 +257,13 @@ class _Run:
         return cell.work(index, vocab_size=self.args.vocab_size, new_tokens=self.new_tokens, seed=self.seed)
 
     def _start(self, name: str, kind: PeerKind, cells: list[Cell]) -> Peer:
-        weights = {
+        export: dict[str, Callable[[], object]] = {
             "hf": lambda: write_hf(self.source, CACHE, self.dtype),
             "gguf": lambda: write_gguf(self.source, CACHE, self.dtype),
             "none": lambda: "",
-        }[kind.weights]()
+        }
         setup = Setup(
-            weights=str(weights),
+            weights=str(export[kind.weights]()),
             device=self.device.type,
             dtype=str(self.dtype).removeprefix("torch."),
             threads=torch.get_num_threads() * dist.get_world_size(),

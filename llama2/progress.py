@@ -27,7 +27,7 @@ def progress(items: Iterable[Any] | None = None, **settings: Any) -> Bar:
         from tqdm import tqdm
     except ImportError:
         return _NoBar(items or ())
-    bar: Any = tqdm(items, **settings)
+    bar: Bar = tqdm(items, **settings)
     return bar
 
 

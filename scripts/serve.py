@@ -108,7 +108,7 @@ def _write_config(tp: int | None, converted: Path) -> Path:
 
 def local_settings(tp: int | None) -> dict[str, Any]:
     """The repository's model-config.yaml with this machine's degree, device and threads."""
-    settings = yaml.safe_load((ROOT / "model-config.yaml").read_text())
+    settings: dict[str, Any] = yaml.safe_load((ROOT / "model-config.yaml").read_text())
     gpus = _count_gpus() if settings.get("deviceType") == "gpu" else 0
     ranks = tp or min(2, gpus) or 2
     on_gpu = gpus >= ranks

@@ -136,7 +136,7 @@ class TorchServe:
 
     def key(self, kind: str) -> str:
         """The key for "inference" or "management"."""
-        return json.loads(self._key_file.read_text(encoding="utf-8"))[kind]["key"]
+        return str(json.loads(self._key_file.read_text(encoding="utf-8"))[kind]["key"])
 
     def model_log(self) -> str:
         """What the workers have written."""

@@ -63,7 +63,8 @@ class Transformers:
         position_T = torch.arange(start, start + ids_BT.shape[1], device=self._device)
         out = model(input_ids=ids_BT, past_key_values=cache, position_ids=position_T[None], logits_to_keep=1)
         # Out of the compiled graph's own memory, which its next run overwrites.
-        return out.logits[:, -1].argmax(dim=-1, keepdim=True).clone()
+        ids_B1: torch.Tensor = out.logits[:, -1].argmax(dim=-1, keepdim=True).clone()
+        return ids_B1
 
     def _cache(self, batch: int, length: int) -> Cache:
         """An empty cache. A static one is kept for work of the same shape: a CUDA graph knows it by its address."""

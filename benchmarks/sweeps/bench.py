@@ -119,7 +119,7 @@ class Bench:
             for call in islice(cycle(calls), count):
                 call()
         graph.replay()
-        times = []
+        times: list[float] = []
         for _ in range(REPLAYS):
             begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
             begin.record()

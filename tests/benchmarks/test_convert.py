@@ -18,6 +18,7 @@ def quick(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(convert, "IDLE", "import time; print(flush=True); time.sleep(60)")
 
 
+@pytest.mark.integration
 @pytest.mark.usefixtures("quick")
 def test_the_fastest_of_the_rounds_counts_and_all_of_them_are_written(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
@@ -40,6 +41,7 @@ def test_the_fastest_of_the_rounds_counts_and_all_of_them_are_written(
     assert not list(tmp_path.glob("benchmark-convert-*"))
 
 
+@pytest.mark.integration
 def test_a_converter_that_fails_says_why(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     command = [sys.executable, "-c", "raise SystemExit('no room')"]
     monkeypatch.setattr(convert, "_command", lambda source, result, processes: command)

@@ -48,6 +48,7 @@ def started(program: str, name: str, here: float, beside: float) -> Iterator[sub
         process.kill()
 
 
+@pytest.mark.integration
 def test_each_process_counts_for_its_part_and_a_worker_for_two(monkeypatch: pytest.MonkeyPatch) -> None:
     """Here the server's processes are our descendants, as the load's are. What ended before the block does counts."""
     monkeypatch.setattr(cpu_shares, "INTERVAL", 0.05)

@@ -11,6 +11,8 @@ CODE = """
 from benchmarks import ceilings
 ceilings.SECONDS, ceilings.BUFFER_BYTES, ceilings.PRODUCT_SIZES = 0.01, 1 << 20, {"cpu": (256,)}
 import benchmarks.gpu_peers
+
+pytestmark = pytest.mark.integration
 benchmarks.gpu_peers.main(sys.argv[1:])
 """
 

@@ -93,6 +93,8 @@ import os, torch
 sys.executable = "/nowhere/python"
 os.environ["PATH"] = "/nowhere"
 from llama2.kernels import choose_kernels
+
+pytestmark = pytest.mark.integration
 print(type(choose_kernels(torch.device("cpu"), torch.bfloat16)).__name__)
 """
     done = run_bare(code, XDG_CACHE_HOME=str(tmp_path))

@@ -33,6 +33,7 @@ def test_each_command_is_understood_by_its_module(step: Step, monkeypatch: pytes
         assert parsed.out == Path("OUT")
 
 
+@pytest.mark.integration
 @pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="needs triton")
 def test_all_that_the_command_runs_can_be_imported() -> None:
     """Of the peers what asks them; they themselves are other programs."""
@@ -45,6 +46,7 @@ def test_all_that_the_command_runs_can_be_imported() -> None:
     assert done.returncode == 0, done.stderr
 
 
+@pytest.mark.integration
 def test_its_tests_are_there_and_pass_or_skip_where_little_is_installed() -> None:
     """On a machine without a GPU each skips; a test that is not there, or needs more than this, fails the run."""
     code = "import pytest\nsys.exit(pytest.main(sys.argv[1:]))"
@@ -91,6 +93,7 @@ def test_one_step_after_the_other_and_all_that_they_left_is_packed(
     assert names == {"gpu", "gpu.json", "gpu.txt", "writes.log", "both-0.log", "both-1.log"}
 
 
+@pytest.mark.integration
 def test_a_step_that_does_not_end_is_ended_with_its_children_and_the_next_one_runs(quick: None, tmp_path: Path) -> None:
     child = "import subprocess, sys, time; subprocess.Popen([sys.executable, '-c', CHILD]); time.sleep(60)"
     writes = f"import time, pathlib\nwhile True: pathlib.Path({str(tmp_path / 'alive')!r}).touch(); time.sleep(0.05)"

@@ -101,6 +101,7 @@ def test_a_shape_is_exported_without_weights_which_its_reader_makes_up(tmp_path:
     assert [file.name for file in folder.iterdir()] == ["config.json"]
 
 
+@pytest.mark.integration
 @pytest.mark.parametrize("name", ["transformers", "transformers_batching"])
 def test_a_peer_in_its_own_process_gives_our_greedy_tokens(
     engine: Engine, exported: Path, tmp_path: Path, name: str

@@ -85,6 +85,7 @@ gpu_kernels.main(sys.argv[1:])
 """
 
 
+@pytest.mark.integration
 @needs_triton
 def test_every_part_is_measured_and_written(tmp_path: Path) -> None:
     arguments = ("--shape", "tiny", "--device", "cpu", "--dtype", "fp32", "--seconds", "300", "--out", str(tmp_path))
@@ -157,6 +158,7 @@ torch.testing.assert_close(linear(x, weight), x @ weight.T, atol=1e-4, rtol=1e-4
 """
 
 
+@pytest.mark.integration
 @needs_triton
 def test_every_variant_computes_the_same() -> None:
     done = run_bare(EQUAL, TRITON_INTERPRET="1")

@@ -9,6 +9,8 @@ import torch.distributed as dist
 from llama2.parallel.collectives import SLOT_BYTES, SharedMemoryCollectives
 from tests.support.ranks import run_ranks
 
+pytestmark = pytest.mark.integration
+
 
 def sums() -> list[bool]:
     """All-reduces of many sizes, around the slot's own, against gloo's in fp64."""

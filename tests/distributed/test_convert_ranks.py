@@ -21,7 +21,7 @@ from tests.support.tokenizers import tiny_sentencepiece
 from tests.support.weights import meta_folder, random_weights, tiny_args
 
 # DCP says that one process acts alone, which is meant.
-pytestmark = pytest.mark.filterwarnings("ignore:.*single process.*")
+pytestmark = [pytest.mark.integration, pytest.mark.filterwarnings("ignore:.*single process.*")]
 
 DEGREES = (1, 2, 3, 4)
 ARGS = tiny_args(dim=96, n_heads=24, n_kv_heads=12, vocab_size=480, n_layers=1, multiple_of=12)

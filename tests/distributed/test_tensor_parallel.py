@@ -17,6 +17,8 @@ from tests.support.ranks import run_ranks
 from tests.support.tokenizers import tiny_sentencepiece
 from tests.support.weights import random_weights, tiny_args
 
+pytestmark = pytest.mark.integration
+
 PROMPTS = [list(range(3, 3 + length)) for length in (1, 5, 33, 60)]
 # top_p=1: a nucleus ends between two tokens that may be equal up to rounding.
 PARAMS = SamplingParams(max_new_tokens=24, temperature=1.0, top_p=1.0, seed=11, logprobs=2)

@@ -16,6 +16,8 @@ from tests.e2e.conftest import Served, serving
 from tests.e2e.test_serve import wait_until
 from tests.handler.support import settings
 
+pytestmark = pytest.mark.integration
+
 PROMPT = "The history of the lighthouse begins"
 QUESTION = [{"role": "user", "content": "What is the capital of France? Answer in one sentence."}]
 CITY = {

@@ -18,6 +18,8 @@ import pytest
 from tests.e2e.conftest import Served, serving
 from tests.handler.support import ROOT, settings
 
+pytestmark = pytest.mark.integration
+
 PROMPT = "The history of the lighthouse begins"
 FOREVER = {"prompt": PROMPT, "max_new_tokens": None, "ignore_eos": True, "temperature": 0}
 

@@ -68,6 +68,7 @@ except RuntimeError as error:
 """
 
 
+@pytest.mark.integration
 @pytest.mark.parametrize(
     ("mask", "words"),
     [

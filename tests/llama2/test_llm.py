@@ -95,6 +95,7 @@ def test_an_interrupted_call_leaves_nothing_behind(llm: LLM, monkeypatch: pytest
     assert llm._engine.stats().free_blocks == llm._engine.stats().total_blocks
 
 
+@pytest.mark.integration
 def test_a_script_runs_unchanged_under_torchrun(folder: Path, tmp_path: Path) -> None:
     """The same lines in one process and on two ranks: every rank gets the same reply and ends by itself."""
     script = tmp_path / "script.py"

@@ -67,6 +67,7 @@ def test_a_number_of_shards_that_does_not_divide_the_model_is_refused(tmp_path: 
     assert not (tmp_path / "meta").exists()
 
 
+@pytest.mark.integration
 def test_the_real_demo_in_three_shards(smollm2_meta: Path) -> None:
     folder = FairscaleFolder(smollm2_meta, vocab_size=load_tokenizer(smollm2_meta).vocab_size)
     source = GgufModel(smollm2.gguf_file())

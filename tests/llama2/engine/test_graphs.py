@@ -174,6 +174,7 @@ def reply_on_a_rank(folder: str) -> tuple[list[list[int]], list[str], list[str]]
     return [reply.token_ids for reply in replies], recorder.replayed, recorder.reset
 
 
+@pytest.mark.integration
 def test_two_ranks_replay_the_same_and_reply_as_one_does(folder: Path) -> None:
     expected = LLM(folder, max_seq_len=64, max_batch_size=3).generate([prompt(length) for length in (1, 9, 20)], GREEDY)
     (leads, led_by, given_up), (follows, followed, _) = run_ranks(2, reply_on_a_rank, str(folder))

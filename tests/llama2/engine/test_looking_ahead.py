@@ -175,6 +175,7 @@ def replies_of_a_rank(folder: str, recorded: bool) -> Replies | None:
     return found
 
 
+@pytest.mark.integration
 @pytest.mark.parametrize("recorded", [False, True])
 def test_two_ranks_reply_as_one_does(folder: Path, recorded: bool) -> None:
     leads, follows = run_ranks(2, replies_of_a_rank, str(folder), recorded)

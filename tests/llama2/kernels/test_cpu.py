@@ -266,6 +266,7 @@ torch.testing.assert_close(torch.ops.llama2_cpu.linear(x, weight), expected, ato
 
 
 # What a processor with AMX runs is run here by one with AVX512: our own code has no instruction of AMX.
+@pytest.mark.integration
 @pytest.mark.parametrize(
     ("capability", "needed", "flags"),
     [
@@ -285,6 +286,7 @@ def test_a_processor_that_gains_nothing_from_packing_computes_the_same(
     assert done.returncode == 0, done.stderr[-3000:]
 
 
+@pytest.mark.integration
 def test_without_a_compiler_plain_pytorch_does_the_work(tmp_path: Path) -> None:
     code = (
         "import logging, torch; logging.basicConfig(); from llama2.kernels import choose_kernels\n"
@@ -296,6 +298,7 @@ def test_without_a_compiler_plain_pytorch_does_the_work(tmp_path: Path) -> None:
     assert "decoding is slower" in done.stderr
 
 
+@pytest.mark.integration
 def test_the_second_start_compiles_nothing() -> None:
     kernels(torch.bfloat16)
     code = "from llama2.kernels.cpu import library as c; c._compile = None; assert c.load_library()"

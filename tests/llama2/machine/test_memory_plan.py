@@ -100,6 +100,7 @@ def test_one_rank_says_once_what_is_reserved(
     assert all(describe(RESERVED) in message for message in caplog.messages)
 
 
+@pytest.mark.integration
 def test_a_machine_that_serves_from_gpus_needs_no_psutil() -> None:
     code = "import sys; sys.modules['psutil'] = None; import llama2, handler.llama_handler, llama2.engine.engine"
     done = subprocess.run([sys.executable, "-c", code], cwd=Path(__file__).parents[3], capture_output=True, text=True)

@@ -6,6 +6,7 @@ import subprocess
 import sys
 import threading
 
+import pytest
 import torch
 
 from llama2.machine.threads import hand_over, undivided
@@ -41,6 +42,7 @@ print(torch.get_num_threads())
 """
 
 
+@pytest.mark.integration
 def test_the_thread_that_takes_over_divides_and_the_other_does_not() -> None:
     done = subprocess.run([sys.executable, "-c", HAND_OVER], capture_output=True, text=True, check=True)
     assert done.stdout.split() == ["2", "1"]

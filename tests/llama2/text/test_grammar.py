@@ -349,6 +349,7 @@ def test_without_llguidance_only_grammars_are_missing(sp: Both, monkeypatch: pyt
         compiler.json_object()
 
 
+@pytest.mark.integration
 def test_a_server_starts_without_llguidance() -> None:
     """It is imported when the first grammar is asked for."""
     code = "import sys, llama2.text.grammar, llama2.text.json_schema; assert 'llguidance' not in sys.modules"

@@ -13,6 +13,8 @@ from llama2.weights.readers.gguf import GgufModel
 from scripts.smollm2 import gguf_file
 from tests.support.reference import reference_model
 
+pytestmark = pytest.mark.integration
+
 TEXT = (
     "The history of Paris begins with the Parisii, a Celtic tribe who settled on the banks of the Seine. In 1969 two "
     "men walked on the moon; 今日は天気がいいですね 🙂. def main(argv):    print(argv)  # two  spaces"

@@ -93,6 +93,7 @@ def test_plain_python_writes_a_folder_that_is_complete_by_itself(source, tmp_pat
     ]
 
 
+@pytest.mark.integration
 def test_the_readmes_torchrun_command_works_as_typed(source, tmp_path):
     torchrun = Path(sys.executable).with_name("torchrun")
     options = (
@@ -270,6 +271,7 @@ def test_an_error_that_the_disk_tells_while_the_file_grows_is_not_lost(source, t
     assert sorted(path.name for path in tmp_path.iterdir()) == ["source"]
 
 
+@pytest.mark.integration
 def test_a_write_that_the_system_refuses_names_the_file(source, tmp_path):
     """torch.save puts an error of its own in the place of the system's."""
     limited = (
@@ -308,6 +310,7 @@ convert_checkpoints.main()
 """
 
 
+@pytest.mark.integration
 @pytest.mark.parametrize("name", ["SIGTERM", "SIGINT", "SIGKILL"])
 def test_an_interrupted_run_leaves_the_old_checkpoint_and_the_next_run_works(source, tmp_path, command, name):
     options = flags(source, tmp_path / "out")

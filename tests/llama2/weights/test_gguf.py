@@ -44,6 +44,7 @@ def test_the_architecture_of_the_demo_model(demo: GgufModel) -> None:
     assert "hidden_dim" not in demo.args.to_params(), "Meta's own formula gives this width"
 
 
+@pytest.mark.integration
 def test_the_weights_of_the_demo_model_are_those_that_transformers_reads(demo: GgufModel) -> None:
     """Every one, to the bit. transformers permutes wq and wk to its own layout, `reference_model` ours to the same."""
     ours = reference_model(demo.args, {name: demo.tensor(name) for name in demo.args.parameter_shapes()})
