@@ -109,7 +109,7 @@ def _run_archiver(scratch: Path, settings: dict[str, Any], model_name: str, vers
     command = [
         os.path.join(sysconfig.get_path("scripts"), "torch-model-archiver"),
         *("--model-name", model_name, "--version", version, "--archive-format", archive_format),
-        *("--handler", str(ROOT / "handler" / "llama_handler.py"), "--extra-files", str(packages)),
+        *("--handler", str(ROOT / "handler" / "torchserve" / "llama_handler.py"), "--extra-files", str(packages)),
         *("--config-file", str(yaml_file), "--export-path", str(out)),
     ]
     # The archiver works in, and first deletes, $TMPDIR/<model name>.

@@ -23,7 +23,7 @@ import fire
 import yaml
 
 from build_archive import PACKAGES
-from handler.gpu_mask import entries, requested
+from handler.torchserve.gpu_mask import entries, requested
 from scripts.torchserve import Ports, ServerError, TorchServe
 
 ROOT = Path(__file__).resolve().parent.parent

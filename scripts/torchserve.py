@@ -25,7 +25,7 @@ from typing import Any
 
 import psutil
 
-from handler.gpu_mask import set_aside
+from handler.torchserve.gpu_mask import set_aside
 from scripts.java import find_java_home
 
 _JAVA_MAIN = "org.pytorch.serve.ModelServer"

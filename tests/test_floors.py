@@ -85,10 +85,10 @@ TORCH_FREE = (
         "handler.call",
         "handler.config",
         "handler.native",
-        "handler.transport",
-        "handler.llama_handler",
+        "handler.torchserve.transport",
+        "handler.torchserve.llama_handler",
     ),
-    *("handler.prompt", "handler.openai.api", "handler.gpu_mask"),
+    *("handler.prompt", "handler.openai.api", "handler.torchserve.gpu_mask"),
 )
 
 
@@ -171,5 +171,5 @@ def test_what_knows_no_torch_does_not_bring_it_along() -> None:
 
 
 def test_torchserve_finds_exactly_one_class_in_the_handler() -> None:
-    tree = ast.parse(SOURCES["handler.llama_handler"].read_text())
+    tree = ast.parse(SOURCES["handler.torchserve.llama_handler"].read_text())
     assert [node.name for node in ast.walk(tree) if isinstance(node, ast.ClassDef)] == ["LlamaHandler"]

@@ -102,6 +102,7 @@ def test_one_rank_says_once_what_is_reserved(
 
 @pytest.mark.integration
 def test_a_machine_that_serves_from_gpus_needs_no_psutil() -> None:
-    code = "import sys; sys.modules['psutil'] = None; import llama2, handler.llama_handler, llama2.engine.engine"
+    modules = "llama2, llama2.engine.engine, handler.torchserve.llama_handler"
+    code = f"import sys; sys.modules['psutil'] = None; import {modules}"
     done = subprocess.run([sys.executable, "-c", code], cwd=Path(__file__).parents[3], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr

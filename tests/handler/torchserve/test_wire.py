@@ -10,7 +10,7 @@ from collections.abc import Iterator
 import pytest
 from ts.protocol import otf_message_handler
 
-from handler import wire
+from handler.torchserve import wire
 
 HEADERS = {"host": "127.0.0.1:8080", "url_path": "v1/completions", "user-agent": "test"}
 

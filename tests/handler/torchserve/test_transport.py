@@ -10,10 +10,10 @@ from typing import Any
 import pytest
 from ts.context import Context, RequestProcessor
 
-from handler import transport
 from handler.call import Progress
 from handler.errors import RequestError
-from handler.transport import Transport
+from handler.torchserve import transport
+from handler.torchserve.transport import Transport
 from llama2.engine.sequence import Output, Request
 
 

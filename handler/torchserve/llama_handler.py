@@ -17,8 +17,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from handler.metrics import EngineMetrics
-    from handler.transport import Transport
+    from handler.torchserve.metrics import EngineMetrics
+    from handler.torchserve.transport import Transport
     from llama2.engine.service_loop import ServiceLoop
 
 logger = logging.getLogger(__name__)
@@ -53,7 +53,7 @@ class LlamaHandler:
 
     def _load(self, context: Any) -> None:
         # Not at the top: TorchServe hides an ImportError there behind a look-up of its own handlers.
-        from handler import gpu_mask
+        from handler.torchserve import gpu_mask
 
         # CUDA reads its mask once, at the first question.
         gpu_mask.restore(os.environ)
@@ -61,11 +61,11 @@ class LlamaHandler:
         import torch
 
         from handler.config import HandlerConfig
-        from handler.metrics import EngineMetrics
         from handler.native import NativeApi
         from handler.openai.api import OpenAiApi, Served
-        from handler.transport import Transport
-        from handler.wire import read_in_large_pieces
+        from handler.torchserve.metrics import EngineMetrics
+        from handler.torchserve.transport import Transport
+        from handler.torchserve.wire import read_in_large_pieces
         from llama2.engine.loading import load_engine
         from llama2.engine.service_loop import ServiceLoop
         from llama2.text.chat import encode_dialog

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from handler import gpu_mask
+from handler.torchserve import gpu_mask
 from tests.handler.support import ROOT
 
 
@@ -59,7 +59,7 @@ def test_torchserve_starts_without_cudas_own_mask(environ: dict[str, str], start
 
 WORKER = """
 import os, sys, types
-from handler.llama_handler import LlamaHandler
+from handler.torchserve.llama_handler import LlamaHandler
 context = types.SimpleNamespace(system_properties={"model_dir": "."}, model_yaml_config={})
 try:
     LlamaHandler().initialize(context)

@@ -1,0 +1,1 @@
+"""The TorchServe front: polls in, replies out. Nothing outside this folder knows TorchServe."""
