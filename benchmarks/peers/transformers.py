@@ -86,11 +86,14 @@ class Transformers:
 def load_model(setup: Setup) -> PreTrainedModel:
     """The model in the folder `setup.weights`, or one of its config whose weights are made up."""
     dtype = getattr(torch, setup.dtype)
+    model: PreTrainedModel
     with torch.device(setup.device):
         if setup.options["random_weights"]:
             config = AutoConfig.from_pretrained(setup.weights)
-            return AutoModelForCausalLM.from_config(config, dtype=dtype).eval()
-        return AutoModelForCausalLM.from_pretrained(setup.weights, dtype=dtype)
+            model = AutoModelForCausalLM.from_config(config, dtype=dtype).eval()
+        else:
+            model = AutoModelForCausalLM.from_pretrained(setup.weights, dtype=dtype)
+    return model
 
 
 if __name__ == "__main__":
