@@ -5,14 +5,16 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import pytest
+
 from tests.support.bare_python import run_bare
+
+pytestmark = pytest.mark.integration
 
 CODE = """
 from benchmarks import ceilings
 ceilings.SECONDS, ceilings.BUFFER_BYTES, ceilings.PRODUCT_SIZES = 0.01, 1 << 20, {"cpu": (256,)}
 import benchmarks.gpu_peers
-
-pytestmark = pytest.mark.integration
 benchmarks.gpu_peers.main(sys.argv[1:])
 """
 

@@ -10,6 +10,8 @@ import pytest
 
 from tests.support.bare_python import run_bare
 
+pytestmark = pytest.mark.integration
+
 QUICK = """
 from benchmarks import ceilings
 ceilings.SECONDS, ceilings.BUFFER_BYTES, ceilings.PRODUCT_SIZES = 0.01, 1 << 20, {"cpu": (256,)}
@@ -93,8 +95,6 @@ import os, torch
 sys.executable = "/nowhere/python"
 os.environ["PATH"] = "/nowhere"
 from llama2.kernels import choose_kernels
-
-pytestmark = pytest.mark.integration
 print(type(choose_kernels(torch.device("cpu"), torch.bfloat16)).__name__)
 """
     done = run_bare(code, XDG_CACHE_HOME=str(tmp_path))
