@@ -71,8 +71,8 @@ import benchmarks.gpu_run as gpu_run
 fit = gpu_run.fit_memory
 gpu_run.fit_memory = lambda args, config, **rest: replace(fit(args, config, **rest), kv_memory_fraction=1e-9)
 gpu_run.SHAPES = {"other": gpu_run.SHAPES["tiny"]}
-import llama2.engine.engine as engine
-engine.count_blocks = lambda *args, **rest: 8
+import llama2.engine.loading as loading
+loading.count_blocks = lambda *args, **rest: 8
 gpu_run.main(sys.argv[1:])
 """
     arguments = ("--shape", "other", *SETTINGS[2:], "--profile_context", "50", "--out", str(folder))
