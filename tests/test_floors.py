@@ -31,6 +31,7 @@ FLOORS = {
     "llama2.engine.runner": 2,
     "llama2.engine.graphs": 2,
     "llama2.engine.inputs": 2,
+    "llama2.engine.token_pool": 2,
     "llama2.engine.scheduler": 2,
     "llama2.engine.lockstep": 2,
     "llama2.engine.prompt_scores": 2,

@@ -78,7 +78,7 @@ class BlockManager:
         assert not sequence.block_table
         assert not sequence.num_computed
         prefix = self._find_prefix(sequence) if self._prefix_cache else []
-        num_needed = math.ceil(len(sequence.token_ids) / self.block_size) - len(prefix)
+        num_needed = math.ceil(sequence.num_tokens / self.block_size) - len(prefix)
         if num_needed > len(self._free) - sum(not self._num_holders[block] for block in prefix):
             return False
         for block in prefix:

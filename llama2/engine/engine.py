@@ -199,14 +199,14 @@ class Engine:
         prompts_only: list[Sequence] = []
         row = 0
         for chunk in plan.chunks:
-            first, row = row, row + {"none": 0, "last": 1, "all": len(chunk.token_ids)}[chunk.logits]
+            first, row = row, row + chunk.num_logits
             sequence = self._scheduler.running.get(chunk.key)
             if sequence is None:
                 continue  # its last token was read since it was planned
             if chunk.logits == "all":
                 assert sequence.prompt_scores is not None
                 sequence.prompt_scores.keep(chunk.start, logits_RV[first:row])
-            if chunk.start + len(chunk.token_ids) < len(sequence.token_ids):
+            if chunk.end < sequence.num_tokens:
                 continue
             if not sequence.request.generate:
                 prompts_only.append(sequence)
@@ -221,7 +221,7 @@ class Engine:
         if rows:
             choice = self._sampler.sample(select(logits_RV, row_index(rows, logits_RV)), sequences)
             if self._looks_ahead:
-                self._group.feed(choice.ids_R)
+                self._group.keep([sequence.pool_place for sequence in sequences], choice.ids_R)
             self._unread = sequences, choice
         self._scheduler.advance(plan, sequences)
         outputs = []

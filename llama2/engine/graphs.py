@@ -18,8 +18,9 @@ from typing import Protocol
 import torch
 
 from llama2.config import EngineConfig
-from llama2.engine.inputs import Inputs, LatestIds, Sizes, host_inputs
+from llama2.engine.inputs import Inputs, Sizes, host_inputs
 from llama2.engine.scheduler import Chunk, Plan
+from llama2.engine.token_pool import TokenPool
 from llama2.kv_cache import KVCache
 from llama2.model import Transformer
 from llama2.progress import progress
@@ -57,14 +58,14 @@ class PassGraphs:
         self,
         model: Transformer,
         cache: KVCache,
-        latest: LatestIds,
+        pool: TokenPool,
         device: torch.device,
         config: EngineConfig,
         record: Record,
     ) -> None:
         self._model = model
         self._cache = cache
-        self._latest = latest
+        self._pool = pool
         self._device = device
         self._batch_sizes = batch_sizes(config.max_batch_size)
         self._token_sizes = token_sizes(config.recorded_tokens)
@@ -110,7 +111,7 @@ class PassGraphs:
         """Hand a pass its inputs; returns how many of its logits are asked for."""
         rows, row = [], 0
         for chunk in chunks:
-            row += len(chunk.token_ids)
+            row += chunk.length
             if chunk.logits == "last":
                 rows.append(row - 1)
         inputs = self._inputs[key]
@@ -125,7 +126,7 @@ class PassGraphs:
         batch = inputs.batch((), None if has_prompts else size, self._cache)
 
         def compute() -> None:
-            logits_RV = self._model(self._latest.resolve(inputs.tokens_T), batch, inputs.rows_R)
+            logits_RV = self._model(self._pool.gather(inputs), batch, inputs.rows_R)
             if self._logits_RV is not None:
                 self._logits_RV[: inputs.sizes.rows].copy_(logits_RV)
 
@@ -134,7 +135,7 @@ class PassGraphs:
 
 def _measure(plan: Plan) -> tuple[bool, int]:
     """Does a sequence bring more than one token, and how many do all bring?"""
-    tokens = sum(len(chunk.token_ids) for chunk in plan.chunks)
+    tokens = sum(chunk.length for chunk in plan.chunks)
     return tokens > len(plan.chunks), tokens
 
 

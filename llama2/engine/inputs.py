@@ -1,7 +1,7 @@
 """Owns the layout of one step's inputs: from a plan's ids and block tables to the tensors of a `Batch`, in one copy.
 
 A step's numbers lie side by side in one buffer, which is filled on the host and goes to the device at once; the tensors
-are views of it. Only tokens that the host does not know yet are on the device already. Knows no model.
+are views of it. Knows no model.
 """
 
 from __future__ import annotations
@@ -16,7 +16,6 @@ import torch
 from llama2.batch import Batch, Span
 from llama2.engine.scheduler import Chunk
 from llama2.kv_cache import KVCache
-from llama2.parallel.collectives import Collectives
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -30,15 +29,20 @@ class Sizes:
 
 
 class Inputs:
-    """The tensors of one step, named and typed as in `Batch`, with the ids and the rows in int64 beside them."""
+    """The tensors of one step, named and typed as in `Batch`, with the ids and the rows in int64 beside them.
+
+    sources_T (int64) says where each token's id is: in ids_T, or, from T on, in the token pool (`TokenPool.gather`).
+    """
 
     def __init__(self, sizes: Sizes, device: torch.device, *, pinned: bool = False) -> None:
-        wide = (sizes.tokens, sizes.tokens, sizes.tokens, sizes.rows)
+        wide = (*[sizes.tokens] * 4, sizes.rows)
         narrow = (sizes.sequences + 1, sizes.sequences, sizes.sequences * sizes.blocks)
         self.sizes = sizes
         self._buffer = torch.empty(8 * sum(wide) + 4 * sum(narrow), dtype=torch.uint8, device=device, pin_memory=pinned)
         wide_bytes, narrow_bytes = self._buffer.split((8 * sum(wide), 4 * sum(narrow)))
-        self.tokens_T, self.positions_T, self.slots_T, self.rows_R = wide_bytes.view(torch.int64).split(wide)
+        self.ids_T, self.sources_T, self.positions_T, self.slots_T, self.rows_R = wide_bytes.view(torch.int64).split(
+            wide
+        )
         self.query_starts_S1, self.contexts_S, tables = narrow_bytes.view(torch.int32).split(narrow)
         self.tables_SN = tables.view(sizes.sequences, sizes.blocks)
 
@@ -49,7 +53,7 @@ class Inputs:
         scratch block, sequences without a token, and rows that nobody reads.
         """
         block_size = cache.block_size
-        lengths_S = np.array([len(chunk.token_ids) for chunk in chunks], dtype=np.int64)
+        lengths_S = np.array([chunk.length for chunk in chunks], dtype=np.int64)
         firsts_S = np.array([chunk.start for chunk in chunks], dtype=np.int64)
         ends_S = lengths_S.cumsum()
         sequence_T = np.arange(len(chunks)).repeat(lengths_S)
@@ -60,8 +64,13 @@ class Inputs:
         for table_N, chunk in zip(tables_SN, chunks, strict=False):
             table_N[: len(chunk.block_table)] = chunk.block_table
         blocks_T = tables_SN[sequence_T, positions_T // block_size].astype(np.int64)
-        token_ids = list(chain.from_iterable(chunk.token_ids for chunk in chunks))
-        _write(self.tokens_T, token_ids, 0)
+        ids_T = list(chain.from_iterable((*chunk.token_ids, *[0] * len(chunk.unread)) for chunk in chunks))
+        sources_T = np.arange(self.sizes.tokens)
+        for chunk, end in zip(chunks, ends_S, strict=True):
+            for position, place in enumerate(chunk.unread, start=end - len(chunk.unread)):
+                sources_T[position] = self.sizes.tokens + place
+        _write(self.ids_T, ids_T, 0)
+        self.sources_T.numpy()[:] = sources_T
         _write(self.positions_T, positions_T, 0)
         _write(self.slots_T, blocks_T * block_size + positions_T % block_size, cache.scratch_block * block_size)
         _write(self.rows_R, rows, 0)
@@ -91,28 +100,6 @@ def _write(to: torch.Tensor, values: Items[int] | np.ndarray, filler: int) -> No
     array = to.numpy()
     array[: len(values)] = values
     array[len(values) :] = filler
-
-
-class LatestIds:
-    """The ids of the latest sampling, on the device: what the unread tokens of a plan stand for."""
-
-    def __init__(self, max_batch_size: int, collectives: Collectives, device: torch.device) -> None:
-        self._collectives = collectives
-        self._ids_R = torch.zeros(max_batch_size, dtype=torch.int64, device=device)
-
-    def set(self, ids_R: torch.Tensor) -> None:
-        """Rank 0: ids by row. A negative one, of a sampling that failed, must not reach the embedding."""
-        torch.clamp(ids_R, min=0, out=self._ids_R[: len(ids_R)])
-
-    def share(self) -> None:
-        """Bring rank 0's to every rank, all of which call this: a sum to which the others add nothing."""
-        if self._collectives.rank != 0:
-            self._ids_R.zero_()
-        self._ids_R.copy_(self._collectives.all_reduce(self._ids_R))
-
-    def resolve(self, tokens_T: torch.Tensor) -> torch.Tensor:
-        """`tokens_T` with ids for what is unread."""
-        return torch.where(tokens_T < 0, self._ids_R[(-1 - tokens_T).clamp_(min=0)], tokens_T)
 
 
 def host_inputs(sizes: Sizes, device: torch.device) -> Inputs:

@@ -46,9 +46,9 @@ class Lockstep:
         self._collectives.broadcast_object(_Message(self.steps, method.__name__, args))
         return getattr(self._runner, method.__name__)(*args)
 
-    def feed(self, ids_R: torch.Tensor) -> None:
-        """Rank 0: what the next plan's unread tokens are, by row: ids (R,) int64 on the device."""
-        self._runner.feed(ids_R)
+    def keep(self, places: list[int], ids_R: torch.Tensor) -> None:
+        """Rank 0, alone: see `Runner.keep`."""
+        self._runner.keep(places, ids_R)
 
     def release(self, result: Any = None) -> Any:
         """Rank 0: end `follow` on the other ranks, where it returns `result`."""

@@ -14,8 +14,9 @@ import torch
 from llama2.batch import Batch, Span
 from llama2.config import EngineConfig
 from llama2.engine.graphs import PassGraphs, choose_record
-from llama2.engine.inputs import Inputs, LatestIds, Sizes, host_inputs
+from llama2.engine.inputs import Inputs, Sizes, host_inputs
 from llama2.engine.scheduler import Chunk, Plan
+from llama2.engine.token_pool import TokenPool
 from llama2.kv_cache import KVCache
 from llama2.model import Transformer
 
@@ -28,12 +29,12 @@ class Runner:
         self._model = model
         self._cache = cache
         self._device = device
-        self._latest = LatestIds(config.max_batch_size, model.output.collectives, device)
+        self._pool = TokenPool(config.max_batch_size, model.output.collectives, device)
         self._graphs: PassGraphs | None = None
         with self._on_device():
             record = choose_record(device) if config.cuda_graphs else None
             if record is not None:
-                self._graphs = PassGraphs(model, cache, self._latest, device, config, record)
+                self._graphs = PassGraphs(model, cache, self._pool, device, config, record)
         if device.type == "cuda":
             self.warm_up(config)
 
@@ -65,9 +66,9 @@ class Runner:
             self._graphs = None
 
     @torch.inference_mode()
-    def feed(self, ids_R: torch.Tensor) -> None:
-        """Rank 0: ids (R,) int64, which the next plan may refer to as unread tokens."""
-        self._latest.set(ids_R)
+    def keep(self, places: list[int], ids_R: torch.Tensor) -> None:
+        """Rank 0: put ids (R,), int64, into these places of the token pool, for the next plan's unread tokens."""
+        self._pool.put(places, ids_R)
 
     @torch.inference_mode()
     def run(self, plan: Plan) -> torch.Tensor | None:
@@ -78,14 +79,14 @@ class Runner:
         with self._on_device():
             self._cache.copy(plan.copies)
             if plan.has_unread:
-                self._latest.share()
+                self._pool.share()
             if self._graphs is not None and self._graphs.takes(plan):
                 return self._graphs.run(plan)
             return self._launch(plan)
 
     def _launch(self, plan: Plan) -> torch.Tensor | None:
         inputs, batch = self._inputs(plan)
-        tokens_T = self._latest.resolve(inputs.tokens_T) if plan.has_unread else inputs.tokens_T
+        tokens_T = self._pool.gather(inputs) if plan.has_unread else inputs.ids_T
         return self._model(tokens_T, batch, inputs.rows_R)
 
     def _on_device(self) -> torch.cuda.device | nullcontext[None]:
@@ -94,22 +95,18 @@ class Runner:
 
     def _inputs(self, plan: Plan) -> tuple[Inputs, Batch]:
         # A stable sort: sequences with one token first, else as the plan has them. Logits stay in the plan's order.
-        order = sorted(plan.chunks, key=lambda chunk: len(chunk.token_ids) > 1)
+        order = sorted(plan.chunks, key=lambda chunk: chunk.length > 1)
         spans: list[Span] = []
         row_of: dict[int, int] = {}
         row = 0
         for chunk in order:
-            length = len(chunk.token_ids)
-            spans.append(Span(row=row, length=length, context=chunk.start + length))
+            spans.append(Span(row=row, length=chunk.length, context=chunk.end))
             row_of[chunk.key] = row
-            row += length
+            row += chunk.length
         rows: list[int] = []
         for chunk in plan.chunks:
-            first, length = row_of[chunk.key], len(chunk.token_ids)
-            if chunk.logits == "all":
-                rows += range(first, first + length)
-            elif chunk.logits == "last":
-                rows.append(first + length - 1)
+            end = row_of[chunk.key] + chunk.length
+            rows += range(end - chunk.num_logits, end)
         blocks = max(len(chunk.block_table) for chunk in order)
         sizes = Sizes(tokens=row, sequences=len(order), rows=len(rows), blocks=blocks)
         inputs = host_inputs(sizes, self._device)

@@ -73,9 +73,9 @@ class Choice:
         (token_ids,) = self._download.wait()
         for sequence, token_id in zip(self._sequences, token_ids, strict=True):
             if token_id == _BROKEN:
-                position = len(sequence.token_ids) - sequence.has_unread
                 raise FloatingPointError(
-                    f"the logits of request {sequence.request.request_id!r} at position {position} hold NaN or infinity"
+                    f"the logits of request {sequence.request.request_id!r} at position {len(sequence.token_ids)} hold "
+                    "NaN or infinity"
                 )
         logprobs: dict[int, TokenLogprobs] = {}
         if self._logprobs is not None:

@@ -21,7 +21,7 @@ from typing import Any, Literal, NamedTuple
 
 from llama2.config import EngineConfig
 from llama2.engine.block_manager import BlockManager
-from llama2.engine.sequence import FinishReason, Sequence, Status, unread
+from llama2.engine.sequence import FinishReason, Sequence, Status
 
 logger = logging.getLogger(__name__)
 
@@ -33,7 +33,7 @@ class Chunk(NamedTuple):
 
     `key` is the sequence's arrival. `block_table` reaches exactly to the end of the chunk, in blocks; it is a copy, 32
     bits each, that nobody writes into. `logits` says at which of its tokens they are wanted: at none, at the last, or
-    at all. A token that is `unread` (llama2/engine/sequence.py) is taken from the device.
+    at all. After `token_ids` come those tokens that are `unread`: they are in these places of the device's token pool.
     """
 
     key: int
@@ -41,6 +41,19 @@ class Chunk(NamedTuple):
     token_ids: tuple[int, ...]
     block_table: array[int]
     logits: Logits
+    unread: tuple[int, ...] = ()
+
+    @property
+    def length(self) -> int:
+        return len(self.token_ids) + len(self.unread)
+
+    @property
+    def end(self) -> int:
+        return self.start + self.length
+
+    @property
+    def num_logits(self) -> int:
+        return self.length if self.logits == "all" else int(self.logits == "last")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -52,12 +65,12 @@ class Plan:
 
     @property
     def has_unread(self) -> bool:
-        """Does it need the ids of the latest sampling?"""
-        return any(chunk.token_ids[-1] < 0 for chunk in self.chunks)
+        """Does it need the token pool?"""
+        return any(chunk.unread for chunk in self.chunks)
 
     def __reduce__(self) -> tuple[Any, ...]:
         # One plan is sent in every step. With tables as plain bytes, pickle never leaves its C code.
-        rows = [(*chunk[:3], chunk.block_table.tobytes(), chunk.logits) for chunk in self.chunks]
+        rows = [(*chunk[:3], chunk.block_table.tobytes(), *chunk[4:]) for chunk in self.chunks]
         return _plan_of, (rows, self.copies)
 
 
@@ -80,6 +93,7 @@ class Scheduler:
         # Of each live request those replies that have not ended.
         self._by_request_id: dict[str, list[Sequence]] = {}
         self._last_arrival = -1
+        self._free_places = list(range(config.max_batch_size))  # of the token pool
         # Of all sequences that were started: their tokens by then, and those of them that were in the cache already.
         self.num_prompt_tokens = 0
         self.num_cached_tokens = 0
@@ -134,9 +148,11 @@ class Scheduler:
         siblings.remove(sequence)
         if not siblings:
             del self._by_request_id[sequence.request.request_id]
-        queue = self._running if sequence.status is Status.RUNNING else self._waiting
-        del queue[sequence.arrival]
-        self._blocks.free(sequence)
+        if sequence.status is Status.RUNNING:
+            del self._running[sequence.arrival]
+            self._free(sequence)
+        else:
+            del self._waiting[sequence.arrival]
         sequence.status = Status.FINISHED
         sequence.finish_reason = reason
 
@@ -156,7 +172,7 @@ class Scheduler:
         for sequence in list(self._running.values()):
             if sequence.status is not Status.RUNNING:
                 break  # preempted, as are all that are younger
-            if sequence.has_unread and sequence.is_complete(self._config.max_seq_len):
+            if sequence.num_unread and sequence.is_complete(self._config.max_seq_len):
                 continue  # it ends with the token that is on its way
             length = min(sequence.num_uncomputed, budget)
             if not self._make_room(sequence, length):
@@ -170,7 +186,7 @@ class Scheduler:
                 return None
             oldest = next(iter(self._waiting.values()))
             raise RuntimeError(
-                f"request {oldest.request.request_id!r} of {len(oldest.token_ids)} tokens does not fit into the empty "
+                f"request {oldest.request.request_id!r} of {oldest.num_tokens} tokens does not fit into the empty "
                 f"KV cache of {self._blocks.num_blocks} blocks of {self._blocks.block_size}"
             )
         return Plan(chunks=tuple(chunks), copies=self._blocks.take_copies())
@@ -181,7 +197,7 @@ class Scheduler:
         for fork in forks:
             self._blocks.share(fork.block_table)
             self._by_request_id[fork.request.request_id].append(fork)
-            self._running[fork.arrival] = fork
+            self._start(fork)
         if forks:
             self._running = dict(sorted(self._running.items()))
         return forks
@@ -196,21 +212,26 @@ class Scheduler:
             if sequence is None:
                 continue
             assert sequence.num_computed == chunk.start, f"out of order for key {chunk.key}"
-            sequence.num_computed += len(chunk.token_ids)
+            sequence.num_computed += chunk.length
             self._blocks.name_blocks(sequence, chunk.start)
-        for row, sequence in enumerate(gaining):
+        for sequence in gaining:
             assert sequence.num_uncomputed == 0, f"a token amid the prefill of {sequence.arrival}"
-            sequence.token_ids.append(unread(row))
+            sequence.num_unread += 1
 
     def update(self, sampled: Iterable[tuple[Sequence, int]]) -> list[Sequence]:
         """The tokens are read that sequences gained by `advance`. Returns them, less those that ended since."""
         gained = []
         for sequence, token_id in sampled:
             if sequence.status is not Status.FINISHED:
-                assert sequence.has_unread
-                sequence.token_ids[-1] = token_id
+                sequence.num_unread -= 1
+                sequence.token_ids.append(token_id)
                 gained.append(sequence)
         return gained
+
+    def preempt_all(self) -> None:
+        """Free every block; what runs waits, and starts again with the next plan."""
+        while self._running:
+            self._preempt_youngest()
 
     def check_integrity(self) -> None:
         """Prove that no block leaked; see `BlockManager.check_integrity`."""
@@ -231,13 +252,12 @@ class Scheduler:
             places -= 1 + sequence.num_forks
             if places < 0 or not self._blocks.adopt_prefix(sequence):
                 break
-            self.num_prompt_tokens += len(sequence.token_ids)
+            self.num_prompt_tokens += sequence.num_tokens
             self.num_cached_tokens += sequence.num_computed
             if sequence.num_cached is None:
                 sequence.num_cached = sequence.num_computed
             del self._waiting[sequence.arrival]
-            self._running[sequence.arrival] = sequence
-            sequence.status = Status.RUNNING
+            self._start(sequence)
             length = min(sequence.num_uncomputed, budget)
             self._blocks.grow(sequence, sequence.num_computed + length)
             chunks.append(_chunk(sequence, length))
@@ -250,46 +270,52 @@ class Scheduler:
         Returns False if it was the youngest itself, and now waits.
         """
         while not self._blocks.grow(sequence, sequence.num_computed + length):
-            _, youngest = self._running.popitem()
-            self._preempt(youngest)
-            if youngest is sequence:
+            if self._preempt_youngest() is sequence:
                 return False
         return True
 
-    def preempt_all(self) -> None:
-        """Free every block; what runs waits, and starts again with the next plan."""
-        while self._running:
-            _, youngest = self._running.popitem()
-            self._preempt(youngest)
-
-    def _preempt(self, sequence: Sequence) -> None:
-        """Send a sequence to the front of the queue: it is older than everybody there. Its tokens stay with it."""
-        logger.debug("request %r is preempted at %d tokens", sequence.request.request_id, len(sequence.token_ids))
-        self._blocks.free(sequence)
+    def _preempt_youngest(self) -> Sequence:
+        """Send it to the front of the queue: it is older than everybody there. Its tokens stay with it."""
+        _, sequence = self._running.popitem()
+        logger.debug("request %r is preempted at %d tokens", sequence.request.request_id, sequence.num_tokens)
+        self._free(sequence)
         sequence.num_computed = 0
         sequence.status = Status.WAITING
         self._waiting[sequence.arrival] = sequence
         self._waiting.move_to_end(sequence.arrival, last=False)
+        return sequence
+
+    def _start(self, sequence: Sequence) -> None:
+        self._running[sequence.arrival] = sequence
+        sequence.status = Status.RUNNING
+        sequence.pool_place = self._free_places.pop()
+
+    def _free(self, sequence: Sequence) -> None:
+        """Take back what a sequence holds while it runs."""
+        self._blocks.free(sequence)
+        self._free_places.append(sequence.pool_place)
 
 
 def _chunk(sequence: Sequence, length: int) -> Chunk:
     assert length > 0, f"request {sequence.request.request_id!r} has nothing to compute, but was not finished"
     end = sequence.num_computed + length
+    token_ids = tuple(sequence.token_ids[sequence.num_computed : end])
     logits: Logits = "none"
     if sequence.request.wants_prompt_logits and sequence.num_generated == 0:
         logits = "all"
-    elif end == len(sequence.token_ids):
+    elif end == sequence.num_tokens:
         logits = "last"
     return Chunk(
         key=sequence.arrival,
         start=sequence.num_computed,
-        token_ids=tuple(sequence.token_ids[sequence.num_computed : end]),
+        token_ids=token_ids,
         block_table=sequence.block_table[:],
         logits=logits,
+        unread=tuple(range(sequence.pool_place, sequence.pool_place + length - len(token_ids))),
     )
 
 
-def _plan_of(rows: list[tuple[int, int, tuple[int, ...], bytes, Logits]], copies: tuple[tuple[int, int], ...]) -> Plan:
+def _plan_of(rows: list[tuple[Any, ...]], copies: tuple[tuple[int, int], ...]) -> Plan:
     """The plan that was pickled."""
-    chunks = tuple(Chunk(key, start, ids, array("i", table), logits) for key, start, ids, table, logits in rows)
+    chunks = tuple(Chunk._make((*row[:3], array("i", row[3]), *row[4:])) for row in rows)
     return Plan(chunks=chunks, copies=copies)

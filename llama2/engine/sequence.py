@@ -185,11 +185,6 @@ class Completion:
     logprobs: list[TokenLogprobs] | None = None
 
 
-def unread(row: int) -> int:
-    """Stands for the id that was chosen in row `row` of the latest sampling, and lies unread on the device."""
-    return -1 - row
-
-
 class Status(enum.Enum):
     WAITING = "waiting"
     RUNNING = "running"
@@ -202,7 +197,8 @@ class Sequence:
 
     Invariant: the KV cache holds positions [0, num_computed) of `token_ids`, in the blocks of `block_table`.
     A preempted sequence keeps its tokens, gives its blocks back and starts again at num_computed = 0.
-    The last token may be `unread`: chosen, but not known to the host yet.
+    `num_unread` more tokens follow `token_ids`: they were chosen, but the host has not read them yet. They are in the
+    device's token pool, from `pool_place` on, which a running sequence has for itself; one token fits there.
     `num_forks` more sequences will come of this one, with the arrivals that follow its own. `block_digests` are the
     block manager's names for the full blocks of `token_ids`, as far as it has needed them. `num_cached` of its tokens
     were in the cache when it was started first; None before. `text` and `prompt_scores` are the engine's.
@@ -216,6 +212,8 @@ class Sequence:
     matcher: Matcher | None = None
     text: TextStream | None = None
     prompt_scores: PromptScores | None = None
+    num_unread: int = 0
+    pool_place: int = -1
     num_computed: int = 0
     num_cached: int | None = None
     block_table: array[int] = field(default_factory=lambda: array("i"))
@@ -253,17 +251,18 @@ class Sequence:
 
     @property
     def num_generated(self) -> int:
-        return len(self.token_ids) - self.num_prompt
+        return self.num_tokens - self.num_prompt
 
     @property
-    def has_unread(self) -> bool:
-        return self.token_ids[-1] < 0
+    def num_tokens(self) -> int:
+        """With those that are unread."""
+        return len(self.token_ids) + self.num_unread
 
     def is_complete(self, max_seq_len: int) -> bool:
         """Has it as many tokens as it may have?"""
-        return self.num_generated == self.request.params.max_new_tokens or len(self.token_ids) == max_seq_len
+        return self.num_generated == self.request.params.max_new_tokens or self.num_tokens == max_seq_len
 
     @property
     def num_uncomputed(self) -> int:
         """Tokens whose keys and values are not in the cache yet: 1 while decoding, more while prefilling."""
-        return len(self.token_ids) - self.num_computed
+        return self.num_tokens - self.num_computed

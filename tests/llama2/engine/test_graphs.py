@@ -22,7 +22,9 @@ from llama2.engine import runner as runner_module
 from llama2.engine.graphs import Recording, batch_sizes, token_sizes
 from llama2.engine.inputs import Inputs, Sizes
 from llama2.engine.scheduler import Chunk, Logits, Plan
+from llama2.engine.token_pool import TokenPool
 from llama2.kv_cache import KVCache
+from llama2.parallel.collectives import SingleRank
 from tests.support.ranks import run_ranks
 from tests.support.weights import tiny_args
 
@@ -237,13 +239,17 @@ def test_inputs_lie_where_the_plan_says() -> None:
     sizes = Sizes(tokens=6, sequences=3, rows=2, blocks=3)
     inputs = Inputs(sizes, CPU)
     chunks = [
-        Chunk(0, 4, (10,), array("i", [7, 8]), "last"),
+        Chunk(0, 4, (), array("i", [7, 8]), "last", unread=(1,)),
         Chunk(1, 0, (11, 12), array("i", [5]), "none"),
         Chunk(2, 7, (13, 14, 15), array("i", [1, 2, 3]), "last"),
     ]
     inputs.fill(chunks, [0, 5], small_cache(block_size=4))
     copied = Inputs(sizes, CPU).copy_(inputs)
-    assert copied.tokens_T.tolist() == [10, 11, 12, 13, 14, 15]
+    assert copied.ids_T.tolist() == [0, 11, 12, 13, 14, 15]
+    assert copied.sources_T.tolist() == [6 + 1, 1, 2, 3, 4, 5]
+    pool = TokenPool(2, SingleRank(), CPU)
+    pool.put([1, 0], torch.tensor([10, -1]))
+    assert pool.gather(copied).tolist() == [10, 11, 12, 13, 14, 15]
     assert copied.positions_T.tolist() == [4, 0, 1, 7, 8, 9]
     assert copied.slots_T.tolist() == [32, 20, 21, 11, 12, 13]
     assert copied.rows_R.tolist() == [0, 5]
@@ -252,11 +258,12 @@ def test_inputs_lie_where_the_plan_says() -> None:
     assert copied.tables_SN.tolist() == [[7, 8, 0], [5, 0, 0], [1, 2, 3]]
     roomy = Inputs(Sizes(tokens=8, sequences=5, rows=3, blocks=4), CPU)
     roomy.fill(chunks, [0, 5], small_cache(block_size=4))
-    assert roomy.tokens_T.tolist() == [10, 11, 12, 13, 14, 15, 0, 0]
+    assert roomy.ids_T.tolist() == [0, 11, 12, 13, 14, 15, 0, 0]
+    assert pool.gather(roomy).tolist() == [10, 11, 12, 13, 14, 15, 0, 0], "nobody's have an id that exists"
     assert roomy.slots_T.tolist() == [32, 20, 21, 11, 12, 13, 36, 36], "nobody's write into the scratch block"
     assert roomy.query_starts_S1.tolist() == [0, 1, 3, 6, 6, 6]
     assert roomy.contexts_S.tolist() == [5, 2, 10, 0, 0]
-    dtypes = {name: getattr(copied, name).dtype for name in ("tokens_T", "slots_T", "contexts_S", "tables_SN")}
+    dtypes = {name: getattr(copied, name).dtype for name in ("ids_T", "slots_T", "contexts_S", "tables_SN")}
     assert list(dtypes.values()) == [torch.int64, torch.int64, torch.int32, torch.int32]
 
 

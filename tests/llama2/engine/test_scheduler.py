@@ -3,7 +3,7 @@
 import dataclasses
 import pickle
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from collections.abc import Sequence as Items
 
 import pytest
@@ -38,15 +38,16 @@ class FakeModel:
         self.block_size = block_size
         self.cache: dict[tuple[int, int], int] = {}
 
-    def run(self, plan: Plan, latest: Items[int]) -> dict[int, int]:
-        """The next ids by key; `latest` are those of the sampling before, for which unread tokens stand."""
+    def run(self, plan: Plan, pool: Mapping[int, int]) -> dict[int, int]:
+        """The next ids by key; `pool` has those that are unread, by place."""
         for chunk in plan.chunks:
-            for position, token_id in enumerate(chunk.token_ids, start=chunk.start):
-                self.cache[self._slot(chunk, position)] = token_id if token_id >= 0 else latest[-1 - token_id]
+            token_ids = (*chunk.token_ids, *(pool[place] for place in chunk.unread))
+            for position, token_id in enumerate(token_ids, start=chunk.start):
+                self.cache[self._slot(chunk, position)] = token_id
         return {chunk.key: next_token(self._read(chunk)) for chunk in plan.chunks if chunk.logits == "last"}
 
     def _read(self, chunk: Chunk) -> list[int]:
-        return [self.cache[self._slot(chunk, position)] for position in range(chunk.start + len(chunk.token_ids))]
+        return [self.cache[self._slot(chunk, position)] for position in range(chunk.end)]
 
     def _slot(self, chunk: Chunk, position: int) -> tuple[int, int]:
         return chunk.block_table[position // self.block_size], position % self.block_size
@@ -80,6 +81,7 @@ class Trial:
         self.families = families
         self.looks_ahead = looks_ahead
         self.unread: list[tuple[Sequence, int]] = []
+        self.pool: dict[int, int] = {}
         self.steps = 0
         self.preemptions = 0
 
@@ -101,7 +103,7 @@ class Trial:
         plan = self.scheduler.schedule()
         if plan is None and self.unread:
             assert self.looks_ahead
-            assert all(sequence.has_unread for sequence in self.scheduler.running.values())
+            assert all(sequence.num_unread for sequence in self.scheduler.running.values())
             self.read()
             return self.step()
         if plan is None:
@@ -111,11 +113,12 @@ class Trial:
         preempted = before.keys() - self.scheduler.running.keys()
         self.preemptions += len(preempted)
         self.check(plan, before, preempted)
-        following = self.model.run(plan, [token_id for _, token_id in self.unread])
+        following = self.model.run(plan, self.pool)
         self.read()
         self.unread = [
             (self.sequences[key], token_id) for key, token_id in following.items() if key in self.scheduler.running
         ]
+        self.pool |= {sequence.pool_place: token_id for sequence, token_id in self.unread}
         self.scheduler.advance(plan, [sequence for sequence, _ in self.unread])
         for sequence in list(self.scheduler.running.values()):
             if sequence.request.score and sequence.num_uncomputed == 0:
@@ -144,12 +147,14 @@ class Trial:
         ending = [
             sequence
             for sequence in self.sequences
-            if sequence.has_unread and sequence.is_complete(1024) and sequence.status is Status.RUNNING
+            if sequence.num_unread and sequence.is_complete(1024) and sequence.status is Status.RUNNING
         ]
         running = [key for key, sequence in self.scheduler.running.items() if sequence not in ending]
         assert keys == sorted(keys) == running, "each running sequence that goes on has one chunk, oldest first"
         assert len(keys) <= self.config.max_batch_size
-        assert sum(len(chunk.token_ids) for chunk in plan.chunks) <= self.config.max_step_tokens
+        assert sum(chunk.length for chunk in plan.chunks) <= self.config.max_step_tokens
+        places = [sequence.pool_place for sequence in self.scheduler.running.values()]
+        assert len({*places}) == len(places), "each has a place of its own in the token pool"
         live = [
             sequence.arrival
             for sequence in self.sequences
@@ -163,10 +168,12 @@ class Trial:
                 assert chunk.start == before[chunk.key], "positions follow each other"
             else:
                 assert chunk.start % self.blocks.block_size == 0, "a start is after nothing, or after full blocks"
-            end = chunk.start + len(chunk.token_ids)
-            assert list(chunk.token_ids) == sequence.token_ids[chunk.start : end] != []
-            assert len(chunk.block_table) == -(-end // self.config.block_size), "blocks are taken for the chunk only"
-            reaches_end = end == len(sequence.token_ids)
+            assert chunk.length > 0
+            assert list(chunk.token_ids) == sequence.token_ids[chunk.start : chunk.end]
+            assert chunk.unread == (sequence.pool_place,) * (chunk.end > len(sequence.token_ids))
+            blocks = -(-chunk.end // self.config.block_size)
+            assert len(chunk.block_table) == blocks, "blocks are taken for the chunk only"
+            reaches_end = chunk.end == sequence.num_tokens
             assert chunk.logits == ("all" if sequence.request.score else "last" if reaches_end else "none")
 
     def drain(self) -> None:
@@ -183,7 +190,7 @@ class Trial:
 def shape(plan: Plan | None) -> list[tuple[int, int, int]]:
     """The (key, start, length) of each chunk."""
     assert plan is not None
-    return [(chunk.key, chunk.start, len(chunk.token_ids)) for chunk in plan.chunks]
+    return [(chunk.key, chunk.start, chunk.length) for chunk in plan.chunks]
 
 
 def test_a_request_is_prefilled_then_decoded() -> None:
@@ -298,9 +305,9 @@ def test_update_skips_a_request_that_was_aborted_since_it_was_planned() -> None:
     trial.scheduler.abort("r0")
     trial.scheduler.advance(plan, [stays])
     assert gone.token_ids == list(gone.request.prompt_ids)
-    assert stays.has_unread
+    assert stays.num_unread == 1
     assert trial.scheduler.update([(stays, 8)]) == [stays]
-    assert stays.token_ids[-1] == 8
+    assert (stays.token_ids[-1], stays.num_unread) == (8, 0)
     trial.scheduler.check_integrity()
 
 
@@ -437,10 +444,9 @@ def test_every_request_ends_with_the_tokens_it_would_have_alone(
     )
     for sequence in play(trial, events):
         assert sequence.status is Status.FINISHED
-        if sequence.has_unread:  # it was aborted
-            sequence.token_ids.pop()
         assert sequence.token_ids == expected_tokens(sequence)
         if sequence.finish_reason == "length" and not sequence.request.score:
+            assert sequence.num_unread == 0
             assert sequence.num_generated == sequence.request.params.max_new_tokens
 
 
@@ -482,6 +488,6 @@ def test_a_preempted_request_goes_on_from_the_blocks_that_nobody_took_meanwhile(
     assert (sequence.status, trial.blocks.num_free) == (Status.WAITING, trial.blocks.num_blocks)
     plan = trial.step()
     assert plan is not None
-    assert [(chunk.start, len(chunk.token_ids)) for chunk in plan.chunks] == [(32, 2)]
+    assert [(chunk.start, chunk.length) for chunk in plan.chunks] == [(32, 2)]
     trial.drain()
     assert sequence.token_ids == expected_tokens(sequence)
