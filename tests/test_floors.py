@@ -39,6 +39,7 @@ FLOORS = {
     "llama2.kernels": 1,
     "llama2.parallel.collectives": 1,
     "llama2.parallel.symmetric_memory": 1,
+    "llama2.parallel.shared_memory": 1,
     "llama2.parallel.plan": 1,
     "llama2.parallel.process_group": 1,
     "llama2.text.chat": 1,

@@ -13,7 +13,8 @@ import torch
 import torch.distributed as dist
 
 from llama2.engine.runner import Runner
-from llama2.parallel.collectives import Collectives, LockstepError
+from llama2.parallel.collectives import Collectives
+from llama2.parallel.process_group import LockstepError
 
 P = ParamSpec("P")
 T = TypeVar("T")

@@ -14,6 +14,10 @@ import torch.distributed as dist
 logger = logging.getLogger(__name__)
 
 
+class LockstepError(RuntimeError):
+    """A rank is not where the others are: it made another call, or none."""
+
+
 def choose_device(device: str | torch.device | None = None) -> torch.device:
     """The device of this rank: as asked, else its own GPU where every rank of the host has one, else the CPU.
 

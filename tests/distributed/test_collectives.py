@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from llama2.parallel.collectives import SLOT_BYTES, SharedMemoryCollectives
+from llama2.parallel.shared_memory import SLOT_BYTES, SharedMemory
 from tests.support.ranks import run_ranks
 
 pytestmark = pytest.mark.integration
@@ -14,7 +14,7 @@ pytestmark = pytest.mark.integration
 
 def sums() -> list[bool]:
     """All-reduces of many sizes, around the slot's own, against gloo's in fp64."""
-    group = SharedMemoryCollectives.connect()
+    group = SharedMemory.connect()
     same = []
     slot = SLOT_BYTES // 4
     for count in (1, 7, 576, slot - 1, slot, slot + 1, 2 * slot + 5):
@@ -37,7 +37,7 @@ def test_all_reduce_equals_gloo_and_gives_every_rank_the_same_bits(world_size: i
 
 
 def many_in_a_row() -> float:
-    group = SharedMemoryCollectives.connect()
+    group = SharedMemory.connect()
     total = 0.0
     for step in range(2000):
         total += group.all_reduce(torch.full((3,), float(step * (group.rank + 1))))[0].item()
@@ -50,7 +50,7 @@ def test_a_fast_rank_never_overwrites_what_a_slow_one_still_reads() -> None:
 
 
 def gathers() -> list[bool]:
-    group = SharedMemoryCollectives.connect()
+    group = SharedMemory.connect()
     sizes = (3, 4, 1)
     same = []
     for rows, dtype in ((1, torch.float32), (5, torch.bfloat16), (SLOT_BYTES // 8, torch.float32)):
@@ -67,7 +67,7 @@ def test_gather_puts_uneven_parts_side_by_side_in_fp32_on_rank_0_only() -> None:
 
 
 def messages() -> list[object]:
-    group = SharedMemoryCollectives.connect()
+    group = SharedMemory.connect()
     sent = [{"step": 1}, b"x" * (3 * SLOT_BYTES), None, list(range(1000))]
     return [group.broadcast_object(message if group.rank == 0 else None) for message in sent]
 
@@ -78,7 +78,7 @@ def test_messages_of_any_length_arrive_in_order() -> None:
 
 
 def bring_different_sizes() -> None:
-    group = SharedMemoryCollectives.connect()
+    group = SharedMemory.connect()
     group.all_reduce(torch.zeros(4 + group.rank))
 
 
@@ -88,7 +88,7 @@ def test_a_rank_that_makes_another_call_is_named() -> None:
 
 
 def stay_away() -> None:
-    group = SharedMemoryCollectives.connect()
+    group = SharedMemory.connect()
     group._stall_seconds = 0.5
     if group.rank == 0:
         group.all_reduce(torch.zeros(4))
@@ -102,7 +102,7 @@ def test_a_rank_that_does_not_come_is_named() -> None:
 
 def sums_both_ways() -> list[bool]:
     """The C++ operator and the Python that stands in for it, on the same mapping in turns."""
-    group = SharedMemoryCollectives.connect()
+    group = SharedMemory.connect()
     assert group._has_operators
     same = []
     for dtype in (torch.float32, torch.bfloat16):

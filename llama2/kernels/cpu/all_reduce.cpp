@@ -1,7 +1,6 @@
 // Owns the sum over the ranks of one host, through memory that they share.
 //
-// The protocol is llama2/parallel/collectives.py's: a line per rank with its flag (operations contributed to) and the bytes in its
-// slot of either buffer; then two buffers of one slot per rank. Operation n uses buffer n % 2.
+// The protocol is that of llama2/parallel/shared_memory.py, which describes it.
 #include <ATen/ATen.h>
 #include <sched.h>
 #include <torch/library.h>

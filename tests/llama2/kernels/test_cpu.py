@@ -21,7 +21,7 @@ from llama2.kernels.cpu.kernels import MAX_STREAMED_ROWS, CpuKernels
 from llama2.kernels.plain import PlainKernels
 from llama2.kv_cache import KVCache
 from llama2.model import Linear, Transformer, TransformerBlock, VocabProjection
-from llama2.parallel.collectives import SharedMemoryCollectives
+from llama2.parallel.shared_memory import SharedMemory
 from tests.support.batches import BLOCK_SIZE, CPU, NUM_BLOCKS, ragged_batch, random_cache
 
 DTYPES = [torch.float32, torch.bfloat16]
@@ -232,8 +232,8 @@ def test_a_rank_that_does_not_come_ends_the_layers_on_every_thread(set_threads: 
     model = small_model()
     layers, batch = cast("list[TransformerBlock]", model.layers), ragged_batch([(1, 33)], empty_cache(model.args))
     x, rope = torch.randn(1, model.args.dim).bfloat16(), model.rope[batch.positions_T]
-    mapping = mmap.mmap(-1, SharedMemoryCollectives.mapping_bytes(2))
-    layers[0].attention.wo.collectives = SharedMemoryCollectives(mapping, 0, 2, stall_seconds=0.1)
+    mapping = mmap.mmap(-1, SharedMemory.mapping_bytes(2))
+    layers[0].attention.wo.collectives = SharedMemory(mapping, 0, 2, stall_seconds=0.1)
     set_threads(2)
     with pytest.raises(RuntimeError, match="rank 1 stands at operation 0 and did not reach operation 1"):
         model.kernels.run_layers(layers, x, rope, batch)

@@ -9,8 +9,9 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from llama2.parallel import collectives
-from llama2.parallel.collectives import SPIN_SECONDS, SharedMemoryCollectives, connect
+from llama2.parallel import collectives, shared_memory
+from llama2.parallel.collectives import SPIN_SECONDS, connect
+from llama2.parallel.shared_memory import SharedMemory
 
 
 @pytest.mark.parametrize("spin_seconds", [0.0, 1.0])
@@ -30,9 +31,9 @@ def test_a_waiting_rank_spins_as_long_as_it_shall_and_then_sleeps(
         if pauses == 5:
             group._header[0] = 1  # rank 0's message
 
-    mapping = mmap.mmap(-1, SharedMemoryCollectives.mapping_bytes(2))
-    group = SharedMemoryCollectives(mapping, 1, 2, spin_seconds=spin_seconds)
-    monkeypatch.setattr(collectives, "time", SimpleNamespace(monotonic=lambda: 100 + now, sleep=sleep))
+    mapping = mmap.mmap(-1, SharedMemory.mapping_bytes(2))
+    group = SharedMemory(mapping, 1, 2, spin_seconds=spin_seconds)
+    monkeypatch.setattr(shared_memory, "time", SimpleNamespace(monotonic=lambda: 100 + now, sleep=sleep))
     monkeypatch.setattr(os, "sched_yield", look)
     group._await(0, 1, idle=True)
     assert pauses == 5
@@ -56,6 +57,6 @@ def test_ranks_spin_for_longer_where_gpus_do_the_work(
     monkeypatch.setattr(collectives.dist, "get_rank", lambda: 0)
     monkeypatch.setattr(collectives.dist, "all_gather_object", gather)
     monkeypatch.setattr(collectives.platform, "machine", lambda: "x86_64")
-    monkeypatch.setattr(SharedMemoryCollectives, "connect", share)
+    monkeypatch.setattr(SharedMemory, "connect", share)
     connect(torch.device(device))
     assert asked == [spin_seconds]
