@@ -30,6 +30,7 @@ from llama2.parallel.collectives import connect
 from llama2.parallel.plan import build_mesh
 from llama2.text.tokenizer import Tokenizer
 from llama2.weights.loader import build_model
+from llama2.weights.spec import Spec
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -152,14 +153,14 @@ class RandomModel:
     """A model with random weights, from which engines of several sizes can be made. Made on every rank."""
 
     def __init__(self, args: ModelArgs, config: EngineConfig, *, dtype: torch.dtype, device: torch.device) -> None:
-        self._mesh = build_mesh(args, device.type)
+        spec = Spec(args=args, dtype=dtype)
+        self._mesh = build_mesh(spec, device.type)
         with undivided() as threads:
             self._collectives = connect(device, symm_mem_all_reduce=config.symm_mem_all_reduce)
             self._model = build_model(
-                args,
+                spec,
                 self._mesh,
                 self._collectives,
-                dtype=dtype,
                 device=device,
                 max_seq_len=config.max_seq_len,
                 threads=threads,

@@ -86,7 +86,7 @@ def _load(folder: str, device: torch.device) -> float:
     """Seconds until every rank is ready."""
     start = time.perf_counter()
     checkpoint = DcpFolder(folder)
-    mesh = build_mesh(checkpoint.args, device.type)
+    mesh = build_mesh(checkpoint.spec, device.type)
     with undivided() as threads:
         load_model(
             checkpoint,

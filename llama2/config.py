@@ -11,9 +11,29 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 MODEL_ARGS_FILE = "model_args.json"
+
+
+class Axes(NamedTuple):
+    """The logical axes of a weight's outputs and of its inputs, by name. A vector has no inputs."""
+
+    outputs: tuple[str, ...]
+    inputs: tuple[str, ...] = ()
+
+
+_LAYER = {
+    "attention.wq": Axes(("kv_heads", "group", "head_dim"), ("dim",)),
+    "attention.wk": Axes(("kv_heads", "head_dim"), ("dim",)),
+    "attention.wv": Axes(("kv_heads", "head_dim"), ("dim",)),
+    "attention.wo": Axes(("dim",), ("kv_heads", "group", "head_dim")),
+    "feed_forward.w1": Axes(("hidden",), ("dim",)),
+    "feed_forward.w2": Axes(("dim",), ("hidden",)),
+    "feed_forward.w3": Axes(("hidden",), ("dim",)),
+    "attention_norm": Axes(("dim",)),
+    "ffn_norm": Axes(("dim",)),
+}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -127,30 +147,41 @@ class ModelArgs:
         text = json.dumps(dataclasses.asdict(self), indent=2) + "\n"
         (Path(folder) / MODEL_ARGS_FILE).write_text(text, encoding="utf-8")
 
+    @property
+    def axis_sizes(self) -> dict[str, int]:
+        """The logical axes that weights have."""
+        return {
+            "dim": self.dim,
+            "kv_heads": self.n_kv_heads,
+            "group": self.group_size,
+            "head_dim": self.head_dim,
+            "hidden": self.hidden_dim,
+            "vocab": self.vocab_size,
+        }
+
+    def weight_axes(self) -> dict[str, Axes]:
+        """Every weight's logical axes, by Meta's name for it, such as `layers.0.attention.wq`.
+
+        Attention weights keep the axes that count heads, so that a cut can only fall between heads: query head h is
+        head h % group of KV head h // group.
+        """
+        layers = {f"layers.{index}.{name}": axes for index in range(self.n_layers) for name, axes in _LAYER.items()}
+        vocab, norm = Axes(("vocab",), ("dim",)), Axes(("dim",))
+        return {"tok_embeddings": vocab} | layers | {"norm": norm, "output": vocab}
+
     def parameter_shapes(self) -> dict[str, tuple[int, ...]]:
-        """Every parameter's name (Meta's, verbatim) and its shape at rest.
+        """Every parameter's name (Meta's, verbatim) and its shape at rest, as plain values.
 
         At rest, in a converted checkpoint and as a DTensor, attention weights keep the axes that count heads:
         wq (n_kv_heads, group_size, head_dim, dim), wk and wv (n_kv_heads, head_dim, dim),
-        wo (dim, n_kv_heads, group_size, head_dim). So a shard can only ever end at a head's border. Each is a plain
-        view of Meta's two-dimensional weight. All others have Meta's shapes.
+        wo (dim, n_kv_heads, group_size, head_dim). Each is a plain view of Meta's two-dimensional weight. All others
+        have Meta's shapes.
         """
-        kv, group, head, dim, hidden = self.n_kv_heads, self.group_size, self.head_dim, self.dim, self.hidden_dim
-        layer = {
-            "attention.wq.weight": (kv, group, head, dim),
-            "attention.wk.weight": (kv, head, dim),
-            "attention.wv.weight": (kv, head, dim),
-            "attention.wo.weight": (dim, kv, group, head),
-            "feed_forward.w1.weight": (hidden, dim),
-            "feed_forward.w2.weight": (dim, hidden),
-            "feed_forward.w3.weight": (hidden, dim),
-            "attention_norm.weight": (dim,),
-            "ffn_norm.weight": (dim,),
+        sizes = self.axis_sizes
+        return {
+            f"{name}.weight": tuple(sizes[axis] for axis in (*axes.outputs, *axes.inputs))
+            for name, axes in self.weight_axes().items()
         }
-        shapes: dict[str, tuple[int, ...]] = {"tok_embeddings.weight": (self.vocab_size, dim)}
-        for index in range(self.n_layers):
-            shapes |= {f"layers.{index}.{name}": shape for name, shape in layer.items()}
-        return shapes | {"norm.weight": (dim,), "output.weight": (self.vocab_size, dim)}
 
 
 def _ffn_width(dim: int, multiple_of: int, ffn_dim_multiplier: float | None) -> int:

@@ -1,8 +1,9 @@
 """Owns the Llama architecture: what is computed from ids to logits.
 
-Knows no torch.distributed: a rank that holds a share of the weights gives the model a `Collectives`. Nor does it know
-how a step of the arithmetic is done on which device: that is its `Kernels`. Weights that are applied to the same input
-are one, Meta's `wq`, `wk`, `wv` as `wqkv` and `w1`, `w3` as `w13`; else names are Meta's.
+Knows no torch.distributed: a rank that holds a share of the weights has a `Collectives` that sums over all. Nor does it
+know how a step of the arithmetic is done on which device, or what a weight looks like there: that is its `Kernels`.
+Weights that are applied to the same input are one, Meta's `wq`, `wk`, `wv` as `wqkv` and `w1`, `w3` as `w13`; else
+names are Meta's.
 
 Shape suffixes: T tokens of a step, R rows whose logits are asked for, C = dim, H query heads, K key heads,
 D = head_dim, F = hidden_dim, V vocabulary.
@@ -10,168 +11,105 @@ D = head_dim, F = hidden_dim, V vocabulary.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from typing import Any, cast
+from collections.abc import Mapping
+from typing import Any
 
 import torch
-import torch.nn.functional as functional
-from torch import nn
 
 from llama2.batch import Batch
 from llama2.config import ModelArgs
 from llama2.kernels import Kernels
-from llama2.parallel.collectives import Collectives, SingleRank
+from llama2.parallel.collectives import Collectives
+from llama2.weights.formats import Weight
 
 
-class Module(nn.Module):
-    """A module whose call is its `forward` and no more: hooks cost a tenth of a small model's step on a CPU."""
+class Transformer:
+    """The whole model, or a rank's share of it, ready to run positions below `max_seq_len`."""
 
-    def __call__(self, *args: Any) -> Any:
-        return self.forward(*args)
+    def __init__(
+        self,
+        args: ModelArgs,
+        kernels: Kernels,
+        collectives: Collectives,
+        weights: Mapping[str, Weight],
+        products: Mapping[str, Any],
+        *,
+        vocab_sizes: tuple[int, ...],
+        max_seq_len: int,
+    ) -> None:
+        """`weights` has the embedding and the norms, `products` what `Kernels.prepare` made of all others.
 
-
-class Transformer(Module):
-    """The whole model. `finish` must be called once its weights are in place."""
-
-    rope: torch.Tensor
-
-    def __init__(self, args: ModelArgs, kernels: Kernels) -> None:
-        super().__init__()
+        Rank r has `vocab_sizes[r]` rows of the embedding and of the head.
+        """
         self.args = args
         self.kernels = kernels
-        self.tok_embeddings = VocabEmbedding(args.vocab_size, args.dim)
-        self.layers = nn.ModuleList(TransformerBlock(args, index, kernels) for index in range(args.n_layers))
-        self.norm = AddNorm(args, kernels)
-        self.output = VocabProjection(args.dim, args.vocab_size, kernels)
+        self.collectives = collectives
+        self._embedding = weights["tok_embeddings"]
+        self._norm = weights["norm"].dequantize()
+        self._output = products["output"]
+        self._vocab_sizes = vocab_sizes
+        self.dtype, self.device = self._norm.dtype, self._norm.device
+        self._rope = rotary_table(args, max_seq_len, self.device)
+        self.layers = [Layer(args, index, kernels, collectives, weights, products) for index in range(args.n_layers)]
+        self._run_layers = kernels.chain(self.layers)
 
-    def finish(self, max_seq_len: int) -> None:
-        """Make ready to run positions below `max_seq_len`.
-
-        The rotary table is `(max_seq_len, D / 2, 2)` of cos and sin in fp32 (RoFormer, arXiv:2104.09864).
-        """
-        device, half = self.norm.weight.device, self.args.head_dim // 2
-        inverse = self.args.rope_theta ** -(torch.arange(half, dtype=torch.float32, device=device) / half)
-        angles = torch.outer(torch.arange(max_seq_len, dtype=torch.float32, device=device), inverse)
-        self.register_buffer("rope", torch.stack((angles.cos(), angles.sin()), dim=-1), persistent=False)
-        # nn.Module looks these up in Python at every access. As plain attributes they are found at once.
-        for module in self.modules():
-            module.__dict__ |= module._parameters | module._modules
-
-    def forward(self, tokens_T: torch.Tensor, batch: Batch, rows_R: torch.Tensor) -> torch.Tensor | None:
+    def __call__(self, tokens_T: torch.Tensor, batch: Batch, rows_R: torch.Tensor) -> torch.Tensor | None:
         """Run one step: store the new keys and values, and return fp32 logits (R, V) of `rows_R` on rank 0."""
-        x_TC: torch.Tensor = self.tok_embeddings(tokens_T)
-        rope_TD2 = self.rope[batch.positions_T]
-        layers = cast("Iterable[TransformerBlock]", self.layers)
-        x_TC, branch_TC = self.kernels.run_layers(layers, x_TC, rope_TD2, batch)
-        _, x_RC = self.norm(x_TC[rows_R], branch_TC[rows_R])
-        return self.output(x_RC)
+        rope_TD2 = self._rope[batch.positions_T]
+        x_TC, branch_TC = self._run_layers(self._embed(tokens_T), rope_TD2, batch)
+        _, x_RC = self.kernels.add_rms_norm(x_TC[rows_R], branch_TC[rows_R], self._norm, self.args.norm_eps)
+        return self.collectives.gather(self.kernels.linear(x_RC, self._output), self._vocab_sizes)
 
-
-class TransformerBlock(Module):
-    """One layer. What a branch adds to the residual stream travels beside it until the next norm, which adds it."""
-
-    def __init__(self, args: ModelArgs, index: int, kernels: Kernels) -> None:
-        super().__init__()
-        self.attention = Attention(args, index, kernels)
-        self.feed_forward = FeedForward(args, kernels)
-        self.attention_norm = AddNorm(args, kernels)
-        self.ffn_norm = AddNorm(args, kernels)
-
-    def forward(
-        self, x_TC: torch.Tensor, branch_TC: torch.Tensor | None, rope_TD2: torch.Tensor, batch: Batch
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        x_TC, normed_TC = self.attention_norm(x_TC, branch_TC)
-        x_TC, normed_TC = self.ffn_norm(x_TC, self.attention(normed_TC, rope_TD2, batch))
-        return x_TC, self.feed_forward(normed_TC)
-
-
-class Attention(Module):
-    def __init__(self, args: ModelArgs, index: int, kernels: Kernels) -> None:
-        super().__init__()
-        self.index = index
-        self.kernels = kernels
-        self.wqkv = Linear(args.dim, (args.n_heads + 2 * args.n_kv_heads) * args.head_dim, kernels)
-        self.wo = RowLinear(args.n_heads * args.head_dim, args.dim, kernels)
-
-    def forward(self, x_TC: torch.Tensor, rope_TD2: torch.Tensor, batch: Batch) -> torch.Tensor:
-        q_THD = self.kernels.rotate_and_store(self.wqkv(x_TC), rope_TD2, batch, self.index)
-        return self.wo(self.kernels.attend(q_THD, batch, self.index).flatten(1))
-
-
-class FeedForward(Module):
-    def __init__(self, args: ModelArgs, kernels: Kernels) -> None:
-        super().__init__()
-        self.kernels = kernels
-        self.w13 = Linear(args.dim, 2 * args.hidden_dim, kernels)
-        self.w2 = RowLinear(args.hidden_dim, args.dim, kernels)
-
-    def forward(self, x_TC: torch.Tensor) -> torch.Tensor:
-        return self.w2(self.kernels.gated_linear(x_TC, self.w13.weight))
-
-
-class AddNorm(Module):
-    """Adds a branch to the residual stream, and normalizes the sum: returns both (RMSNorm, arXiv:1910.07467)."""
-
-    def __init__(self, args: ModelArgs, kernels: Kernels) -> None:
-        super().__init__()
-        self.weight = nn.Parameter(torch.empty(args.dim))
-        self.eps = args.norm_eps
-        self.kernels = kernels
-
-    def forward(self, x_TC: torch.Tensor, branch_TC: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
-        return self.kernels.add_rms_norm(x_TC, branch_TC, self.weight, self.eps)
-
-
-class Linear(Module):
-    """A linear layer that may hold a share of its output features."""
-
-    def __init__(self, in_features: int, out_features: int, kernels: Kernels) -> None:
-        super().__init__()
-        self.weight = nn.Parameter(torch.empty(out_features, in_features))
-        self.kernels = kernels
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.kernels.linear(x, self.weight)
-
-
-class RowLinear(Linear):
-    """A linear layer that may hold a share of its input features: the ranks' partial results are summed."""
-
-    collectives: Collectives = SingleRank()
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.collectives.all_reduce(super().forward(x))
-
-
-class VocabEmbedding(Module):
-    """An embedding that may hold the rows [first, first + len(weight)): ids outside give zero, and the ranks sum."""
-
-    collectives: Collectives = SingleRank()
-
-    def __init__(self, vocab_size: int, dim: int) -> None:
-        super().__init__()
-        self.weight = nn.Parameter(torch.empty(vocab_size, dim))
-        self.first = 0
-
-    def forward(self, tokens_T: torch.Tensor) -> torch.Tensor:
-        if self.collectives.world_size == 1:
-            return functional.embedding(tokens_T, self.weight)
-        local_T = tokens_T - self.first
-        elsewhere_T = (local_T < 0) | (local_T >= self.weight.shape[0])
-        x_TC = functional.embedding(local_T.masked_fill(elsewhere_T, 0), self.weight)
+    def _embed(self, tokens_T: torch.Tensor) -> torch.Tensor:
+        """Ids of other ranks' rows give zero, and the ranks sum."""
+        rank, size = self.collectives.rank, self._vocab_sizes[self.collectives.rank]
+        if size == self.args.vocab_size:
+            return self._embedding.rows(tokens_T).to(self.dtype)
+        local_T = tokens_T - sum(self._vocab_sizes[:rank])
+        elsewhere_T = (local_T < 0) | (local_T >= size)
+        x_TC = self._embedding.rows(local_T.masked_fill(elsewhere_T, 0)).to(self.dtype)
         return self.collectives.all_reduce(x_TC.masked_fill(elsewhere_T[:, None], 0.0))
 
 
-class VocabProjection(Module):
-    """The output head, which may hold a share of the vocabulary: rank 0 gets all logits, in fp32."""
+class Layer:
+    """One layer. What a branch adds to the residual stream travels beside it until the next norm, which adds it."""
 
-    collectives: Collectives = SingleRank()
-
-    def __init__(self, dim: int, vocab_size: int, kernels: Kernels) -> None:
-        super().__init__()
-        self.weight = nn.Parameter(torch.empty(vocab_size, dim))
+    def __init__(
+        self,
+        args: ModelArgs,
+        index: int,
+        kernels: Kernels,
+        collectives: Collectives,
+        weights: Mapping[str, Weight],
+        products: Mapping[str, Any],
+    ) -> None:
+        name = f"layers.{index}"
+        self.index = index
+        self.eps = args.norm_eps
         self.kernels = kernels
-        self.sizes: tuple[int, ...] = (vocab_size,)
+        self.collectives = collectives
+        self.attention_norm = weights[f"{name}.attention_norm"].dequantize()
+        self.wqkv = products[f"{name}.attention.wqkv"]
+        self.wo = products[f"{name}.attention.wo"]
+        self.ffn_norm = weights[f"{name}.ffn_norm"].dequantize()
+        self.w13 = products[f"{name}.feed_forward.w13"]
+        self.w2 = products[f"{name}.feed_forward.w2"]
 
-    def forward(self, x_RC: torch.Tensor) -> torch.Tensor | None:
-        return self.collectives.gather(self.kernels.linear(x_RC, self.weight), self.sizes)
+    def __call__(
+        self, x_TC: torch.Tensor, branch_TC: torch.Tensor | None, rope_TD2: torch.Tensor, batch: Batch
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        kernels, all_reduce = self.kernels, self.collectives.all_reduce
+        x_TC, normed_TC = kernels.add_rms_norm(x_TC, branch_TC, self.attention_norm, self.eps)
+        q_THD = kernels.rotate_and_store(kernels.linear(normed_TC, self.wqkv), rope_TD2, batch, self.index)
+        attended_THD = kernels.attend(q_THD, batch, self.index)
+        branch_TC = all_reduce(kernels.linear(attended_THD.flatten(1), self.wo))
+        x_TC, normed_TC = kernels.add_rms_norm(x_TC, branch_TC, self.ffn_norm, self.eps)
+        return x_TC, all_reduce(kernels.linear(kernels.gated_linear(normed_TC, self.w13), self.w2))
+
+
+def rotary_table(args: ModelArgs, max_seq_len: int, device: torch.device) -> torch.Tensor:
+    """Cos and sin of each position's angles, `(max_seq_len, D / 2, 2)` in fp32 (RoFormer, arXiv:2104.09864)."""
+    half = args.head_dim // 2
+    inverse = args.rope_theta ** -(torch.arange(half, dtype=torch.float32, device=device) / half)
+    angles = torch.outer(torch.arange(max_seq_len, dtype=torch.float32, device=device), inverse)
+    return torch.stack((angles.cos(), angles.sin()), dim=-1)

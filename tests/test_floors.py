@@ -46,6 +46,8 @@ FLOORS = {
     "llama2.text.tools": 1,
     "llama2.text.grammar": 1,
     "llama2.weights": 1,
+    "llama2.weights.formats": 0,
+    "llama2.weights.spec": 0,
     "llama2.engine.logprobs": 1,
     "llama2.engine.sampler": 1,
     "llama2.engine.nucleus": 1,

@@ -70,7 +70,7 @@ class PassGraphs:
         self._batch_sizes = batch_sizes(config.max_batch_size)
         self._token_sizes = token_sizes(config.recorded_tokens)
         self._logits_RV: torch.Tensor | None = None
-        leads = model.output.collectives.rank == 0
+        leads = model.collectives.rank == 0
         if leads:
             shape = (config.max_batch_size, model.args.vocab_size)
             self._logits_RV = torch.empty(shape, dtype=torch.float32, device=device)
@@ -128,6 +128,7 @@ class PassGraphs:
         def compute() -> None:
             logits_RV = self._model(self._pool.gather(inputs), batch, inputs.rows_R)
             if self._logits_RV is not None:
+                assert logits_RV is not None
                 self._logits_RV[: inputs.sizes.rows].copy_(logits_RV)
 
         return compute

@@ -17,7 +17,7 @@ from llama2.kv_cache import KVCache, count_blocks
 from llama2.machine.threads import undivided
 from llama2.model import Transformer
 from llama2.parallel.collectives import Collectives, connect
-from llama2.parallel.plan import build_mesh, local_kv_heads
+from llama2.parallel.plan import build_mesh, local_size
 from llama2.parallel.process_group import choose_device, init_process_group
 from llama2.text.tokenizer import Tokenizer, load_tokenizer
 from llama2.weights.loader import load_model
@@ -54,7 +54,7 @@ def load_engine(
     device = choose_device(device)
     dtype = dtype or (torch.bfloat16 if device.type == "cuda" else checkpoint.dtype)
     init_process_group(device)
-    mesh = build_mesh(args, device.type)
+    mesh = build_mesh(checkpoint.spec, device.type)
     with undivided() as threads:
         collectives = connect(device, symm_mem_all_reduce=config.symm_mem_all_reduce)
         model = load_model(
@@ -78,8 +78,8 @@ def build_engine(
         ValueError: the memory of some rank does not hold one sequence of that length, or the KV cache asked for.
         LockstepError: the ranks were given different settings.
     """
-    args, dtype, device = model.args, model.norm.weight.dtype, model.norm.weight.device
-    n_kv_heads = local_kv_heads(args, mesh)
+    args, dtype, device = model.args, model.dtype, model.device
+    n_kv_heads = local_size("kv_heads", args.n_kv_heads, mesh)
     num_blocks = agree(
         (args, config, dtype, tokenizer.vocab_size),
         lambda: count_blocks(

@@ -29,7 +29,7 @@ class Runner:
         self._model = model
         self._cache = cache
         self._device = device
-        self._pool = TokenPool(config.max_batch_size, model.output.collectives, device)
+        self._pool = TokenPool(config.max_batch_size, model.collectives, device)
         self._graphs: PassGraphs | None = None
         with self._on_device():
             record = choose_record(device) if config.cuda_graphs else None

@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from typing import TYPE_CHECKING, Protocol
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 
 from llama2.batch import Batch
+from llama2.weights.formats import Weight
 
 if TYPE_CHECKING:
-    from llama2.model import TransformerBlock
+    from llama2.model import Layer
+
+# All layers in turn: from x (T, C), the rotary table's rows (T, D / 2, 2) and the batch to the x and the branch of the
+# last layer. May overwrite x.
+Layers = Callable[[torch.Tensor, torch.Tensor, Batch], tuple[torch.Tensor, torch.Tensor]]
 
 
 class Kernels(Protocol):
@@ -19,26 +24,24 @@ class Kernels(Protocol):
     `llama2.kernels.plain` is the reference: every other implementation equals it up to the rounding of the dtype.
     """
 
-    def prepare(self, weights: Iterable[torch.Tensor], *, threads: int) -> None:
-        """Lay out the weights (F, C) of linear layers as `linear` and `gated_linear` read them, in the same memory.
+    def prepare(self, weights: Mapping[str, Weight], *, threads: int) -> dict[str, Any]:
+        """Weights (F, C) of linear layers as `linear` and `gated_linear` of the same kernels take them, by name.
 
-        To be called once, by `threads` threads in all, when the weights have their values and before any product.
-        From then on nothing else may look into them.
+        To be called once, by `threads` threads in all, when the weights have their values. May lay them out anew in the
+        same memory: from then on nothing else may look into them.
         """
 
-    def run_layers(
-        self, layers: Iterable[TransformerBlock], x_TC: torch.Tensor, rope_TD2: torch.Tensor, batch: Batch
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Each layer's `x, branch = layer(x, branch, rope, batch)`, from no branch to the last one's.
+    def chain(self, layers: Sequence[Layer]) -> Layers:
+        """All layers as one function: `x, branch = layer(x, branch, rope, batch)` for each, from no branch on.
 
-        As the model writes a layer, by the functions below, or all of them as one operator. May overwrite x.
+        As the model writes a layer, by the functions below, or all of them as one operator.
         """
 
-    def linear(self, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-        """x (T, C) times weight (F, C), transposed: (T, F)."""
+    def linear(self, x: torch.Tensor, weight: Any) -> torch.Tensor:
+        """x (T, C) times a prepared weight (F, C), transposed: (T, F)."""
 
-    def gated_linear(self, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-        """x (T, C) times weight (2 F, C), transposed: silu of the first half, times the second: (T, F)."""
+    def gated_linear(self, x: torch.Tensor, weight: Any) -> torch.Tensor:
+        """x (T, C) times a prepared weight (2 F, C), transposed: silu of the first half, times the second: (T, F)."""
 
     def add_rms_norm(
         self, x_TC: torch.Tensor, branch_TC: torch.Tensor | None, weight_C: torch.Tensor, eps: float
@@ -65,12 +68,12 @@ def is_hopper(device: torch.device) -> bool:
 
 def choose_kernels(device: torch.device, dtype: torch.dtype) -> Kernels:
     """The fastest arithmetic for models of `dtype` on `device`; the first call on a machine may compile it."""
-    if device.type == "cpu":
+    if device.type == "cpu" and dtype in (torch.bfloat16, torch.float32):
         from llama2.kernels.cpu.kernels import CpuKernels
         from llama2.kernels.cpu.library import load_library
 
         if load_library():
-            return CpuKernels(dtype)
+            return CpuKernels()
     if device.type == "cuda":
         from llama2.kernels.cuda.kernels import CudaKernels
 

@@ -2,37 +2,44 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from typing import TYPE_CHECKING
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as functional
 
 from llama2.batch import Batch
+from llama2.weights.formats import Weight
+from llama2.weights.formats.plain import Plain
 
 if TYPE_CHECKING:
-    from llama2.model import TransformerBlock
+    from llama2.kernels import Layers
+    from llama2.model import Layer
 
 
 class PlainKernels:
-    """See `llama2.kernels.Kernels`."""
+    """See `llama2.kernels.Kernels`. Takes weights of every format: dequantizes for each product what is not plain."""
 
-    def prepare(self, weights: Iterable[torch.Tensor], *, threads: int) -> None:
-        """Weights are read as they are."""
+    def prepare(self, weights: Mapping[str, Weight], *, threads: int) -> dict[str, Any]:
+        return {
+            name: weight.dequantize() if isinstance(weight.format, Plain) else weight
+            for name, weight in weights.items()
+        }
 
-    def run_layers(
-        self, layers: Iterable[TransformerBlock], x_TC: torch.Tensor, rope_TD2: torch.Tensor, batch: Batch
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        branch_TC: torch.Tensor | None = None
-        for layer in layers:
-            x_TC, branch_TC = layer(x_TC, branch_TC, rope_TD2, batch)
-        assert branch_TC is not None
-        return x_TC, branch_TC
+    def chain(self, layers: Sequence[Layer]) -> Layers:
+        def run(x_TC: torch.Tensor, rope_TD2: torch.Tensor, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
+            branch_TC: torch.Tensor | None = None
+            for layer in layers:
+                x_TC, branch_TC = layer(x_TC, branch_TC, rope_TD2, batch)
+            assert branch_TC is not None
+            return x_TC, branch_TC
 
-    def linear(self, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-        return functional.linear(x, weight)
+        return run
 
-    def gated_linear(self, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    def linear(self, x: torch.Tensor, weight: Any) -> torch.Tensor:
+        return functional.linear(x, weight.dequantize().to(x.dtype) if isinstance(weight, Weight) else weight)
+
+    def gated_linear(self, x: torch.Tensor, weight: Any) -> torch.Tensor:
         return self.silu_mul(self.linear(x, weight))
 
     def add_rms_norm(

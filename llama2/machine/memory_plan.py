@@ -11,7 +11,7 @@ from collections.abc import Mapping
 import torch
 
 from llama2.config import EngineConfig, ModelArgs
-from llama2.parallel.splits import chunk, mesh_shape, split
+from llama2.parallel.splits import mesh_shape, split
 
 MIB = 1 << 20
 # A recording's own memory beside that of its tensors.
@@ -71,8 +71,8 @@ def describe(reserved: Mapping[str, int]) -> str:
 def _local_heads(args: ModelArgs, degree: int) -> tuple[int, int]:
     """Query heads and KV heads."""
     kv, rep = mesh_shape(args, degree)
-    kv_heads = chunk(args.n_kv_heads, kv)[0]
-    return kv_heads * chunk(args.group_size, rep)[0], kv_heads
+    kv_heads = split(args.n_kv_heads, kv)[0]
+    return kv_heads * split(args.group_size, rep)[0], kv_heads
 
 
 def _activation_bytes(args: ModelArgs, tokens: int, *, dtype: torch.dtype, degree: int) -> int:

@@ -1,4 +1,4 @@
-"""Owns the arithmetic of tensor parallelism: how an axis is cut over the ranks, and which degrees a model can take.
+"""Owns the arithmetic of tensor parallelism: THE plan, how it cuts an axis, and which degrees a model can take.
 
 Knows no torch, so that a wrong degree can be refused before anything is started.
 """
@@ -6,35 +6,60 @@ Knows no torch, so that a wrong degree can be refused before anything is started
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
+from types import MappingProxyType
 
 from llama2.config import ModelArgs
 
+# The ranks form a mesh of two axes, (kv, rep). Here is which of them cut a logical axis of the weights
+# (ModelArgs.weight_axes), the first one first. All other axes are whole on every rank.
+PLAN: Mapping[str, tuple[str, ...]] = MappingProxyType(
+    {
+        "kv_heads": ("kv",),
+        "group": ("rep",),
+        "hidden": ("kv", "rep"),
+        "vocab": ("kv", "rep"),
+    }
+)
 
-def mesh_shape(args: ModelArgs, degree: int) -> tuple[int, int]:
+
+def mesh_shape(args: ModelArgs, degree: int, units: Mapping[str, int] = MappingProxyType({})) -> tuple[int, int]:
     """The (kv, rep) mesh of `degree` ranks: KV heads are split over `kv`, and each is held by `rep` ranks.
+
+    `units` are those of the axes that a format of the weights does not let be cut anywhere (`Spec.units`).
 
     Raises:
         ValueError: the model cannot be split over that many ranks; the message lists the degrees that it can take.
     """
-    if not _fits(args, degree):
+    if not _fits(args, degree, units):
+        whole = "".join(f", its {axis} in groups of {unit}," for axis, unit in units.items())
         raise ValueError(
-            f"a model with {args.n_heads} heads and {args.n_kv_heads} KV heads cannot run at tensor-parallel degree "
-            f"{degree}; it can at {', '.join(map(str, degrees(args)))}"
+            f"a model with {args.n_heads} heads and {args.n_kv_heads} KV heads{whole} cannot run at tensor-parallel "
+            f"degree {degree}; it can at {', '.join(map(str, degrees(args, units)))}"
         )
     return _mesh_shape(args, degree)
 
 
-def degrees(args: ModelArgs) -> list[int]:
+def degrees(args: ModelArgs, units: Mapping[str, int] = MappingProxyType({})) -> list[int]:
     """Every TP degree that leaves each rank at least one head and a share of everything else, ascending."""
-    return [degree for degree in range(1, args.n_heads + 1) if _fits(args, degree)]
+    return [degree for degree in range(1, args.n_heads + 1) if _fits(args, degree, units)]
 
 
-def split(size: int, kv: int, rep: int) -> list[int]:
-    """The sizes, in rank order, into which DTensor's (Shard, Shard) over a (kv, rep) mesh cuts an axis.
+def split(size: int, *parts: int) -> list[int]:
+    """The sizes, in rank order, into which DTensor's Shard over one or several mesh axes of `parts` ranks cuts an axis.
 
-    As `torch.chunk` cuts it: every part but the last ones has the same size, rounded up.
+    As `torch.chunk` cuts it, once for each mesh axis: every part but the last ones has the same size, rounded up. The
+    last ones may be 0.
     """
-    return [part for outer in chunk(size, kv) for part in chunk(outer, rep)]
+    sizes = [size]
+    for count in parts:
+        sizes = [
+            max(0, min(width, outer - index * width))
+            for outer in sizes
+            for width in [math.ceil(outer / count)]
+            for index in range(count)
+        ]
+    return sizes
 
 
 def _mesh_shape(args: ModelArgs, degree: int) -> tuple[int, int]:
@@ -42,20 +67,10 @@ def _mesh_shape(args: ModelArgs, degree: int) -> tuple[int, int]:
     return kv, degree // kv
 
 
-def _fits(args: ModelArgs, degree: int) -> bool:
+def _fits(args: ModelArgs, degree: int, units: Mapping[str, int]) -> bool:
     if degree < 1 or degree > args.n_heads or (degree > args.n_kv_heads and degree % args.n_kv_heads):
         return False
-    kv, rep = _mesh_shape(args, degree)
-    parts = (
-        *chunk(args.n_kv_heads, kv),
-        *chunk(args.group_size, rep),
-        *split(args.hidden_dim, kv, rep),
-        *split(args.vocab_size, kv, rep),
+    mesh, sizes = dict(zip(("kv", "rep"), _mesh_shape(args, degree), strict=True)), args.axis_sizes
+    return all(
+        0 not in split(sizes[axis] // units.get(axis, 1), *(mesh[cut] for cut in cuts)) for axis, cuts in PLAN.items()
     )
-    return 0 not in parts
-
-
-def chunk(size: int, parts: int) -> list[int]:
-    """The sizes into which `torch.chunk`, and so DTensor's Shard, cuts an axis; the last ones may be 0."""
-    width = math.ceil(size / parts)
-    return [max(0, min(width, size - index * width)) for index in range(parts)]

@@ -9,6 +9,7 @@ import logging
 import time
 import warnings
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 
 import torch
 import torch.distributed.checkpoint as dcp
@@ -16,14 +17,15 @@ from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
 
-from llama2.config import ModelArgs
-from llama2.kernels import choose_kernels
-from llama2.model import Linear, Transformer, VocabProjection
+from llama2.kernels import Kernels, choose_kernels
+from llama2.model import Transformer
 from llama2.parallel.collectives import Collectives
-from llama2.parallel.plan import allocate, connect
+from llama2.parallel.plan import allocate
+from llama2.parallel.splits import split
 from llama2.progress import progress
 from llama2.weights.readers.dcp import DcpFolder
 from llama2.weights.readers.mapped import MappedReader
+from llama2.weights.spec import Spec
 
 logger = logging.getLogger(__name__)
 
@@ -32,29 +34,35 @@ GPU_STREAMS = 4
 
 
 def build_model(
-    args: ModelArgs,
+    spec: Spec,
     mesh: DeviceMesh,
     collectives: Collectives,
     *,
-    dtype: torch.dtype,
     device: torch.device,
     max_seq_len: int,
     threads: int,
     fill: Callable[[Mapping[str, DTensor]], None],
+    kernels: Kernels | None = None,
 ) -> Transformer:
-    """This rank's share of a model, in `dtype` on `device`, ready to run positions below `max_seq_len`.
+    """This rank's share of a model on `device`, ready to run positions below `max_seq_len`.
 
-    `fill` gives the weights their values: by Meta's names, as DTensors in the at-rest shapes. When it has returned, the
-    kernels lay them out anew, by `threads` threads on a CPU: the DTensors are worth nothing from then on.
+    `fill` gives the weights their values: the tensors of `spec.tensors()`, as DTensors. When it has returned, the
+    kernels (None: the fastest on `device`) lay them out anew, by `threads` threads on a CPU: the DTensors are worth
+    nothing from then on.
     """
-    with torch.device("meta"):
-        model = Transformer(args, choose_kernels(device, dtype))
-    fill(allocate(model, mesh, dtype=dtype, device=device))
-    linear = [module for module in model.modules() if isinstance(module, (Linear, VocabProjection))]
-    model.kernels.prepare([module.weight for module in linear], threads=threads)
-    connect(model, mesh, collectives)
-    model.finish(max_seq_len)
-    return model.eval()
+    kernels = kernels or choose_kernels(device, spec.dtype)
+    weights, at_rest = allocate(spec, mesh, device=device)
+    fill(at_rest)
+    own = {name: weights.pop(name) for name in list(weights) if name == "tok_embeddings" or name.endswith("norm")}
+    return Transformer(
+        spec.args,
+        kernels,
+        collectives,
+        own,
+        kernels.prepare(weights, threads=threads),
+        vocab_sizes=tuple(split(spec.args.vocab_size, *mesh.shape)),
+        max_seq_len=max_seq_len,
+    )
 
 
 def load_model(
@@ -73,12 +81,13 @@ def load_model(
         ValueError: a file of the checkpoint is damaged.
     """
     started = time.monotonic()
+    sizes: list[int] = []
 
     def fill(at_rest: Mapping[str, DTensor]) -> None:
-        total = sum(weight.to_local().nbytes for weight in at_rest.values())
+        sizes.extend(share.to_local().nbytes for share in at_rest.values())
         with (
             progress(
-                total=total, desc="loading", unit="B", unit_scale=True, delay=2, disable=collectives.rank != 0
+                total=sum(sizes), desc="loading", unit="B", unit_scale=True, delay=2, disable=collectives.rank != 0
             ) as bar,
             warnings.catch_warnings(),
         ):
@@ -90,10 +99,9 @@ def load_model(
 
     try:
         model = build_model(
-            checkpoint.args,
+            replace(checkpoint.spec, dtype=dtype),
             mesh,
             collectives,
-            dtype=dtype,
             device=device,
             max_seq_len=max_seq_len,
             threads=threads,
@@ -103,6 +111,5 @@ def load_model(
         failure = next(iter(error.failures.values()))[0]
         raise ValueError(f"checkpoint {checkpoint.folder} cannot be loaded: {failure}") from error
     if collectives.rank == 0:
-        held = sum(parameter.nbytes for parameter in model.parameters())
-        logger.info("loaded %.2f GB on rank 0 in %.1f s", held / 1e9, time.monotonic() - started)
+        logger.info("loaded %.2f GB on rank 0 in %.1f s", sum(sizes) / 1e9, time.monotonic() - started)
     return model

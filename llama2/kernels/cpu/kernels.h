@@ -3,6 +3,7 @@
 
 #include <ATen/ATen.h>
 #include <c10/util/BFloat16.h>
+#include <torch/custom_class.h>
 
 #include "attention.h"
 #include "team.h"
@@ -14,6 +15,23 @@
 #endif
 
 namespace llama2 {
+
+// The weight of a linear layer, laid out for its product. A format of weights, or another layout, is one more of these.
+struct Linear : torch::CustomClassHolder {
+  const int64_t inputs, outputs, max_rows;  // of more rows `many_rows` makes the product
+
+  Linear(int64_t inputs, int64_t outputs, int64_t max_rows) : inputs(inputs), outputs(outputs), max_rows(max_rows) {}
+
+  // y (rows, outputs) becomes x (rows, inputs) times the weight, transposed, summed in fp32. A row's result is the same
+  // bits in whatever company it comes.
+  virtual void run(const Team& team, const at::BFloat16* x, at::BFloat16* y, int64_t rows) const = 0;
+
+  // The same by PyTorch, outside of a team.
+  virtual at::Tensor many_rows(const at::Tensor& x) const = 0;
+};
+
+// Must come before any operator that takes a Linear.
+void define_linear(torch::Library& library);
 
 #ifdef LLAMA2_PACKS_WEIGHTS
 // Lays out a weight (outputs, inputs) as `linear` reads it, in the same memory.

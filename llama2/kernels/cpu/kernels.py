@@ -2,77 +2,75 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from llama2.batch import Batch
 from llama2.kernels.plain import PlainKernels
+from llama2.weights.formats import Weight
+from llama2.weights.formats.plain import Plain
 
 if TYPE_CHECKING:
-    from llama2.model import TransformerBlock
-
-# Of a weight that is not packed. Up to so many rows its way through memory is what counts; beyond, oneDNN's blocked
-# products win.
-MAX_STREAMED_ROWS = 64
+    from llama2.kernels import Layers
+    from llama2.model import Layer
 
 
 class CpuKernels(PlainKernels):
-    """See `llama2.kernels.Kernels`. `cpu_library.load_library` must have succeeded."""
+    """See `llama2.kernels.Kernels`. `library.load_library` must have succeeded."""
 
-    def __init__(self, dtype: torch.dtype) -> None:
+    def __init__(self) -> None:
         operators = torch.ops.llama2_cpu
-        self._is_bf16 = dtype is torch.bfloat16
-        self._packs = self._is_bf16 and operators.packs_weights()
         # `.default` spares a choice among overloads at every call.
-        self._layers = operators.layers.default
+        self._run_layers = operators.run_layers.default
         self._linear = operators.linear.default
         self._add_rms_norm = operators.add_rms_norm.default
         self._rotate_and_store = operators.rotate_and_store.default
         self._paged_attention = operators.paged_attention.default
         self._silu_mul = operators.silu_mul.default
 
-    def prepare(self, weights: Iterable[torch.Tensor], *, threads: int) -> None:
-        if not self._packs:
-            return
+    def prepare(self, weights: Mapping[str, Weight], *, threads: int) -> dict[str, Any]:
+        bf16 = {name: weight for name, weight in weights.items() if weight.format == Plain(torch.bfloat16)}
         # The largest first: the last one may keep a single thread.
-        largest_first = sorted(weights, key=torch.Tensor.numel, reverse=True)
+        largest_first = sorted(bf16, key=lambda name: bf16[name].parts["weight"].numel(), reverse=True)
         with ThreadPoolExecutor(threads) as pool:
-            list(pool.map(torch.ops.llama2_cpu.pack.default, largest_first))
+            linears = pool.map(
+                lambda name: torch.ops.llama2_cpu.prepare_bf16(bf16[name].parts["weight"]), largest_first
+            )
+            prepared = dict(zip(largest_first, linears, strict=True))
+        return super().prepare(weights, threads=threads) | prepared
 
-    def _has_product(self, rows: int) -> bool:
-        """Whether the operators make products of so many rows, and not F.linear."""
-        return self._packs or (self._is_bf16 and rows <= MAX_STREAMED_ROWS)
+    def chain(self, layers: Sequence[Layer]) -> Layers:
+        one_by_one, shared = super().chain(layers), layers[0].collectives.shared
+        linears = [linear for layer in layers for linear in (layer.wqkv, layer.wo, layer.w13, layer.w2)]
+        if shared is None or not all(map(_is_linear, linears)):
+            return one_by_one
+        norms = [norm for layer in layers for norm in (layer.attention_norm, layer.ffn_norm)]
+        at_once = torch.ops.llama2_cpu.make_layers(norms, linears, layers[0].eps, *shared)
+        max_rows = at_once.max_rows()
 
-    def run_layers(
-        self, layers: Iterable[TransformerBlock], x_TC: torch.Tensor, rope_TD2: torch.Tensor, batch: Batch
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        layers = list(layers)
-        shared = layers[0].attention.wo.collectives.shared
-        if shared is None or not self._has_product(x_TC.shape[0]):
-            return super().run_layers(layers, x_TC, rope_TD2, batch)
-        cache = batch.cache
-        branch_TC = self._layers(
-            x_TC,
-            [weight for layer in layers for weight in _weights(layer)],
-            layers[0].ffn_norm.eps,
-            rope_TD2,
-            batch.slots_T,
-            cache.keys,
-            cache.values,
-            batch.tables_SN,
-            batch.query_starts_S1,
-            batch.contexts_S,
-            *shared,
-        )
-        return x_TC, branch_TC
+        def run(x_TC: torch.Tensor, rope_TD2: torch.Tensor, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
+            if x_TC.shape[0] > max_rows:
+                return one_by_one(x_TC, rope_TD2, batch)
+            branch_TC = self._run_layers(
+                at_once,
+                x_TC,
+                rope_TD2,
+                batch.slots_T,
+                batch.cache.keys,
+                batch.cache.values,
+                batch.tables_SN,
+                batch.query_starts_S1,
+                batch.contexts_S,
+            )
+            return x_TC, branch_TC
 
-    def linear(self, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-        if self._has_product(x.shape[0]):
-            return self._linear(x, weight)
-        return super().linear(x, weight)
+        return run
+
+    def linear(self, x: torch.Tensor, weight: Any) -> torch.Tensor:
+        return self._linear(x, weight) if _is_linear(weight) else super().linear(x, weight)
 
     def add_rms_norm(
         self, x_TC: torch.Tensor, branch_TC: torch.Tensor | None, weight_C: torch.Tensor, eps: float
@@ -98,14 +96,6 @@ class CpuKernels(PlainKernels):
         return self._silu_mul(gate_up_T2F)
 
 
-def _weights(layer: TransformerBlock) -> tuple[torch.Tensor, ...]:
-    """In the order in which the operator uses them."""
-    attention, feed_forward = layer.attention, layer.feed_forward
-    return (
-        layer.attention_norm.weight,
-        attention.wqkv.weight,
-        attention.wo.weight,
-        layer.ffn_norm.weight,
-        feed_forward.w13.weight,
-        feed_forward.w2.weight,
-    )
+def _is_linear(weight: Any) -> bool:
+    """Whether it is an object of the operators'. Other formats are left to plain PyTorch."""
+    return isinstance(weight, torch.ScriptObject)

@@ -1,5 +1,5 @@
-// Owns all layers of the model for a few rows: the steps that TransformerBlock in llama2/model.py names, one after the
-// other, without Python in between and by threads that come together once. Of a small model's step that is a tenth.
+// Owns all layers of the model for a few rows: the steps that Layer in llama2/model.py names, one after the other,
+// without Python in between and by threads that come together once. Of a small model's step that is a tenth.
 #include <torch/library.h>
 
 #include "kernels.h"
@@ -10,35 +10,73 @@ namespace {
 using at::BFloat16;
 
 struct Layer {
-  const BFloat16 *attention_norm, *wqkv, *wo, *ffn_norm, *w13, *w2;
-  BFloat16 *keys, *values;
+  at::Tensor attention_norm, ffn_norm;
+  c10::intrusive_ptr<Linear> wqkv, wo, w13, w2;
 };
 
-const BFloat16* weight_of(const at::Tensor& weight, at::IntArrayRef shape) {
-  TORCH_CHECK(weight.sizes() == shape && weight.is_contiguous(), "layers: a weight is not (", shape, ")");
-  return weight.const_data_ptr<BFloat16>();
+// Made once. With a mapping every branch is summed over the ranks, as all_reduce does.
+struct Layers : torch::CustomClassHolder {
+  std::vector<Layer> all;
+  double eps;
+  std::optional<at::Tensor> mapping;
+  int64_t rank, world_size, slot_bytes;
+  double patience;
+
+  int64_t max_rows() const {
+    int64_t most = all[0].wqkv->max_rows;
+    for (const auto& layer : all)
+      for (const auto* linear : {&layer.wqkv, &layer.wo, &layer.w13, &layer.w2}) most = std::min(most, (*linear)->max_rows);
+    return most;
+  }
+};
+
+// norms are those of all layers: attention_norm, ffn_norm; and linears: wqkv, wo, w13, w2.
+c10::intrusive_ptr<Layers> make_layers(const std::vector<at::Tensor>& norms,
+                                       const std::vector<c10::intrusive_ptr<Linear>>& linears, double eps,
+                                       const std::optional<at::Tensor>& mapping, int64_t rank, int64_t world_size,
+                                       int64_t slot_bytes, double patience) {
+  TORCH_CHECK(!norms.empty() && 2 * norms.size() == linears.size(), "layers take 2 norms and 4 linears each");
+  auto layers = c10::make_intrusive<Layers>();
+  layers->eps = eps;
+  layers->mapping = mapping;
+  layers->rank = rank;
+  layers->world_size = world_size;
+  layers->slot_bytes = slot_bytes;
+  layers->patience = patience;
+  for (size_t i = 0; i < norms.size() / 2; i++) {
+    const auto* own = &linears[4 * i];
+    const Layer layer{norms[2 * i], norms[2 * i + 1], own[0], own[1], own[2], own[3]};
+    const auto dim = layer.wqkv->inputs;
+    for (const auto* norm : {&layer.attention_norm, &layer.ffn_norm})
+      TORCH_CHECK(norm->scalar_type() == at::kBFloat16 && norm->sizes() == at::IntArrayRef{dim}, "layers: norms of ",
+                  dim, " bf16 values");
+    TORCH_CHECK(layer.wo->outputs == dim && layer.w13->inputs == dim && layer.w2->outputs == dim &&
+                    layer.w13->outputs == 2 * layer.w2->inputs,
+                "layers: shapes do not fit");
+    layers->all.push_back(layer);
+  }
+  return layers;
 }
 
-// x (T, C) takes up every branch but the last; returns that (T, C), which the next norm adds. weights are those of all
-// layers: attention_norm, wqkv, wo, ffn_norm, w13, w2. keys and values hold a layer's cache each. With a mapping every
-// branch is summed over the ranks, as all_reduce does.
-at::Tensor layers(at::Tensor x, at::TensorList weights, double eps, const at::Tensor& rope, const at::Tensor& slots,
-                  at::TensorList keys, at::TensorList values, const at::Tensor& tables, const at::Tensor& starts,
-                  const at::Tensor& contexts, const std::optional<at::Tensor>& mapping, int64_t rank,
-                  int64_t world_size, int64_t slot_bytes, double patience) {
-  TORCH_CHECK(!keys.empty() && values.size() == keys.size() && weights.size() == 6 * keys.size(),
-              "layers takes keys, values and 6 weights of each");
-  const Heads heads{weights[2].size(1) / keys[0].size(3), keys[0].size(2), keys[0].size(3)};
-  const int64_t rows = x.size(0), dim = x.size(1), attended_dim = heads.heads * heads.dim;
-  const int64_t qkv_dim = (heads.heads + 2 * heads.kv_heads) * heads.dim, hidden = weights[5].size(1);
-  std::vector<Layer> all;
+// x (T, C) takes up every branch but the last; returns that (T, C), which the next norm adds. keys and values hold a
+// layer's cache each.
+at::Tensor run_layers(const c10::intrusive_ptr<Layers>& layers, at::Tensor x, const at::Tensor& rope,
+                      const at::Tensor& slots, const std::vector<at::Tensor>& keys,
+                      const std::vector<at::Tensor>& values, const at::Tensor& tables, const at::Tensor& starts,
+                      const at::Tensor& contexts) {
+  const auto& first = layers->all[0];
+  TORCH_CHECK(keys.size() == layers->all.size() && values.size() == keys.size(), "layers take keys and values of each");
+  std::vector<std::pair<BFloat16*, BFloat16*>> caches;
   for (size_t i = 0; i < keys.size(); i++) {
-    TORCH_CHECK(keys[i].is_contiguous() && values[i].is_contiguous(), "layers takes contiguous caches");
-    const auto* of = &weights[6 * i];
-    all.push_back({weight_of(of[0], {dim}), weight_of(of[1], {qkv_dim, dim}), weight_of(of[2], {dim, attended_dim}),
-                   weight_of(of[3], {dim}), weight_of(of[4], {2 * hidden, dim}), weight_of(of[5], {dim, hidden}),
-                   keys[i].mutable_data_ptr<BFloat16>(), values[i].mutable_data_ptr<BFloat16>()});
+    TORCH_CHECK(keys[i].is_contiguous() && values[i].is_contiguous(), "layers take contiguous caches");
+    caches.emplace_back(keys[i].mutable_data_ptr<BFloat16>(), values[i].mutable_data_ptr<BFloat16>());
   }
+  const Heads heads{first.wo->inputs / keys[0].size(3), keys[0].size(2), keys[0].size(3)};
+  const int64_t rows = x.size(0), dim = first.wqkv->inputs, qkv_dim = first.wqkv->outputs;
+  const int64_t attended_dim = first.wo->inputs, hidden = first.w2->inputs;
+  TORCH_CHECK(qkv_dim == (heads.heads + 2 * heads.kv_heads) * heads.dim, "layers: the cache has other heads");
+  TORCH_CHECK(x.scalar_type() == at::kBFloat16 && x.is_contiguous() && x.size(1) == dim,
+              "layers take contiguous bf16 rows of ", dim);
 
   std::vector<at::Tensor> rooms;
   auto room = [&](int64_t width) {
@@ -53,20 +91,25 @@ at::Tensor layers(at::Tensor x, at::TensorList weights, double eps, const at::Te
   Attention attention(heads, keys[0].size(1), tables, starts, contexts);
   Team::run(true, [&](const Team& team) {
     auto sum_over_ranks = [&] {
-      if (mapping) team.alone([&] { all_reduce(result, *mapping, rank, world_size, slot_bytes, patience); });
+      if (layers->mapping)
+        team.alone([&] {
+          all_reduce(result, *layers->mapping, layers->rank, layers->world_size, layers->slot_bytes, layers->patience);
+        });
     };
-    for (const auto& layer : all) {
-      const auto* before = &layer == &all.front() ? nullptr : branch;
-      add_rms_norm(team, stream, before, layer.attention_norm, eps, normed, rows, dim);
-      linear(team, normed, layer.wqkv, qkv, rows, dim, qkv_dim);
-      rotate_and_store(team, qkv, turns, places, queries, layer.keys, layer.values, rows, heads);
-      attention.run(team, queries, layer.keys, layer.values, attended);
-      linear(team, attended, layer.wo, branch, rows, attended_dim, dim);
+    for (size_t i = 0; i < caches.size(); i++) {
+      const auto& layer = layers->all[i];
+      const auto [own_keys, own_values] = caches[i];
+      add_rms_norm(team, stream, i == 0 ? nullptr : branch, layer.attention_norm.const_data_ptr<BFloat16>(),
+                   layers->eps, normed, rows, dim);
+      layer.wqkv->run(team, normed, qkv, rows);
+      rotate_and_store(team, qkv, turns, places, queries, own_keys, own_values, rows, heads);
+      attention.run(team, queries, own_keys, own_values, attended);
+      layer.wo->run(team, attended, branch, rows);
       sum_over_ranks();
-      add_rms_norm(team, stream, branch, layer.ffn_norm, eps, normed, rows, dim);
-      linear(team, normed, layer.w13, gate_up, rows, dim, 2 * hidden);
+      add_rms_norm(team, stream, branch, layer.ffn_norm.const_data_ptr<BFloat16>(), layers->eps, normed, rows, dim);
+      layer.w13->run(team, normed, gate_up, rows);
       silu_mul(team, gate_up, gated, rows, hidden);
-      linear(team, gated, layer.w2, branch, rows, hidden, dim);
+      layer.w2->run(team, gated, branch, rows);
       sum_over_ranks();
     }
   });
@@ -76,11 +119,10 @@ at::Tensor layers(at::Tensor x, at::TensorList weights, double eps, const at::Te
 }  // namespace
 
 TORCH_LIBRARY_FRAGMENT(llama2_cpu, library) {
-  library.def(
-      "layers(Tensor(a!) x, Tensor[] weights, float eps, Tensor rope, Tensor slots, Tensor(b!)[] keys, "
-      "Tensor(c!)[] values, Tensor tables, Tensor starts, Tensor contexts, Tensor(d!)? mapping, int rank, "
-      "int world_size, int slot_bytes, float patience) -> Tensor");
+  define_linear(library);
+  library.class_<Layers>("Layers").def("max_rows", &Layers::max_rows);
+  library.def("make_layers", &make_layers);
+  library.def("run_layers", &run_layers);
 }
-TORCH_LIBRARY_IMPL(llama2_cpu, CPU, library) { library.impl("layers", &layers); }
 
 }  // namespace llama2

@@ -3,6 +3,8 @@
 #include <ATen/ATen.h>
 #include <torch/library.h>
 
+#include <limits>
+
 #include "kernels.h"
 
 namespace llama2 {
@@ -12,50 +14,56 @@ using at::BFloat16;
 
 constexpr int64_t kAlone = 64;  // outputs that one thread has sooner than it has woken another
 
-bool packs_weights() {
 #ifdef LLAMA2_PACKS_WEIGHTS
-  return true;
+constexpr bool kPacks = true;
+constexpr int64_t kMaxRows = std::numeric_limits<int64_t>::max();
 #else
-  return false;
+// Up to so many rows the weight's way through memory is what counts; beyond, oneDNN's blocked products win.
+constexpr bool kPacks = false;
+constexpr int64_t kMaxRows = 64;
 #endif
-}
 
-void check_weight(const at::Tensor& w) {
+struct Bf16Linear final : Linear {
+  const at::Tensor weight;
+
+  explicit Bf16Linear(const at::Tensor& w) : Linear(w.size(1), w.size(0), kMaxRows), weight(w) {}
+
+  void run(const Team& team, const BFloat16* x, BFloat16* y, int64_t rows) const override {
+    linear(team, x, weight.const_data_ptr<BFloat16>(), y, rows, inputs, outputs);
+  }
+
+  at::Tensor many_rows(const at::Tensor& x) const override { return at::linear(x, weight); }
+};
+
+// w (outputs, inputs) is from now on for the product alone.
+c10::intrusive_ptr<Linear> prepare_bf16(at::Tensor w) {
   TORCH_CHECK(w.scalar_type() == at::kBFloat16 && w.dim() == 2 && w.is_contiguous(),
               "linear takes contiguous bf16 weights of two axes");
-}
-
-// w (outputs, inputs) is from now on for `linear` alone.
-void pack_op(at::Tensor w) {
-  check_weight(w);
 #ifdef LLAMA2_PACKS_WEIGHTS
   pack(w.mutable_data_ptr<BFloat16>(), w.size(0), w.size(1));
 #endif
+  return c10::make_intrusive<Bf16Linear>(w);
 }
 
-// x (rows, inputs) times w (outputs, inputs), transposed; w is packed where `packs_weights`.
-at::Tensor linear_op(const at::Tensor& x, const at::Tensor& w) {
-  check_weight(w);
+// x (rows, inputs) times w (outputs, inputs), transposed.
+at::Tensor linear_op(const at::Tensor& x, const c10::intrusive_ptr<Linear>& w) {
   TORCH_CHECK(x.scalar_type() == at::kBFloat16 && x.is_contiguous(), "linear takes contiguous bf16 rows");
-  TORCH_CHECK(x.dim() == 2 && x.size(1) == w.size(1), "linear: shapes do not fit");
-  auto y = at::empty({x.size(0), w.size(0)}, x.options());
-  Team::run(w.size(0) > kAlone, [&](const Team& team) {
-    linear(team, x.const_data_ptr<BFloat16>(), w.const_data_ptr<BFloat16>(), y.mutable_data_ptr<BFloat16>(), x.size(0),
-           x.size(1), w.size(0));
+  TORCH_CHECK(x.dim() == 2 && x.size(1) == w->inputs, "linear: shapes do not fit");
+  if (x.size(0) > w->max_rows) return w->many_rows(x);
+  auto y = at::empty({x.size(0), w->outputs}, x.options());
+  Team::run(w->outputs > kAlone, [&](const Team& team) {
+    w->run(team, x.const_data_ptr<BFloat16>(), y.mutable_data_ptr<BFloat16>(), x.size(0));
   });
   return y;
 }
 
 }  // namespace
 
-TORCH_LIBRARY_FRAGMENT(llama2_cpu, library) {
-  library.def("packs_weights() -> bool", &packs_weights);
-  library.def("pack(Tensor(a!) w) -> ()");
-  library.def("linear(Tensor x, Tensor w) -> Tensor");
-}
-TORCH_LIBRARY_IMPL(llama2_cpu, CPU, library) {
-  library.impl("pack", &pack_op);
-  library.impl("linear", &linear_op);
+void define_linear(torch::Library& library) {
+  library.class_<Linear>("Linear");
+  library.def("packs_weights() -> bool", [] { return kPacks; });
+  library.def("prepare_bf16", &prepare_bf16);
+  library.def("linear", &linear_op);
 }
 
 }  // namespace llama2

@@ -33,6 +33,8 @@ from torch.distributed.checkpoint.storage import WriteResult
 from torch.futures import Future
 
 from llama2.config import ModelArgs
+from llama2.weights.formats import Format
+from llama2.weights.spec import Spec
 
 if TYPE_CHECKING:
     from typing_extensions import Buffer
@@ -82,13 +84,17 @@ class DcpFolder:
 
     Attributes:
         args: the architecture: as given, else that of the folder's `model_args.json`.
-        dtype: of every weight.
+        dtype: of every plain weight.
+        spec: all of its tensors.
 
     Raises:
-        ValueError: the folder is no converted checkpoint, or a weight is missing, unknown, or of another shape.
+        ValueError: the folder is no converted checkpoint, or a tensor is missing, unknown, or of another shape.
     """
 
-    def __init__(self, folder: Path | str, args: ModelArgs | None = None) -> None:
+    def __init__(
+        self, folder: Path | str, args: ModelArgs | None = None, *, formats: Mapping[str, Format] | None = None
+    ) -> None:
+        """`formats` as in `Spec`."""
         self.folder = Path(folder)
         self.args = args or ModelArgs.load(self.folder)
         self._reader = _CachedReader(self.folder)
@@ -98,25 +104,27 @@ class DcpFolder:
             tensors = self._reader.read_metadata().state_dict_metadata
         except Exception as error:
             raise ValueError(f"{self.folder / METADATA_FILE} cannot be read: {error}") from None
-        shapes = self.args.parameter_shapes()
-        missing, unknown = shapes.keys() - tensors.keys(), tensors.keys() - shapes.keys()
+        found = {name: tensor for name, tensor in tensors.items() if isinstance(tensor, TensorStorageMetadata)}
+        self.dtype = found["norm.weight"].properties.dtype if "norm.weight" in found else torch.float32
+        self.spec = Spec(args=self.args, dtype=self.dtype, formats=formats or {})
+        self._parts = self.spec.tensors()
+        missing, unknown = self._parts.keys() - found.keys(), tensors.keys() - self._parts.keys()
         for what, names in (("lacks", missing), ("has an unknown", unknown)):
             if names:
                 raise ValueError(f"checkpoint {self.folder} {what} tensor {min(names)} ({len(names)} in all)")
-        for name, shape in shapes.items():
-            found = tensors[name]
-            if not isinstance(found, TensorStorageMetadata) or tuple(found.size) != shape:
-                size = tuple(found.size) if isinstance(found, TensorStorageMetadata) else type(found).__name__
-                raise ValueError(f"checkpoint {self.folder}: {name} is {size}, but the model's is {shape}")
-            self.dtype = found.properties.dtype
+        for name, part in self._parts.items():
+            if tuple(found[name].size) != part.shape:
+                raise ValueError(
+                    f"checkpoint {self.folder}: {name} is {tuple(found[name].size)}, but the model's is {part.shape}"
+                )
 
     def read(self, name: str) -> torch.Tensor:
-        """Read parameter `name` whole, at rest.
+        """Read tensor `name` whole, at rest.
 
         Raises:
             ValueError: its file is missing or damaged.
         """
-        weight = torch.empty(self.args.parameter_shapes()[name], dtype=self.dtype)
+        weight = torch.empty(self._parts[name].shape, dtype=self._parts[name].dtype)
         try:
             with warnings.catch_warnings():
                 warnings.filterwarnings("ignore", message=".*assuming the intent is to load in a single process.*")

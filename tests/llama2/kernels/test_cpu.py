@@ -9,21 +9,28 @@ import sys
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
-from typing import cast
+from typing import Any
 
 import pytest
 import torch
 
+from llama2.batch import Batch
 from llama2.config import ModelArgs
 from llama2.kernels import choose_kernels
 from llama2.kernels.cpu import library as cpu_library
-from llama2.kernels.cpu.kernels import MAX_STREAMED_ROWS, CpuKernels
+from llama2.kernels.cpu.kernels import CpuKernels
 from llama2.kernels.plain import PlainKernels
 from llama2.kv_cache import KVCache
-from llama2.model import Linear, Transformer, TransformerBlock, VocabProjection
+from llama2.model import Transformer, rotary_table
+from llama2.parallel.collectives import Collectives
 from llama2.parallel.shared_memory import SharedMemory
+from llama2.weights.formats import Weight
+from llama2.weights.formats.plain import Plain
 from tests.support.batches import BLOCK_SIZE, CPU, NUM_BLOCKS, ragged_batch, random_cache
+from tests.support.models import make_model
 
+# Of a weight that is not packed: oneDNN makes the products of more.
+MAX_STREAMED_ROWS = 64
 DTYPES = [torch.float32, torch.bfloat16]
 # Relative to values near 1: fp32 sums in another order, and bf16 rounds to 8 bits.
 TOLERANCE = {torch.float32: 2e-5, torch.bfloat16: 2e-2}
@@ -45,9 +52,9 @@ def set_threads() -> Iterator[Callable[[int], None]]:
     torch.set_num_threads(before)
 
 
-def kernels(dtype: torch.dtype) -> CpuKernels:
+def kernels() -> CpuKernels:
     assert cpu_library.load_library(), "the tests need a C++ compiler"
-    return CpuKernels(dtype)
+    return CpuKernels()
 
 
 def assert_near(actual: torch.Tensor, expected: torch.Tensor) -> None:
@@ -57,14 +64,16 @@ def assert_near(actual: torch.Tensor, expected: torch.Tensor) -> None:
 
 
 def test_it_is_what_a_cpu_gets() -> None:
-    kernels(torch.bfloat16)
-    assert isinstance(choose_kernels(torch.device("cpu"), torch.bfloat16), CpuKernels)
+    kernels()
+    assert isinstance(choose_kernels(CPU, torch.bfloat16), CpuKernels)
+    assert isinstance(choose_kernels(CPU, torch.float32), CpuKernels)
+    assert type(choose_kernels(CPU, torch.float16)) is PlainKernels  # the operators know no fp16
 
 
-def prepared(weight: torch.Tensor, dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:
-    weight = weight.clone()
-    kernels(dtype).prepare([weight], threads=1)
-    return weight
+def prepared(*weights: torch.Tensor, threads: int = 1) -> list[Any]:
+    """As a model's kernels take them; the weights' own memory is laid out anew."""
+    named = {str(index): Weight(format=Plain(one.dtype), parts={"weight": one}) for index, one in enumerate(weights)}
+    return [*kernels().prepare(named, threads=threads).values()]
 
 
 @pytest.mark.parametrize("rows", [0, 1, 2, 3, 4, 7, 12, 13, 32, MAX_STREAMED_ROWS, MAX_STREAMED_ROWS + 1, 130])
@@ -73,7 +82,7 @@ def prepared(weight: torch.Tensor, dtype: torch.dtype = torch.bfloat16) -> torch
 )
 def test_linear(rows: int, inputs: int, outputs: int) -> None:
     x, weight = torch.randn(rows, inputs).bfloat16(), (torch.randn(outputs, inputs) / inputs**0.5).bfloat16()
-    actual = kernels(torch.bfloat16).linear(x, prepared(weight))
+    actual = kernels().linear(x, *prepared(weight.clone()))
     assert_near(actual, PLAIN.linear(x.float(), weight.float()).bfloat16())
 
 
@@ -84,10 +93,10 @@ def test_linear_gives_a_row_the_same_bits_in_any_company(
     rows: int, inputs: int, threads: int, set_threads: Callable[[int], None]
 ) -> None:
     """Alone, in a batch, and in a piece of a prompt that was cut anywhere."""
-    mine = kernels(torch.bfloat16)
+    mine = kernels()
     if rows > MAX_STREAMED_ROWS and not torch.ops.llama2_cpu.packs_weights():
         pytest.skip("oneDNN makes products of so many rows")
-    x, weight = torch.randn(rows, inputs).bfloat16(), prepared(torch.randn(301, inputs).bfloat16())
+    x, (weight,) = torch.randn(rows, inputs).bfloat16(), prepared(torch.randn(301, inputs).bfloat16())
     set_threads(threads)
     together = mine.linear(x, weight)
     for size in (*range(1, 14), 17, 64):
@@ -98,7 +107,7 @@ def test_prepare_takes_no_memory_and_loses_no_value() -> None:
     weights = [torch.randn(outputs, inputs).bfloat16() for outputs, inputs in [(96, 64), (33, 7), (5, 30)]]
     before = [weight.clone() for weight in weights]
     places = [weight.data_ptr() for weight in weights]
-    kernels(torch.bfloat16).prepare(weights, threads=2)
+    prepared(*weights, threads=2)
     assert [weight.data_ptr() for weight in weights] == places
     for weight, values in zip(weights, before, strict=True):
         assert torch.equal(weight.flatten().sort().values, values.flatten().sort().values)
@@ -107,18 +116,19 @@ def test_prepare_takes_no_memory_and_loses_no_value() -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
 def test_prepare_leaves_other_dtypes_as_they_are(dtype: torch.dtype) -> None:
     weight = torch.randn(48, 64).to(dtype)
-    assert torch.equal(prepared(weight, dtype), weight)
+    before = weight.clone()
+    assert torch.equal(prepared(weight)[0], before)
 
 
 def test_linear_refuses_what_it_cannot_compute() -> None:
-    linear = torch.ops.llama2_cpu.linear
     x, weight = torch.randn(2, 8).bfloat16(), torch.randn(3, 8).bfloat16()
-    for wrong in [(x.float(), weight), (x, weight[:, :4]), (x, torch.randn(8, 3).bfloat16().t())]:
+    linear = torch.ops.llama2_cpu.prepare_bf16(weight.clone())
+    for wrong in [x.float(), x[:, :4], x[0], torch.randn(8, 2).bfloat16().t()]:
         with pytest.raises(RuntimeError, match="linear"):
-            linear(*wrong)
+            torch.ops.llama2_cpu.linear(wrong, linear)
     for wrong_weight in [weight.float(), weight.t(), weight.flatten()]:
         with pytest.raises(RuntimeError, match="linear"):
-            torch.ops.llama2_cpu.pack(wrong_weight)
+            torch.ops.llama2_cpu.prepare_bf16(wrong_weight)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -128,7 +138,7 @@ def test_add_rms_norm(dtype: torch.dtype, shape: tuple[int, int], with_branch: b
     x, weight = torch.randn(shape).to(dtype), (1 + 0.1 * torch.randn(shape[1])).to(dtype)
     branch = torch.randn(shape).to(dtype) if with_branch else None
     expected_x, expected = PLAIN.add_rms_norm(x, branch, weight, 1e-5)
-    actual_x, actual = kernels(dtype).add_rms_norm(x.clone(), branch, weight, 1e-5)
+    actual_x, actual = kernels().add_rms_norm(x.clone(), branch, weight, 1e-5)
     assert torch.equal(actual_x, expected_x)
     assert_near(actual, expected)
 
@@ -140,7 +150,7 @@ def test_rotate_and_store(dtype: torch.dtype, kv_heads: int, group: int, head_di
     mine = random_cache(kv_heads=kv_heads, head_dim=head_dim, dtype=dtype)
     steps = ragged_batch([(1, 1), (1, 30), (17, 40)], mine)
     qkv, rope = torch.randn(19, (heads + 2 * kv_heads) * head_dim).to(dtype), torch.randn(19, head_dim // 2, 2)
-    actual = kernels(dtype).rotate_and_store(qkv, rope, steps, 0)
+    actual = kernels().rotate_and_store(qkv, rope, steps, 0)
     keys, values = mine.keys[0].clone(), mine.values[0].clone()
     expected = PLAIN.rotate_and_store(qkv, rope, steps, 0)
     assert_near(actual, expected)
@@ -153,7 +163,7 @@ def test_rotate_and_store(dtype: torch.dtype, kv_heads: int, group: int, head_di
 def test_silu_mul(dtype: torch.dtype, width: int) -> None:
     gate_up = 3 * torch.randn(5, 2 * width).to(dtype)
     gate_up[0, :2] = torch.tensor([-100.0, 100.0])
-    assert_near(kernels(dtype).silu_mul(gate_up), PLAIN.silu_mul(gate_up.float()).to(dtype))
+    assert_near(kernels().silu_mul(gate_up), PLAIN.silu_mul(gate_up.float()).to(dtype))
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -164,7 +174,7 @@ def test_silu_mul(dtype: torch.dtype, width: int) -> None:
 def test_attend(dtype: torch.dtype, kv_heads: int, group: int, head_dim: int, spans: list[tuple[int, int]]) -> None:
     steps = ragged_batch(spans, random_cache(kv_heads=kv_heads, head_dim=head_dim, dtype=dtype))
     q = torch.randn(len(steps.positions_T), kv_heads * group, head_dim).to(dtype)
-    assert_near(kernels(dtype).attend(q, steps, 0), PLAIN.attend(q, steps, 0))
+    assert_near(kernels().attend(q, steps, 0), PLAIN.attend(q, steps, 0))
 
 
 def test_attend_gives_a_row_the_same_bits_in_any_company() -> None:
@@ -172,7 +182,7 @@ def test_attend_gives_a_row_the_same_bits_in_any_company() -> None:
     shared = random_cache(kv_heads=2, head_dim=64, dtype=torch.bfloat16)
     steps = ragged_batch([(1, 5), (1, 300), (400, 400)], shared)
     q = torch.randn(402, 6, 64).bfloat16()
-    together = kernels(torch.bfloat16).attend(q, steps, 0)
+    together = kernels().attend(q, steps, 0)
     for row, sequence, context in [(0, 0, 5), (1, 1, 300), (2, 2, 1), (200, 2, 199), (289, 2, 288), (401, 2, 400)]:
         alone = torch.ops.llama2_cpu.paged_attention(
             q[row : row + 1],
@@ -185,16 +195,13 @@ def test_attend_gives_a_row_the_same_bits_in_any_company() -> None:
         assert torch.equal(alone[0], together[row]), row
 
 
-def small_model() -> Transformer:
+def small_model(collectives: Collectives | None = None) -> Transformer:
     args = ModelArgs(dim=72, n_layers=3, n_heads=6, n_kv_heads=2, head_dim=24, hidden_dim=300, vocab_size=50)
-    model = Transformer(args, kernels(torch.bfloat16)).bfloat16()
-    for weight in model.parameters():
-        weight.normal_(std=weight.shape[-1] ** -0.5)
-    model.kernels.prepare(
-        [module.weight for module in model.modules() if isinstance(module, (Linear, VocabProjection))], threads=1
-    )
-    model.finish(max_seq_len=400)
-    return model
+    return make_model(args, kernels(), dtype=torch.bfloat16, max_seq_len=400, collectives=collectives)
+
+
+def rope_of(model: Transformer, batch: Batch) -> torch.Tensor:
+    return rotary_table(model.args, 400, CPU)[batch.positions_T]
 
 
 def empty_cache(args: ModelArgs) -> KVCache:
@@ -217,11 +224,11 @@ def test_all_layers_as_one_operator_give_the_bits_of_the_steps_one_by_one(
 ) -> None:
     model = small_model()
     caches = [empty_cache(model.args), empty_cache(model.args)]
-    layers, batch = cast("list[TransformerBlock]", model.layers), ragged_batch(spans, caches[0])
-    x, rope = torch.randn(len(batch.positions_T), model.args.dim).bfloat16(), model.rope[batch.positions_T]
-    one_by_one = PLAIN.run_layers(layers, x.clone(), rope, replace(batch, cache=caches[1]))
+    batch = ragged_batch(spans, caches[0])
+    x, rope = torch.randn(len(batch.positions_T), model.args.dim).bfloat16(), rope_of(model, batch)
+    one_by_one = PLAIN.chain(model.layers)(x.clone(), rope, replace(batch, cache=caches[1]))
     set_threads(threads)
-    at_once = model.kernels.run_layers(layers, x.clone(), rope, batch)
+    at_once = model.kernels.chain(model.layers)(x.clone(), rope, batch)
     for actual, expected in zip(at_once, one_by_one, strict=True):
         assert torch.equal(actual, expected)
     for actual, expected in zip(caches[0].keys + caches[0].values, caches[1].keys + caches[1].values, strict=True):
@@ -229,14 +236,12 @@ def test_all_layers_as_one_operator_give_the_bits_of_the_steps_one_by_one(
 
 
 def test_a_rank_that_does_not_come_ends_the_layers_on_every_thread(set_threads: Callable[[int], None]) -> None:
-    model = small_model()
-    layers, batch = cast("list[TransformerBlock]", model.layers), ragged_batch([(1, 33)], empty_cache(model.args))
-    x, rope = torch.randn(1, model.args.dim).bfloat16(), model.rope[batch.positions_T]
     mapping = mmap.mmap(-1, SharedMemory.mapping_bytes(2))
-    layers[0].attention.wo.collectives = SharedMemory(mapping, 0, 2, stall_seconds=0.1)
+    model = small_model(SharedMemory(mapping, 0, 2, stall_seconds=0.1))
+    batch = ragged_batch([(1, 33)], empty_cache(model.args))
     set_threads(2)
     with pytest.raises(RuntimeError, match="rank 1 stands at operation 0 and did not reach operation 1"):
-        model.kernels.run_layers(layers, x, rope, batch)
+        model.kernels.chain(model.layers)(torch.randn(1, model.args.dim).bfloat16(), rope_of(model, batch), batch)
 
 
 def test_scores_that_differ_by_hundreds_do_not_overflow() -> None:
@@ -244,7 +249,7 @@ def test_scores_that_differ_by_hundreds_do_not_overflow() -> None:
     mine.keys[0].mul_(200)
     steps = ragged_batch([(1, 400)], mine)
     q = torch.randn(1, 2, 16)
-    actual = kernels(torch.float32).attend(q, steps, 0)
+    actual = kernels().attend(q, steps, 0)
     assert actual.isfinite().all()
     torch.testing.assert_close(actual, PLAIN.attend(q, steps, 0), atol=1e-3, rtol=1e-3)
 
@@ -260,8 +265,8 @@ assert not torch.ops.llama2_cpu.packs_weights()
 torch.manual_seed(0)
 x, weight = torch.randn(6, 70).bfloat16(), torch.randn(9, 70).bfloat16()
 expected = x @ weight.t()
-torch.ops.llama2_cpu.pack(weight)
-torch.testing.assert_close(torch.ops.llama2_cpu.linear(x, weight), expected, atol=0.1, rtol=0.02)
+linear = torch.ops.llama2_cpu.prepare_bf16(weight)
+torch.testing.assert_close(torch.ops.llama2_cpu.linear(x, linear), expected, atol=0.1, rtol=0.02)
 """
 
 
@@ -300,6 +305,6 @@ def test_without_a_compiler_plain_pytorch_does_the_work(tmp_path: Path) -> None:
 
 @pytest.mark.integration
 def test_the_second_start_compiles_nothing() -> None:
-    kernels(torch.bfloat16)
+    kernels()
     code = "from llama2.kernels.cpu import library as c; c._compile = None; assert c.load_library()"
     subprocess.run([sys.executable, "-c", code], check=True)

@@ -20,7 +20,7 @@ from benchmarks.shapes import SHAPES
 from llama2.batch import Batch
 from llama2.config import ModelArgs
 from llama2.kv_cache import KVCache
-from llama2.model import Transformer
+from tests.support.models import make_model
 
 pytestmark = [
     pytest.mark.slow,
@@ -77,9 +77,7 @@ def launches_of(name: str, dtype: torch.dtype, hopper: bool) -> frozenset[Launch
     from tests.support.cuda_compiler import noted_launches
 
     args = replace(MODELS[name], n_layers=1)
-    with META:
-        model = Transformer(args, CudaKernels(META, hopper=hopper)).to(dtype)
-        model.finish(4096)
+    model = make_model(args, CudaKernels(META, hopper=hopper), dtype=dtype, device=META, max_seq_len=4096)
     kv_cache = KVCache(args, num_blocks=256, block_size=16, n_kv_heads=args.n_kv_heads, dtype=dtype, device=META)
 
     def batch(lengths: list[int], num_single: int | None) -> Batch:

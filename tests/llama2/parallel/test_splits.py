@@ -5,8 +5,7 @@ from __future__ import annotations
 import pytest
 
 from llama2.config import ModelArgs
-from llama2.parallel.plan import PLAN
-from llama2.parallel.splits import degrees, split
+from llama2.parallel.splits import PLAN, degrees, split
 from tests.support.weights import tiny_args
 
 LLAMA_7B = ModelArgs.from_params({"dim": 4096, "n_layers": 32, "n_heads": 32, "vocab_size": 32000})
@@ -59,5 +58,13 @@ def test_a_split_loses_nothing(size: int, kv: int, rep: int) -> None:
     assert min(parts) > 0
 
 
-def test_the_plan_names_every_parameter() -> None:
-    assert {name.split(".")[-2] for name in tiny_args().parameter_shapes()} == set(PLAN)
+def test_the_plan_cuts_every_matrix_and_no_vector() -> None:
+    for name, axes in tiny_args().weight_axes().items():
+        assert bool({*axes.outputs, *axes.inputs} & PLAN.keys()) == bool(axes.inputs), name
+
+
+def test_units_are_not_cut() -> None:
+    """86 groups of 128 over 4 ranks are 22, 22, 22 and 20; and 16 ranks would leave some without one."""
+    assert split(LLAMA_7B.hidden_dim // 128, 4, 1) == [22, 22, 22, 20]
+    units = {"hidden": 128}
+    assert set(degrees(LLAMA_7B)) - set(degrees(LLAMA_7B, units)) == {16, 32}

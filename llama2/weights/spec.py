@@ -1,0 +1,86 @@
+"""Owns what a model's weights are made of at rest: which tensors, by name, of which shapes and dtypes.
+
+Knows no values, no file and no rank.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+
+import torch
+
+from llama2.config import Axes, ModelArgs
+from llama2.parallel.splits import PLAN
+from llama2.weights.formats import Format, Part
+from llama2.weights.formats.plain import Plain
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class WeightSpec:
+    """One weight at rest. An axis that may only be cut between units is two: the units, and what is in one."""
+
+    format: Format
+    axes: Axes
+    parts: Mapping[str, Part]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Spec:
+    """The weights of a model.
+
+    `formats` are by the last component of a weight's name, such as `w2`; a weight that has none there is plain, in
+    `dtype`.
+    """
+
+    args: ModelArgs
+    dtype: torch.dtype
+    formats: Mapping[str, Format] = field(default_factory=dict)
+
+    def format(self, name: str) -> Format:
+        return self.formats.get(name.rpartition(".")[2], Plain(self.dtype))
+
+    def units(self) -> dict[str, int]:
+        """The axes that the plan cuts and some format does not let be cut anywhere, with what must stay together."""
+        found: dict[str, int] = {}
+        for name, axes in self.args.weight_axes().items():
+            for axis in set(axes.inputs[-1:]) & PLAN.keys():
+                found[axis] = math.lcm(self.format(name).unit, found.get(axis, 1))
+        return {axis: unit for axis, unit in found.items() if unit > 1}
+
+    def weights(self) -> dict[str, WeightSpec]:
+        """Every weight by its name, such as `layers.0.attention.wq`.
+
+        Raises:
+            ValueError: the format of a weight cannot hold it.
+        """
+        sizes, units = self.args.axis_sizes, self.units()
+        for axis, unit in units.items():
+            if sizes[axis] % unit:
+                raise ValueError(f"the format of the weights needs a multiple of {unit} as {axis}, got {sizes[axis]}")
+
+        def at_rest(axes: tuple[str, ...]) -> Iterator[tuple[str, int]]:
+            for axis in axes:
+                unit = units.get(axis, 1)
+                yield axis, sizes[axis] // unit
+                if unit > 1:
+                    yield f"{axis} of a unit", unit
+
+        specs = {}
+        for name, axes in self.args.weight_axes().items():
+            outputs, inputs = dict(at_rest(axes.outputs)), dict(at_rest(axes.inputs))
+            specs[name] = WeightSpec(
+                format=self.format(name),
+                axes=Axes(tuple(outputs), tuple(inputs)),
+                parts=self.format(name).parts(tuple(outputs.values()), tuple(inputs.values())),
+            )
+        return specs
+
+    def tensors(self) -> dict[str, Part]:
+        """Every part by the name that it has in a converted folder, such as `layers.0.attention.wq.weight`."""
+        return {
+            f"{name}.{part_name}": part
+            for name, weight in self.weights().items()
+            for part_name, part in weight.parts.items()
+        }
