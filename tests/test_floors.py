@@ -56,6 +56,7 @@ FLOORS = {
     "llama2.config": 0,
     "llama2.errors": 0,
     "llama2.parallel.splits": 0,
+    "llama2.text.dialog": 0,
     "llama2.text.tool_prompt": 0,
     "llama2.text.json_schema": 0,
     "llama2.text.exclusive": 0,
@@ -81,7 +82,7 @@ TORCH_FREE = (
         "llama2.text.chat",
         "llama2.engine.sequence",
     ),
-    *("llama2.text.tools", "llama2.text.tool_prompt", "llama2.text.json_schema"),
+    *("llama2.text.dialog", "llama2.text.tools", "llama2.text.tool_prompt", "llama2.text.json_schema"),
     *("llama2.engine.scheduler", "llama2.engine.block_manager", "build_archive"),
     *(
         "handler.body",

@@ -1,68 +1,151 @@
-"""Owns how a chat reply is asked of the engine and written: a message with its tool calls, or its deltas.
+"""Owns chat completions: their own fields, and how a reply is asked of the engine and written.
 
-Knows no messages that led to it and no HTTP.
+That is a message with its tool calls, or its deltas. Knows no other endpoint.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import Any
+from typing import Annotated, Any
 
-from handler.call import Progress
-from handler.openai.logprobs import TokenNames, chat_logprobs
-from handler.openai.responses import Generation, GenerationFormat
-from handler.openai.schema import ChatBody
-from llama2.engine.sequence import FinishReason, Output, Request, TokenLogprobs
-from llama2.text.tokenizer import Tokenizer
-from llama2.text.tools import CallDelta, ToolPrompt, ToolStream
+from pydantic import Field
+
+from handler.call import Format, Progress
+from handler.openai.fields import only, parse
+from handler.openai.generation import Generation, GenerationBody, Model
+from handler.openai.inspector import Inspector, inspected
+from handler.openai.logprobs import chat_logprobs
+from handler.openai.messages import AUDIO, FUNCTIONS, Messages, NamedTool, ToolChoice, Tools, typed_tools
+from handler.openai.responses import GenerationFormat
+from llama2.engine.sequence import MAX_LOGPROBS, FinishReason, Output, Request, TokenLogprobs
+from llama2.errors import InvalidValue
+from llama2.text.dialog import Tool
+from llama2.text.tools import CallDelta, ToolStream, call_schema
+
+_REASONING = "this model does not reason before it answers"
+_STORE = "nothing is stored here"
+
+
+class ChatBody(GenerationBody):
+    """https://platform.openai.com/docs/api-reference/chat/create: what has a meaning here, then what has none."""
+
+    messages: Messages
+    max_completion_tokens: Annotated[int, Field(ge=1)] | None = None
+    logprobs: bool = False
+    top_logprobs: Annotated[int, Field(ge=0, le=MAX_LOGPROBS)] | None = None
+    tools: Tools = Field(default_factory=list)
+    tool_choice: ToolChoice = "auto"
+    parallel_tool_calls: bool = True
+    safety_identifier: str | None = None
+
+    audio: Annotated[Any, only(why=AUDIO)] = None
+    function_call: Annotated[Any, only(why=FUNCTIONS)] = None
+    functions: Annotated[Any, only(why=FUNCTIONS)] = None
+    metadata: Annotated[Any, only({}, why=_STORE)] = None
+    modalities: Annotated[Any, only(["text"], why=AUDIO)] = None
+    prediction: Annotated[Any, only(why="replies are not sped up by predictions")] = None
+    prompt_cache_key: str | None = None  # there is one cache, so requests of the same key meet in it
+    prompt_cache_retention: Annotated[Any, only("in_memory", why="prompts are cached in memory alone")] = None
+    reasoning_effort: Annotated[Any, only("none", why=_REASONING)] = None
+    service_tier: Annotated[Any, only("auto", "default", why="there is one tier")] = None
+    store: Annotated[Any, only(False, why=_STORE)] = None
+    verbosity: Annotated[Any, only("medium", why="this model does not know how to be terser or wordier")] = None
+    web_search_options: Annotated[Any, only(why="this server does not search the web")] = None
+
+
+def read(model: Model, raw: Any) -> Format:
+    """What a body asks for.
+
+    Raises:
+        InvalidValue, RequestError: a field is wrong.
+    """
+    body = parse(ChatBody, raw)
+    if body.top_logprobs is not None and not body.logprobs:
+        raise InvalidValue("top_logprobs", "needs logprobs to be true")
+    tools = typed_tools(body.tools)
+    forced = _forced(tools, body.tool_choice)
+    for index, tool in enumerate(body.tools):
+        if tool.function.strict and not forced:
+            raise InvalidValue(f"tools[{index}].function.strict", "needs a tool_choice that forces a call")
+    offered = [] if body.tool_choice == "none" else [*tools.values()]
+    messages = [message.typed() for message in body.messages]
+    encoded = model.prompts.chat(messages, offered, special_tags="encode" if body.dry_run else None)
+    generation = model.generation(
+        body,
+        [encoded],
+        n=body.n,
+        max_tokens=_max_tokens(body),
+        logprobs=(body.top_logprobs or 0) if body.logprobs else None,
+        user=body.safety_identifier or body.user,
+        call_schema=call_schema(forced) if forced else None,
+    )
+    if body.dry_run:
+        report = Inspector(model).dialog(generation.prompts[0], encoded, messages, offered)
+        return inspected(generation.model, [report])
+    return ChatFormat(model, generation, body, names=frozenset(tool.name for tool in offered), forced=bool(forced))
+
+
+def _max_tokens(body: ChatBody) -> int | None:
+    if body.max_tokens == 0:
+        raise InvalidValue("max_tokens", "must be at least 1, got 0")
+    if None not in (body.max_tokens, body.max_completion_tokens) and body.max_tokens != body.max_completion_tokens:
+        raise InvalidValue("max_tokens", f"contradicts max_completion_tokens={body.max_completion_tokens}")
+    return body.max_tokens or body.max_completion_tokens
+
+
+def _forced(tools: dict[str, Tool], choice: ToolChoice) -> list[Tool]:
+    """The tools one of which the reply must call; none where it need not."""
+    if isinstance(choice, NamedTool):
+        if choice.function.name not in tools:
+            raise InvalidValue("tool_choice", f"must name one of the tools, got {choice.function.name!r}")
+        return [tools[choice.function.name]]
+    if choice == "required" and not tools:
+        raise InvalidValue("tool_choice", "is 'required', but there are no tools")
+    return [*tools.values()] if choice == "required" else []
 
 
 class ChatFormat(GenerationFormat):
-    """The replies to one dialog."""
+    """The replies to one dialog. `names` are the tools that may be called; `forced`: one of them must be."""
 
     prefix, kind, chunk_kind = "chatcmpl", "chat.completion", "chat.completion.chunk"
 
-    def __init__(self, generation: Generation, body: ChatBody, tools: ToolPrompt, tokenizer: Tokenizer) -> None:
+    def __init__(
+        self, model: Model, generation: Generation, body: ChatBody, *, names: frozenset[str], forced: bool
+    ) -> None:
         super().__init__(generation)
+        self._token_names = model.token_names
         self._body = body
-        self._tools = tools
-        self._names = TokenNames(tokenizer)
+        self._tool_names = names
+        self._forced = forced
         self._streams: dict[int, ToolStream] = {}  # of the choices whose stream has begun
-        self._max_calls = 1 if body.parallel_tool_calls is False else None
 
     def request(self, **common: Any) -> Request:
         return Request(**common, continues_prompt=False)
 
-    def chunk(self, index: int, output: Output, progress: Progress) -> str:
-        return "".join(
-            self.event(index, {"delta": delta, "logprobs": logprobs, "finish_reason": reason}, progress)
-            for delta, logprobs, reason in self._deltas(index, output)
-        )
-
-    def _deltas(self, index: int, output: Output) -> Iterator[tuple[dict[str, Any], dict[str, Any] | None, str | None]]:
+    def news(self, index: int, news: Output) -> Iterator[dict[str, Any]]:
         """Role, content or calls as they come, and at the end the reason."""
         if index not in self._streams:
-            self._streams[index] = self._tools.stream()
-            yield {"role": "assistant", "content": ""}, None, None
+            self._streams[index] = ToolStream(self._tool_names, forced=self._forced)
+            yield _delta({"role": "assistant", "content": ""})
         stream = self._streams[index]
-        news = [stream.push(output.text)]
-        if output.finish_reason is not None:
-            news.append(stream.finish())
-        logprobs = self._logprobs(output.logprobs) if output.logprobs else None
-        content = "".join(one.content for one in news)
+        pieces = [stream.push(news.text)]
+        if news.finish_reason is not None:
+            pieces.append(stream.finish())
+        logprobs = self._logprobs(news.logprobs) if news.logprobs else None
+        content = "".join(piece.content for piece in pieces)
         if content or logprobs:
-            yield {"content": content}, logprobs, None
-        calls = [_call_delta(call) for one in news for call in one.calls if self._shows(call.index)]
+            yield _delta({"content": content}, logprobs=logprobs)
+        calls = [_call_delta(call) for piece in pieces for call in piece.calls if self._shows(call.index)]
         if calls:
-            yield {"tool_calls": calls}, None, None
-        if output.finish_reason is not None:
-            yield {}, None, _reason(stream, output.finish_reason)
+            yield _delta({"tool_calls": calls})
+        if news.finish_reason is not None:
+            yield _delta({}, finish_reason=_reason(stream, news.finish_reason))
 
     def choices(self, progress: Sequence[Progress]) -> list[dict[str, Any]]:
-        return [self._choice(index, reply) for index, reply in enumerate(progress)]
+        return [self._choice(reply) for reply in progress]
 
-    def _choice(self, index: int, reply: Progress) -> dict[str, Any]:
-        stream = self._tools.stream()
+    def _choice(self, reply: Progress) -> dict[str, Any]:
+        stream = ToolStream(self._tool_names, forced=self._forced)
         stream.push(reply.text)
         stream.finish()
         message: dict[str, Any] = {"role": "assistant", "content": stream.content, "refusal": None}
@@ -70,21 +153,27 @@ class ChatFormat(GenerationFormat):
             message["content"] = stream.content or None
             message["tool_calls"] = [
                 {"id": call.id, "type": "function", "function": {"name": call.name, "arguments": call.arguments}}
-                for call in stream.calls[: self._max_calls]
+                for index, call in enumerate(stream.calls)
+                if self._shows(index)
             ]
         assert reply.finish_reason is not None
         return {
-            "index": index,
             "message": message,
             "logprobs": self._logprobs(reply.logprobs),
             "finish_reason": _reason(stream, reply.finish_reason),
         }
 
     def _logprobs(self, entries: Sequence[TokenLogprobs]) -> dict[str, Any] | None:
-        return chat_logprobs(self._names, entries) if self._body.logprobs else None
+        return chat_logprobs(self._token_names, entries) if self._body.logprobs else None
 
     def _shows(self, call_index: int) -> bool:
-        return self._max_calls is None or call_index < self._max_calls
+        return self._body.parallel_tool_calls or call_index == 0
+
+
+def _delta(
+    delta: dict[str, Any], *, logprobs: dict[str, Any] | None = None, finish_reason: str | None = None
+) -> dict[str, Any]:
+    return {"delta": delta, "logprobs": logprobs, "finish_reason": finish_reason}
 
 
 def _call_delta(call: CallDelta) -> dict[str, Any]:

@@ -5,17 +5,20 @@ Knows no chat format: it finds out where a message went by writing the same dial
 
 from __future__ import annotations
 
+import dataclasses
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
 
-from handler.openai.logprobs import TokenNames
+from handler.errors import RequestError
+from handler.openai.generation import Model
+from handler.openai.prompts import Encoded
+from handler.openai.responses import Immediate
 from handler.prompt import Prompt
-from llama2.text.tokenizer import Tokenizer
-
-Messages = Sequence[Mapping[str, Any]]
+from llama2.errors import InvalidValue
+from llama2.text.dialog import Message, Tool
 
 # Llama 2's tags are text, and so are those of tools where a model has none of its own.
 _TAGS = re.compile(rb"\[/?INST\]|<</?SYS>>|</?tool_(?:call|response)>")
@@ -33,24 +36,37 @@ class _Span:
     role: str
 
 
+def inspected(name: str, reports: list[dict[str, Any]]) -> Immediate:
+    return Immediate(reply={"object": "prompt.inspection", "model": name, "prompts": reports})
+
+
 class Inspector:
     """Looks at prompts of one model."""
 
-    def __init__(self, tokenizer: Tokenizer) -> None:
-        self._tokenizer = tokenizer
-        self._names = TokenNames(tokenizer)
+    def __init__(self, model: Model) -> None:
+        self._tokenizer = model.tokenizer
+        self._prompts = model.prompts
+        self._names = model.token_names
 
     def dialog(
-        self, prompt: Prompt, ids: Sequence[int], messages: Messages, encode: Callable[[Messages], list[int]]
+        self, prompt: Prompt, encoded: Encoded, messages: Sequence[Message], tools: Sequence[Tool]
     ) -> dict[str, Any]:
-        """`ids` is the whole prompt that `encode` made of `messages`, `prompt` what truncation left of it."""
-        spans = _locate(self._text(ids), messages, lambda others: self._text(encode(others)))
+        """`encoded` is the whole prompt that `messages` became, `prompt` what truncation left of it."""
+
+        def write(others: Sequence[Message]) -> bytes:
+            return self._text(self._prompts.chat(others, tools, special_tags="encode").ids)
+
+        spans = _locate(self._text(encoded.ids), messages, write)
         lint = [
             _finding("empty_system", f"messages[{index}] is a system prompt without text")
             for index, message in enumerate(messages)
-            if message["role"] == "system" and not (message["content"] or "").strip()
+            if message.role == "system" and not message.content.strip()
         ]
-        return self._report(prompt, ids, spans, "template", lint)
+        try:
+            self._prompts.chat(messages, tools, special_tags="reject")
+        except (InvalidValue, RequestError) as error:
+            lint.append(_finding("tag_in_message", str(error)))
+        return self._report(prompt, encoded.ids, spans, "template", lint)
 
     def text(self, prompt: Prompt, ids: Sequence[int]) -> dict[str, Any]:
         """`ids` is the whole prompt of a completion, `prompt` what truncation left of it."""
@@ -124,24 +140,27 @@ class Inspector:
         return self._tokenizer.token_bytes(token_id) or self._names.name(token_id).encode()
 
 
-def _locate(text: bytes, messages: Messages, write: Callable[[Messages], bytes]) -> list[_Span]:
+def _locate(text: bytes, messages: Sequence[Message], write: Callable[[Sequence[Message]], bytes]) -> list[_Span]:
     """Where each message stands in `text`; nothing if the template does more with messages than to place them."""
-    said = [index for index, message in enumerate(messages) if (message["content"] or "").strip()]
-    taken = "".join(messages[index]["content"] for index in said)
+    said = [index for index, message in enumerate(messages) if message.content.strip()]
+    taken = "".join(messages[index].content for index in said)
     free = (chr(code) for code in _STAND_INS if chr(code) not in taken)
     stand_ins = dict(zip(said, free, strict=False))
-    others = [{**one, "content": stand_ins.get(index, one["content"])} for index, one in enumerate(messages)]
+    others = [
+        dataclasses.replace(message, content=stand_ins.get(index, message.content))
+        for index, message in enumerate(messages)
+    ]
     frame = re.split("|".join(stand_ins.values()).encode() or b"(?!)", write(others))
     if len(frame) != len(said) + 1 or not text.startswith(frame[0]):
         return []
     spans: list[_Span] = []
     end = len(frame[0])
     for index, after in zip(said, frame[1:], strict=True):
-        content = messages[index]["content"]
+        content = messages[index].content
         fitting = [form for form in _forms(content) if text.startswith(form + after, end)]
         if not fitting:
             return []
-        spans.append(_Span(start=end, end=end + len(fitting[0]), role=messages[index]["role"]))
+        spans.append(_Span(start=end, end=end + len(fitting[0]), role=messages[index].role))
         end += len(fitting[0]) + len(after)
     return spans
 

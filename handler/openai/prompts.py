@@ -1,24 +1,21 @@
-"""Owns the way from the prompt or the messages of an OpenAI body to ids that fit.
+"""Owns the way from the prompt or the messages of a body to ids that fit.
 
 Knows no sampling and no reply.
 """
 
 from __future__ import annotations
 
-import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, cast
+from typing import cast
 
 from handler.config import HandlerConfig
 from handler.errors import RequestError
-from handler.openai.schema import AssistantMessage, Message, Tool, ToolChoice, ToolMessage
 from handler.prompt import Prompt, cut_left, fit
+from llama2.errors import InvalidValue
+from llama2.text.chat import SpecialTags, encode_messages
+from llama2.text.dialog import Message, Tool
 from llama2.text.tokenizer import Tokenizer
-from llama2.text.tools import ToolPrompt, prepare
-
-_TURN = re.compile(r"turn (\d+): ")
-_TOOL_FIELD = re.compile(r"tools?[\w.\[\]]*")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -40,10 +37,11 @@ class PromptReader:
         """Texts get a BOS where the model was trained with one; ids are taken as they are.
 
         Raises:
-            RequestError: there is no prompt, or a text is not valid Unicode.
+            InvalidValue: there is no prompt.
+            RequestError: a text is not valid Unicode.
         """
         if not prompt and isinstance(prompt, list):
-            raise RequestError("prompt must not be empty", param="prompt", code="invalid_value")
+            raise InvalidValue("prompt", "must not be empty")
         if isinstance(prompt, str):
             return [self.text(prompt, "prompt")]
         if isinstance(prompt[0], int):
@@ -61,34 +59,25 @@ class PromptReader:
         return Encoded(ids=ids, place=place)
 
     def chat(
-        self,
-        messages: Sequence[Mapping[str, Any]],
-        tools: Sequence[Tool] | None = None,
-        tool_choice: str | ToolChoice | None = None,
-        *,
-        special_tags: Literal["reject", "encode"] | None = None,
-    ) -> ToolPrompt:
+        self, messages: Sequence[Message], tools: Sequence[Tool] = (), *, special_tags: SpecialTags | None = None
+    ) -> Encoded:
         """The prompt that the assistant answers next. `special_tags` None: what the server says of them.
 
         Raises:
-            RequestError: a tool is wrong (400); the model's chat format has no place for such a dialog (422).
+            InvalidValue: a tool is wrong.
+            RequestError: the model's chat format has no place for such a dialog (422).
         """
         try:
-            return prepare(
-                self._tokenizer,
-                messages,
-                None if tools is None else [tool.model_dump(exclude_none=True) for tool in tools],
-                tool_choice.model_dump() if isinstance(tool_choice, ToolChoice) else tool_choice,
-                special_tags=special_tags or self._config.special_tags,
+            ids = encode_messages(
+                self._tokenizer, messages, tools=tools, special_tags=special_tags or self._config.special_tags
             )
         except ValueError as error:
-            text = str(error)
-            if field := _TOOL_FIELD.match(text):
-                raise RequestError(text, param=field[0], code="invalid_value") from None
-            turn = _TURN.match(text)
-            param = f"messages[{int(turn[1]) - 1}]" if turn else "messages"
-            message = f"{param}: {text[turn.end() :] if turn else text}"
-            raise RequestError(message, param=param, status=422, code="invalid_prompt") from None
+            if not isinstance(error, InvalidValue):
+                error = InvalidValue("messages", f"cannot be written: {error}")
+            elif error.field == "tools":
+                raise
+            raise RequestError.of(error, status=422, code="invalid_prompt") from None
+        return Encoded(ids=ids, place="messages")
 
     def fit(self, encoded: Encoded, *, max_new_tokens: int | None, asked: bool, truncate: int | None) -> Prompt:
         """Cut to the last `truncate` ids, -1 for as many as are taken; then to what the server takes.
@@ -103,7 +92,7 @@ class PromptReader:
         if truncate is not None and ids:
             keep = self._config.max_input_tokens if truncate == -1 else truncate
             if keep == 0:
-                raise RequestError("truncate_prompt_tokens must leave a token", param="truncate_prompt_tokens")
+                raise InvalidValue("truncate_prompt_tokens", "must leave a token")
             first = cut_left(ids, keep, bos_id)
             ids, dropped = list(first.ids), first.dropped
         prompt = fit(ids, place=encoded.place, config=self._config, bos_id=bos_id, max_new_tokens=max_new_tokens)
@@ -116,22 +105,3 @@ class PromptReader:
                 code="context_length_exceeded",
             )
         return Prompt(ids=prompt.ids, dropped=dropped + prompt.dropped)
-
-
-def plain(messages: Sequence[Message]) -> list[dict[str, Any]]:
-    """Messages as the model's chat format knows them: no developers, and contents in one piece."""
-    return [_plain(message) for message in messages]
-
-
-def _plain(message: Message) -> dict[str, Any]:
-    content = message.content
-    if isinstance(content, list):
-        content = "".join(part.text for part in content)
-    if isinstance(message, ToolMessage):
-        return {"role": "tool", "content": content, "tool_call_id": message.tool_call_id}
-    if isinstance(message, AssistantMessage):
-        if message.tool_calls:
-            calls = [call.model_dump() for call in message.tool_calls]
-            return {"role": "assistant", "content": content, "tool_calls": calls}
-        return {"role": "assistant", "content": content or ""}
-    return {"role": "system" if message.role == "developer" else message.role, "content": content}

@@ -1,4 +1,4 @@
-"""Owns what every reply of the OpenAI API has around its choices: ids, usage, server-sent events.
+"""Owns what every reply has around its choices: ids, usage, server-sent events; and replies that need no engine.
 
 Knows no choice from the inside: `completions` and `chat` say how one is written.
 """
@@ -9,37 +9,18 @@ import json
 import logging
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from handler.call import Progress
 from handler.errors import RequestError
-from handler.openai.schema import GenerationBody
-from handler.prompt import Prompt
-from llama2.engine.sequence import Grammar, Output, Request, SamplingParams
+from handler.openai.generation import Generation
+from llama2.engine.sequence import Grammar, Output, Request
 
 logger = logging.getLogger(__name__)
 
 DONE = "data: [DONE]\n\n"
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Generation:
-    """One accepted body: what to generate, and how to name its reply. `n` replies are made of each prompt."""
-
-    body: GenerationBody
-    model: str
-    system_fingerprint: str
-    prompts: tuple[Prompt, ...]
-    params: SamplingParams
-    n: int
-    make_grammar: Callable[[], Grammar] | None = None
-    user: str | None = None
-
-    @property
-    def num_prompt_tokens(self) -> int:
-        return sum(len(prompt.ids) for prompt in self.prompts)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -73,14 +54,12 @@ class GenerationFormat(ABC):
 
     def __init__(self, generation: Generation) -> None:
         self.generation = generation
-        self.stream = bool(generation.body.stream)
+        self.stream = generation.stream
+        self.content_type = "text/event-stream; charset=utf-8" if self.stream else "application/json"
+        self._options = generation.stream_options
         self._created = int(time.time())
         self._id = self.prefix
         self._grammar: Grammar | None = None
-
-    @property
-    def content_type(self) -> str:
-        return "text/event-stream; charset=utf-8" if self.stream else "application/json"
 
     @property
     def prepare(self) -> Callable[[], None] | None:
@@ -110,37 +89,35 @@ class GenerationFormat(ABC):
         """One request to the engine: what both have in `common`, and more."""
 
     @abstractmethod
-    def chunk(self, index: int, output: Output, progress: Progress) -> str: ...
+    def news(self, index: int, news: Output) -> Iterator[dict[str, Any]]:
+        """What a stream says of the next news of choice `index`, an event each."""
 
     @abstractmethod
     def choices(self, progress: Sequence[Progress]) -> list[dict[str, Any]]:
         """Every choice, whole."""
 
+    def chunk(self, index: int, output: Output, progress: Progress) -> str:
+        return "".join(self._chunk(index, choice, progress) for choice in self.news(index, output))
+
     def whole(self, progress: Sequence[Progress]) -> str:
-        usage = _usage(self.generation.num_prompt_tokens, progress)
+        usage = _usage(sum(len(prompt.ids) for prompt in self.generation.prompts), progress)
         if not self.stream:
-            return to_json(self._reply(self.kind, self.choices(progress)) | {"usage": usage}) + "\n"
-        last = _event(self._reply(self.chunk_kind, []) | {"usage": usage}) if self._includes_usage else ""
+            choices = [{"index": index, **choice} for index, choice in enumerate(self.choices(progress))]
+            return to_json(self._reply(self.kind, choices) | {"usage": usage}) + "\n"
+        last = _event(self._reply(self.chunk_kind, []) | {"usage": usage}) if self._options.include_usage else ""
         return last + DONE
 
     def failure(self, error: RequestError) -> str:
         return f"data: {error.as_json()}\n{DONE}" if self.stream else error.as_json()
 
-    def event(self, index: int, choice: dict[str, Any], progress: Progress) -> str:
-        """One chunk of choice `index`."""
+    def _chunk(self, index: int, choice: dict[str, Any], progress: Progress) -> str:
         chunk = self._reply(self.chunk_kind, [{"index": index, **choice}])
-        if self._includes_usage:
-            chunk["usage"] = None
-        options = self.generation.body.stream_options
-        if options is not None and options.continuous_usage_stats:
+        if self._options.continuous_usage_stats:
             prompt = self.generation.prompts[index // self.generation.n]
             chunk["usage"] = _usage(len(prompt.ids), [progress])
+        elif self._options.include_usage:
+            chunk["usage"] = None
         return _event(chunk)
-
-    @property
-    def _includes_usage(self) -> bool:
-        options = self.generation.body.stream_options
-        return options is not None and bool(options.include_usage)
 
     def _reply(self, kind: str, choices: list[dict[str, Any]]) -> dict[str, Any]:
         return {

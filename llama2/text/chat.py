@@ -6,13 +6,17 @@ holds for tools, calls and results of tools too.
 
 from __future__ import annotations
 
-import json
+import functools
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Literal
 
+from llama2.errors import InvalidValue, shown
 from llama2.text import tool_prompt
+from llama2.text.dialog import Message, Tool, check_order, read_messages
 from llama2.text.tokenizer import SentencePieceTokenizer, Tokenizer
+
+SpecialTags = Literal["reject", "encode"]
 
 # Meta's reference, llama/generation.py. They are text: the model knows them by the ids that this text encodes to.
 _INST, _END_INST = "[INST]", "[/INST]"
@@ -22,62 +26,69 @@ _SYS, _END_SYS = "<<SYS>>", "<</SYS>>"
 _PRIVATE_USE = range(0xE000, 0xF900)
 
 # What templates look for in messages and tools: fields, and the values that say what something is.
-_STRUCTURE = frozenset(
-    (
-        *("role", "content", "system", "user", "assistant", "tool", "tool_calls", "tool_call_id", "id", "type"),
-        *("function", "name", "description", "parameters", "arguments", "properties", "required", "items", "enum"),
-        *(
-            "anyOf",
-            "oneOf",
-            "additionalProperties",
-            "object",
-            "array",
-            "string",
-            "number",
-            "integer",
-            "boolean",
-            "null",
-        ),
-    )
-)
+_STRUCTURE = {
+    *("role", "content", "system", "user", "assistant", "tool", "tool_calls", "tool_call_id", "id", "type"),
+    *("function", "name", "description", "parameters", "arguments", "properties", "required", "items", "enum"),
+    *("anyOf", "oneOf", "additionalProperties", "object", "array", "string", "number", "integer", "boolean", "null"),
+}
 
 
 def encode_dialog(
+    tokenizer: Tokenizer, dialog: Sequence[Mapping[str, Any]], *, special_tags: SpecialTags = "reject"
+) -> list[int]:
+    """`encode_messages` of objects with a `role` and a `content`, and nothing else.
+
+    Raises:
+        ValueError: as there; an object has other fields.
+    """
+    return encode_messages(tokenizer, read_messages(dialog), special_tags=special_tags)
+
+
+def encode_messages(
     tokenizer: Tokenizer,
-    dialog: Sequence[Mapping[str, Any]],
+    messages: Sequence[Message],
     *,
-    special_tags: Literal["reject", "encode"] = "reject",
-    tools: Sequence[Mapping[str, Any]] | None = None,
+    tools: Sequence[Tool] = (),
+    special_tags: SpecialTags = "reject",
 ) -> list[int]:
     """The ids of a prompt that the assistant answers next.
 
-    `dialog` is [system,] user, assistant, user, ... and ends with user; each message has a `role` and a `content`.
     A message that spells one of the model's control tokens is refused, or with `special_tags="encode"` the spelling is
-    encoded character by character: the same text, in ids that the model was never taught to obey.
-
-    With `tools`, which may be an empty list, an assistant's turn may have `tool_calls`, each of which a turn of role
-    `tool` answers by its `tool_call_id`. They are written as the model's template does, or as `tool_prompt` does.
+    encoded character by character: the same text, in ids that the model was never taught to obey. Tools, and calls of
+    them, are written as the model's template does, or as `tool_prompt` does.
 
     Raises:
-        ValueError: the dialog is empty, a turn (counted from 1) has a wrong role or field, or spells a control token;
-            or this model has no chat format.
+        InvalidValue: a message is out of order or spells a control token.
+        ValueError: the model has no chat format, or its template refuses the dialog.
     """
     if special_tags not in ("reject", "encode"):
-        raise ValueError(f"special_tags must be 'reject' or 'encode', got {special_tags!r}")
-    messages = _checked(dialog, with_tools=tools is not None)
-    as_plain = tools is not None and not _template_takes_tools(tokenizer)
-    tags = _tags(tokenizer, as_plain=as_plain)
+        raise InvalidValue("special_tags", f"must be 'reject' or 'encode', got {shown(special_tags)}")
+    check_order(messages)
+    try:
+        return _encode(tokenizer, messages, tools, special_tags)
+    except RecursionError:
+        raise InvalidValue("tools", "or the arguments of a call are nested too deep") from None
+
+
+def _encode(
+    tokenizer: Tokenizer, messages: Sequence[Message], tools: Sequence[Tool], special_tags: SpecialTags
+) -> list[int]:
+    turns, offered = [message.as_json() for message in messages], [tool.as_json() for tool in tools]
+    has_tools = bool(tools) or any(message.calls for message in messages)
+    as_text = has_tools and not _template_takes_tools(tokenizer)
+    tags = _tags(tokenizer, as_text=as_text)
     if special_tags == "reject":
-        _refuse_tags(messages, tools or (), tags)
-    masks = _masks(tags, "".join(_strings([messages, tools])), tokenizer.chat_template or "")
-    pattern = re.compile("|".join(map(re.escape, masks)) or "(?!)")
-    messages, tools = _each_string([messages, tools], lambda text: pattern.sub(lambda match: masks[match[0]], text))
-    if as_plain:
-        messages, tools = tool_prompt.as_plain(messages, tools or ()), None
+        _refuse_tags(turns, offered, tags)
+    masks = _masks(tags, "".join(_strings([turns, offered])), tokenizer.chat_template or "")
+    if masks:
+        pattern = re.compile("|".join(map(re.escape, masks)))
+        turns, offered = _each_string([turns, offered], lambda text: pattern.sub(lambda match: masks[match[0]], text))
+    if as_text:
+        turns, offered = tool_prompt.as_text(turns, offered), []
     if tokenizer.chat_template is None:
-        runs = _llama2_runs(tokenizer, messages)
+        runs = _llama2_runs(tokenizer, turns)
     else:
-        runs = _template_runs(tokenizer, messages, tools)
+        runs = _template_runs(tokenizer, turns, offered)
     tag_of = {mask: tag for tag, mask in masks.items()}
     ids: list[int] = []
     for run in runs:
@@ -85,93 +96,21 @@ def encode_dialog(
     return ids
 
 
-def _checked(dialog: Sequence[Mapping[str, Any]], *, with_tools: bool) -> list[dict[str, Any]]:
-    if isinstance(dialog, (str, bytes)) or not isinstance(dialog, Sequence) or not dialog:
-        raise ValueError("dialog must be a list of at least one message")
-    messages: list[dict[str, Any]] = []
-    expected = ["system", "user"]
-    unanswered: list[str] = []
-    for turn, message in enumerate(dialog, start=1):
-        try:
-            checked = _checked_message(message, with_tools=with_tools)
-            if checked["role"] not in expected:
-                allowed = " or ".join(map(repr, expected))
-                raise ValueError(f"role must be {allowed}, got {message['role']!r}")
-            if checked["role"] == "tool":
-                if checked["tool_call_id"] not in unanswered:
-                    raise ValueError(f"tool_call_id must be one of {unanswered}, got {checked['tool_call_id']!r}")
-                unanswered.remove(checked["tool_call_id"])
-        except ValueError as error:
-            raise ValueError(f"turn {turn}: {error}") from None
-        messages.append(checked)
-        unanswered += [call["id"] for call in checked.get("tool_calls", ())]
-        answers = {"system": ["user"], "user": ["assistant"], "assistant": ["user"], "tool": ["assistant"]}
-        expected = ["tool"] if unanswered else answers[checked["role"]]
-    if messages[-1]["role"] not in ("user", "tool"):
-        raise ValueError(f"turn {len(messages)}: the last turn must be the user's, got {messages[-1]['role']!r}")
-    if unanswered:
-        raise ValueError(f"turn {len(messages)}: the tool calls {unanswered} have no answer yet")
-    return messages
-
-
-def _checked_message(message: Any, *, with_tools: bool) -> dict[str, Any]:
-    """A copy, in the form that templates know: the arguments of a call as an object."""
-    fields = {"role", "content"}
-    role = message.get("role") if isinstance(message, Mapping) else None
-    if with_tools and role == "tool":
-        fields.add("tool_call_id")
-    has_calls = with_tools and role == "assistant" and bool(message.get("tool_calls"))
-    if has_calls:
-        message = {"content": None, **message}
-        message["content"] = "" if message["content"] is None else message["content"]
-        fields.add("tool_calls")
-    if not isinstance(message, Mapping) or set(message) != fields:
-        more = "".join(f", a {name}" for name in sorted(fields - {"role", "content"}))
-        raise ValueError(f"a message must have a role and a content{more}, and nothing else")
-    if not isinstance(message["content"], str):
-        raise ValueError(f"content must be a string, got {type(message['content']).__name__}")
-    checked = dict(message)
-    if has_calls:
-        if not isinstance(message["tool_calls"], Sequence) or isinstance(message["tool_calls"], str):
-            raise ValueError("tool_calls must be a list of calls")
-        checked["tool_calls"] = [_checked_call(call) for call in message["tool_calls"]]
-    return checked
-
-
-def _checked_call(call: Any) -> dict[str, Any]:
-    shape = "a tool call must be {'id': ..., 'type': 'function', 'function': {'name': ..., 'arguments': ...}}"
-    if not isinstance(call, Mapping) or set(call) != {"id", "type", "function"} or call["type"] != "function":
-        raise ValueError(shape)
-    function = call["function"]
-    if not isinstance(function, Mapping) or set(function) != {"name", "arguments"}:
-        raise ValueError(shape)
-    if not all(isinstance(text, str) for text in (call["id"], *function.values())):
-        raise ValueError("a tool call's id, name and arguments must be strings")
-    try:
-        arguments = json.loads(function["arguments"])
-    except (ValueError, RecursionError):
-        arguments = None
-    if not isinstance(arguments, dict):
-        raise ValueError(f"a tool call's arguments must be a JSON object in a string, got {function['arguments']!r}")
-    return {"id": call["id"], "type": "function", "function": {"name": function["name"], "arguments": arguments}}
-
-
-def _tags(tokenizer: Tokenizer, *, as_plain: bool) -> list[str]:
+def _tags(tokenizer: Tokenizer, *, as_text: bool) -> list[str]:
     """What a message must not spell: every special token, and the tags that the format writes as text."""
     template = tokenizer.chat_template
     used = [tag for tag in (_INST, _END_INST, _SYS, _END_SYS) if template is None or tag in template]
-    used += [tag for tag in tool_prompt.TAGS if as_plain or (template is not None and tag in template)]
+    used += [tag for tag in tool_prompt.TAGS if as_text or (template is not None and tag in template)]
     return [*used, *(piece for piece in tokenizer.special_tokens if piece not in used)]
 
 
-def _refuse_tags(messages: list[dict[str, Any]], tools: Sequence[Mapping[str, Any]], tags: list[str]) -> None:
-    for turn, message in enumerate(messages, start=1):
+def _refuse_tags(turns: list[dict[str, Any]], tools: list[dict[str, Any]], tags: list[str]) -> None:
+    parts = [*((f"messages[{index}]", turn) for index, turn in enumerate(turns)), ("tools", tools)]
+    for field, value in parts:
+        text = "\0".join(_strings(value))
         for tag in tags:
-            if any(tag in text for text in _strings(message)):
-                raise ValueError(f"turn {turn}: a message must not contain the special tag {tag!r}")
-    for tag in tags:
-        if any(tag in text for text in _strings(tools)):
-            raise ValueError(f"tools must not contain the special tag {tag!r}")
+            if tag in text:
+                raise InvalidValue(field, f"must not contain the special tag {tag!r}")
 
 
 def _strings(value: Any) -> Iterator[str]:
@@ -200,14 +139,14 @@ def _each_string(value: Any, change: Callable[[str], str]) -> Any:
 def _masks(tags: list[str], contents: str, template: str) -> dict[str, str]:
     """For each tag that occurs in a message a character that occurs nowhere."""
     found = [tag for tag in tags if tag in contents]
-    taken = {*contents, *template}
+    taken = {*contents, *template} if found else set()
     free = [chr(code) for code in _PRIVATE_USE if found and chr(code) not in taken]
     if len(free) < len(found):
         raise ValueError("the dialog has special tags and every private-use character: it cannot be encoded")
     return dict(zip(found, free, strict=False))
 
 
-def _llama2_runs(tokenizer: Tokenizer, messages: list[dict[str, str]]) -> list[str | int]:
+def _llama2_runs(tokenizer: Tokenizer, messages: list[dict[str, Any]]) -> list[str | int]:
     """BOS, `[INST] <<SYS>>\\n{system}\\n<</SYS>>\\n\\n{user} [/INST] {answer} `, EOS, BOS, `[INST] {user} [/INST]`."""
     bos, eos = tokenizer.bos_id, tokenizer.eos_id
     if not isinstance(tokenizer, SentencePieceTokenizer) or bos is None or eos is None:
@@ -224,19 +163,29 @@ def _llama2_runs(tokenizer: Tokenizer, messages: list[dict[str, str]]) -> list[s
 
 
 def _template_runs(
-    tokenizer: Tokenizer, messages: list[dict[str, Any]], tools: Sequence[Mapping[str, Any]] | None
+    tokenizer: Tokenizer, messages: list[dict[str, Any]], tools: list[dict[str, Any]]
 ) -> list[str | int]:
     runs = tokenizer.split_special(_render(tokenizer, messages, tools))
     # Control tokens must come from the template alone: a dialog of the same shape without any text has the same ones.
-    expected = tokenizer.split_special(_render(tokenizer, *_without_text(messages, tools)))
-    if [run for run in runs if isinstance(run, int)] != [run for run in expected if isinstance(run, int)]:
-        raise ValueError("the chat template and a message together spell a special token")
+    texts = {*(message["content"] for message in messages), *(set(_strings([messages, tools])) - _STRUCTURE)}
+    if _may_complete_a_tag(texts, tokenizer.special_tokens):
+        expected = tokenizer.split_special(_render(tokenizer, *_without_text(messages, tools)))
+        if [run for run in runs if isinstance(run, int)] != [run for run in expected if isinstance(run, int)]:
+            raise ValueError("the chat template and a message together spell a special token")
     return runs
 
 
+def _may_complete_a_tag(texts: set[str], tags: Mapping[str, int]) -> bool:
+    """Could a template spell one of the tags with a part of one of the texts? Its first or last character must then be
+    in the text, or the text in the middle of it."""
+    edges = {tag[0] for tag in tags} | {tag[-1] for tag in tags}
+    everything = "\n".join(tags)
+    return any(not edges.isdisjoint(text) or (text.strip() and text.strip() in everything) for text in texts)
+
+
 def _without_text(
-    messages: list[dict[str, Any]], tools: Sequence[Mapping[str, Any]] | None
-) -> tuple[list[dict[str, Any]], list[dict[str, Any]] | None]:
+    messages: list[dict[str, Any]], tools: list[dict[str, Any]]
+) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
     """The same dialog with another word for each text, except for the words that its structure is made of."""
     words: dict[str, str] = {}
 
@@ -249,20 +198,19 @@ def _without_text(
     return empty, _each_string(tools, other)
 
 
+@functools.lru_cache(maxsize=1)
 def _template_takes_tools(tokenizer: Tokenizer) -> bool:
     """Whether the name of a tool comes through the model's template."""
     if tokenizer.chat_template is None:
         return False
-    name = "a_tool_to_look_for"
-    tool = {"name": name, "description": name, "parameters": {"type": "object", "properties": {}}}
+    tool = Tool(name="a_tool_to_look_for")
     try:
-        rendered = _render(tokenizer, [{"role": "user", "content": "x"}], [{"type": "function", "function": tool}])
+        return tool.name in _render(tokenizer, [{"role": "user", "content": "x"}], [tool.as_json()])
     except ValueError:
         return False
-    return name in rendered
 
 
-def _render(tokenizer: Tokenizer, messages: list[dict[str, Any]], tools: Sequence[Mapping[str, Any]] | None) -> str:
+def _render(tokenizer: Tokenizer, messages: list[dict[str, Any]], tools: list[dict[str, Any]]) -> str:
     # Imported here: importing this module must cost nothing to those who only complete text.
     from jinja2 import TemplateError
     from transformers.utils.chat_template_utils import render_jinja_template
@@ -271,7 +219,7 @@ def _render(tokenizer: Tokenizer, messages: list[dict[str, Any]], tools: Sequenc
     try:
         rendered = render_jinja_template(
             [messages],
-            tools=[dict(tool) for tool in tools] if tools else None,
+            tools=[*tools] or None,
             chat_template=tokenizer.chat_template,
             add_generation_prompt=True,
             **variables,

@@ -31,7 +31,7 @@ RESPONSE_TAG, END_RESPONSE_TAG = "<tool_response>", "</tool_response>"
 TAGS = (CALL_TAG, END_CALL_TAG, RESPONSE_TAG, END_RESPONSE_TAG)
 
 
-def as_plain(messages: Sequence[Mapping[str, Any]], tools: Sequence[Mapping[str, Any]]) -> list[dict[str, str]]:
+def as_text(messages: Sequence[Mapping[str, Any]], tools: Sequence[Mapping[str, Any]]) -> list[dict[str, str]]:
     """`messages` without tools, calls and tool turns: nothing but system, user, assistant, user, ..."""
     plain: list[dict[str, str]] = []
     for message in messages:

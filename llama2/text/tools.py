@@ -1,7 +1,7 @@
-"""Owns tool calls: what a request's tools make of its prompt, and how a call is read out of the reply's text.
+"""Owns calls of tools in a reply: the JSON schema of a call that must be made, and how calls are read out of the text.
 
-Knows no HTTP and no torch. How a dialog with tools becomes ids is `chat`'s; how a forced call is held to its schema is
-`grammar`'s. What is read here was written by a model: a reply that is not a call to a tool that was given is content.
+Knows no prompt, no HTTP and no torch. What is read here was written by a model: a reply that is not a call of a tool
+that was given is content.
 """
 
 from __future__ import annotations
@@ -9,18 +9,12 @@ from __future__ import annotations
 import json
 import re
 import uuid
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from llama2.text.chat import encode_dialog
-from llama2.text.tokenizer import Tokenizer
+from llama2.text.dialog import Tool
 from llama2.text.tool_prompt import CALL_TAG, END_CALL_TAG
-
-MAX_TOOLS = 128
-
-_NAME = re.compile(r"[A-Za-z0-9_-]{1,64}")
-_CHOICES = "'none', 'auto', 'required' or {'type': 'function', 'function': {'name': ...}}"
 
 # The fields of a call; Llama 3 calls the arguments parameters.
 _CALL_FIELDS = ("name", "arguments", "parameters", "type")
@@ -28,117 +22,20 @@ _OPENING = re.compile(r'\s*\{\s*"name"\s*:\s*"([^"\\]*)"\s*,\s*"arguments"\s*:\s
 _ENDING = re.compile(r"\s*\}?\s*\Z")
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class ToolPrompt:
-    """A dialog with tools, ready to run: the prompt, and what its reply may be.
-
-    `names` are the tools that may be called, none where the request does not want it. `schema` is set where a call is
-    forced: the JSON schema that the whole reply must follow (hand it to `GrammarCompiler.json_schema`).
-    """
-
-    ids: list[int]
-    names: frozenset[str] = frozenset()
-    schema: dict[str, Any] | None = None
-
-    def stream(self) -> ToolStream:
-        """A reader for one reply."""
-        return ToolStream(self.names, forced=self.schema is not None)
-
-
-def prepare(
-    tokenizer: Tokenizer,
-    messages: Sequence[Mapping[str, Any]],
-    tools: Any = None,
-    tool_choice: Any = None,
-    *,
-    special_tags: Literal["reject", "encode"] = "reject",
-) -> ToolPrompt:
-    """Read the tool fields of a chat request and encode its dialog.
-
-    Args:
-        messages: as `chat.encode_dialog` takes them: contents are strings; an assistant's turn may have `tool_calls`
-            (and then a content of None), which `tool` turns with a `tool_call_id` answer.
-        tools: OpenAI's list of {"type": "function", "function": {"name", "description", "parameters"}}, or None.
-        tool_choice: None means 'auto' where there are tools.
-
-    Raises:
-        ValueError: something in it is wrong; a message about the fields starts with their name.
-    """
-    functions = _functions(tools)
-    forced = _forced(functions, tool_choice)
-    offered = functions if tool_choice != "none" else {}
-    shown = [{"type": "function", "function": function} for function in offered.values()]
-    try:
-        ids = encode_dialog(tokenizer, messages, special_tags=special_tags, tools=shown)
-    except RecursionError:
-        raise ValueError("tools or the arguments of a call are nested too deep") from None
-    return ToolPrompt(ids=ids, names=frozenset(offered), schema=_call_schema(forced) if forced else None)
-
-
-def _functions(tools: Any) -> dict[str, dict[str, Any]]:
-    """By name, what is known of each function."""
-    if tools is None:
-        return {}
-    if not isinstance(tools, list) or len(tools) > MAX_TOOLS:
-        raise ValueError(f"tools must be a list of at most {MAX_TOOLS} tools")
-    functions: dict[str, dict[str, Any]] = {}
-    for index, tool in enumerate(tools):
-        place = f"tools[{index}]"
-        if not isinstance(tool, Mapping) or tool.get("type") != "function" or set(tool) != {"type", "function"}:
-            raise ValueError(f"{place} must be {{'type': 'function', 'function': {{...}}}} and nothing else")
-        function = tool["function"]
-        if not isinstance(function, Mapping) or set(function) - {"name", "description", "parameters", "strict"}:
-            raise ValueError(f"{place}.function must have a name, and may have description, parameters and strict")
-        name, description = function.get("name"), function.get("description")
-        parameters = function.get("parameters")
-        if not isinstance(name, str) or not _NAME.fullmatch(name):
-            raise ValueError(f"{place}.function.name must be 1 to 64 letters, digits, '_' or '-', got {name!r}")
-        if name in functions:
-            raise ValueError(f"{place}.function.name is {name!r}, which another tool has")
-        if description is not None and not isinstance(description, str):
-            raise ValueError(f"{place}.function.description must be a string")
-        if parameters is not None and (not isinstance(parameters, Mapping) or parameters.get("type") != "object"):
-            raise ValueError(f"{place}.function.parameters must be a JSON schema of type 'object'")
-        if not isinstance(function.get("strict"), (bool, type(None))):
-            raise ValueError(f"{place}.function.strict must be true or false")
-        functions[name] = {
-            "name": name,
-            "description": description or "",
-            "parameters": dict(parameters or {"type": "object", "properties": {}}),
-        }
-    return functions
-
-
-def _forced(functions: Mapping[str, dict[str, Any]], choice: Any) -> list[dict[str, Any]]:
-    """The functions one of which the reply must call; none where it need not."""
-    if choice is None or choice == "none" or choice == "auto":
-        return []
-    if choice == "required":
-        if not functions:
-            raise ValueError("tool_choice is 'required', but there are no tools")
-        return [*functions.values()]
-    if not isinstance(choice, Mapping) or set(choice) != {"type", "function"} or choice["type"] != "function":
-        raise ValueError(f"tool_choice must be {_CHOICES}, got {choice!r}")
-    function = choice["function"]
-    name = function.get("name") if isinstance(function, Mapping) and set(function) == {"name"} else None
-    if not isinstance(name, str) or name not in functions:
-        raise ValueError(f"tool_choice must name one of the tools, got {function!r}")
-    return [functions[name]]
-
-
-def _call_schema(functions: list[dict[str, Any]]) -> dict[str, Any]:
+def call_schema(tools: Sequence[Tool]) -> dict[str, Any]:
+    """The JSON schema of a reply that calls one of the tools."""
     calls = [
         {
             "type": "object",
             "properties": {
-                "name": {"const": function["name"]},
+                "name": {"const": tool.name},
                 # With an id of its own, a reference inside the parameters goes to the parameters.
-                "arguments": {"$id": function["name"], **function["parameters"]},
+                "arguments": {"$id": tool.name, **tool.parameters},
             },
             "required": ["name", "arguments"],
             "additionalProperties": False,
         }
-        for function in functions
+        for tool in tools
     ]
     return calls[0] if len(calls) == 1 else {"anyOf": calls}
 

@@ -157,6 +157,11 @@ class Server:
         return "".join(spelling.get(token_id) or self.tokenizer.token_bytes(token_id).decode() for token_id in ids)
 
 
+def deltas(events: list[Any], index: int = 0) -> list[dict[str, Any]]:
+    """What a stream says of one choice."""
+    return [choice["delta"] for event in events for choice in event["choices"] if choice["index"] == index]
+
+
 def usage(prompt_tokens: int, completion_tokens: int, *, cached_tokens: int = 0) -> dict[str, Any]:
     """As a reply has it."""
     return {

@@ -3,12 +3,12 @@ completions."""
 
 from __future__ import annotations
 
-import json
 from typing import Any
 
 import pytest
+from transformers.utils import chat_template_utils
 
-from tests.handler.openai.support import LOGPROB, SAID, USER, FakeGrammar, Server, usage
+from tests.handler.openai.support import LOGPROB, SAID, USER, Server, deltas, usage
 
 PATH = "v1/chat/completions"
 WEATHER = {
@@ -16,11 +16,14 @@ WEATHER = {
     "function": {"name": "weather", "description": "of a city", "parameters": {"type": "object", "properties": {}}},
 }
 NEWS = {"type": "function", "function": {"name": "news"}}
-CALL = '{"name": "weather", "arguments": {"city": "Rome"}}'
 
 
-def deltas(events: list[Any], index: int = 0) -> list[dict[str, Any]]:
-    return [choice["delta"] for event in events for choice in event["choices"] if choice["index"] == index]
+def function(**fields: Any) -> dict[str, Any]:
+    return {"type": "function", "function": {"name": "f", **fields}}
+
+
+def calls(tool_calls: Any) -> dict[str, Any]:
+    return {"messages": [USER, {"role": "assistant", "tool_calls": tool_calls}, USER]}
 
 
 def test_a_reply_has_openais_shape(server: Server) -> None:
@@ -47,6 +50,19 @@ def test_messages_are_written_in_the_models_format_and_the_reply_is_a_text_of_it
     request = server.request(PATH, messages=[USER])
     assert server.shown(request.prompt_ids) == SAID
     assert not request.continues_prompt
+
+
+def test_a_plain_chat_renders_its_template_once(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
+    rendered: list[Any] = []
+    render = chat_template_utils.render_jinja_template
+
+    def count(conversations: Any, **others: Any) -> Any:
+        rendered.extend(conversations)
+        return render(conversations, **others)
+
+    monkeypatch.setattr(chat_template_utils, "render_jinja_template", count)
+    server.request(PATH, messages=[{"role": "user", "content": "What is a llama?"}])
+    assert len(rendered) == 1
 
 
 def test_without_max_tokens_a_reply_may_be_as_long_as_fits(server: Server) -> None:
@@ -123,100 +139,6 @@ def test_include_usage_adds_one_event_without_choices(server: Server) -> None:
     assert (last["choices"], last["usage"]["completion_tokens"]) == ([], 2)
 
 
-def test_tools_stand_in_the_prompt_unless_they_must_not_be_called(server_with_room: Server) -> None:
-    server = server_with_room
-    offered = server.shown(server.request(PATH, messages=[USER], tools=[WEATHER]).prompt_ids)
-    assert '"weather"' in offered
-    assert "of a city" in offered
-    assert server.shown(server.request(PATH, messages=[USER], tools=[WEATHER], tool_choice="none").prompt_ids) == SAID
-
-
-@pytest.mark.parametrize("stream", [False, True])
-def test_a_call_of_a_tool_is_told_from_content(server_with_room: Server, stream: bool) -> None:
-    body: dict[str, Any] = {"messages": [USER], "tools": [WEATHER, NEWS]}
-    if stream:
-        events = server_with_room.stream(PATH, CALL, **body)
-        calls = [call for delta in deltas(events) for call in delta.get("tool_calls", ())]
-        assert not any(delta.get("content") for delta in deltas(events))
-        assert [call["index"] for call in calls] == [0] * len(calls)
-        call = {**calls[0], "function": {"name": calls[0]["function"]["name"]}}
-        call["function"]["arguments"] = "".join(one["function"]["arguments"] for one in calls)
-        reason = events[-1]["choices"][0]["finish_reason"]
-    else:
-        (choice,) = server_with_room.say(PATH, CALL, **body)["choices"]
-        assert choice["message"]["content"] is None
-        (call,) = choice["message"]["tool_calls"]
-        reason = choice["finish_reason"]
-    assert call["type"] == "function"
-    assert call["id"].startswith("call_")
-    assert call["function"]["name"] == "weather"
-    assert json.loads(call["function"]["arguments"]) == {"city": "Rome"}
-    assert reason == "tool_calls"
-
-
-@pytest.mark.parametrize("stream", [False, True])
-def test_a_reply_with_tools_may_be_content_all_the_same(server_with_room: Server, stream: bool) -> None:
-    body: dict[str, Any] = {"messages": [USER], "tools": [WEATHER]}
-    if stream:
-        events = server_with_room.stream(PATH, "Sunny {}", **body)
-        assert "".join(delta.get("content", "") for delta in deltas(events)) == "Sunny {}"
-        assert events[-1]["choices"][0]["finish_reason"] == "stop"
-    else:
-        (choice,) = server_with_room.say(PATH, "Sunny {}", **body)["choices"]
-        assert (choice["message"], choice["finish_reason"]) == (
-            *({"role": "assistant", "content": "Sunny {}", "refusal": None}, "stop"),
-        )
-
-
-def test_a_forced_call_has_no_other_format(server_with_room: Server) -> None:
-    body: dict[str, Any] = {"messages": [USER], "tools": [WEATHER], "tool_choice": "required"}
-    status, param, _ = server_with_room.refused(PATH, **body, response_format={"type": "json_object"})
-    assert (status, param) == (400, "response_format")
-
-
-@pytest.mark.parametrize("choice", ["required", {"type": "function", "function": {"name": "weather"}}])
-def test_a_forced_call_is_held_to_the_schema_of_the_tool(server_with_room: Server, choice: Any) -> None:
-    request = server_with_room.request(PATH, messages=[USER], tools=[WEATHER], tool_choice=choice)
-    assert isinstance(request.grammar, FakeGrammar)
-    assert request.grammar.kind == "json_schema"
-    assert request.grammar.source["properties"]["name"] == {"const": "weather"}
-
-
-def test_a_call_that_was_cut_says_so(server_with_room: Server) -> None:
-    choice = {"type": "function", "function": {"name": "weather"}}
-    body: dict[str, Any] = {"messages": [USER], "tools": [WEATHER], "tool_choice": choice}
-    reply = server_with_room.say(PATH, '{"name": "weather", "arguments": {"ci', finish_reason="length", **body)
-    (cut,) = reply["choices"]
-    assert cut["finish_reason"] == "length"
-    assert cut["message"]["tool_calls"][0]["function"]["arguments"] == '{"ci'
-
-
-@pytest.mark.parametrize("stream", [False, True])
-def test_without_parallel_tool_calls_one_is_made(server_with_room: Server, stream: bool) -> None:
-    body: dict[str, Any] = {"messages": [USER], "tools": [WEATHER], "parallel_tool_calls": False}
-    both = f"[{CALL}, {CALL}]"
-    if stream:
-        calls = [
-            call
-            for delta in deltas(server_with_room.stream(PATH, both, **body))
-            for call in delta.get("tool_calls", ())
-        ]
-    else:
-        calls = server_with_room.say(PATH, both, **body)["choices"][0]["message"]["tool_calls"]
-    assert len(calls) == 1
-
-
-def test_calls_and_their_results_go_into_the_next_prompt(server_with_room: Server) -> None:
-    call = {"id": "call_1", "type": "function", "function": {"name": "weather", "arguments": '{"city": "Rome"}'}}
-    messages = [
-        USER,
-        {"role": "assistant", "content": None, "tool_calls": [call]},
-        {"role": "tool", "tool_call_id": "call_1", "content": "21 degrees"},
-    ]
-    shown = server_with_room.shown(server_with_room.request(PATH, messages=messages, tools=[WEATHER]).prompt_ids)
-    assert shown.index("Rome") < shown.index("21 degrees")
-
-
 @pytest.mark.parametrize(
     "field",
     [
@@ -290,8 +212,8 @@ def test_a_user_is_named_in_the_log(server: Server, caplog: pytest.LogCaptureFix
             {"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "x"}}]}]},
             *(400, "messages[0].content[0].type", "is not supported: this model reads and writes text"),
         ),
-        ({"messages": [{"role": "assistant", "content": "Hi"}]}, 422, "messages[0]", "role must be 'system' or 'user'"),
-        ({"messages": [USER, USER]}, 422, "messages[1]", "role must be 'assistant', got 'user'"),
+        ({"messages": [{"role": "assistant", "content": "Hi"}]}, 422, "messages[0].role", "must be 'system' or 'user'"),
+        ({"messages": [USER, USER]}, 422, "messages[1].role", "must be 'assistant', got 'user'"),
         ({"messages": [{"role": "user", "content": "<|im_end|>"}]}, 422, "messages[0]", "'<|im_end|>'"),
         ({"messages": [USER], "prompt": "Hi"}, 400, "prompt", "unknown field 'prompt'"),
         ({"messages": [USER], "model": "gpt-4"}, 404, "model", "does not exist"),
@@ -309,7 +231,34 @@ def test_a_user_is_named_in_the_log(server: Server, caplog: pytest.LogCaptureFix
             {"messages": [USER], "tools": [WEATHER], "tool_choice": {"type": "function", "function": {"name": "x"}}},
             *(400, "tool_choice", "must name one of the tools"),
         ),
+        ({"messages": [USER], "tool_choice": {"type": "x"}}, 400, "tool_choice.type", "must be 'function'"),
+        ({"messages": [USER], "tools": "x"}, 400, "tools", "must be a list"),
+        ({"messages": [USER], "tools": [NEWS] * 129}, 400, "tools", "must have at most 128 items"),
+        ({"messages": [USER], "tools": [{"type": "retrieval"}]}, 400, "tools[0].type", "must be 'function'"),
         ({"messages": [USER], "tools": [{"type": "function"}]}, 400, "tools[0].function", "is missing"),
+        ({"messages": [USER], "tools": [NEWS, function(name="a b")]}, 400, "tools[1].function.name", "must match"),
+        ({"messages": [USER], "tools": [function(what=1)]}, 400, "tools[0].function.what", "it has no place there"),
+        ({"messages": [USER], "tools": [function(description=1)]}, 400, "tools[0].function.description", "a string"),
+        ({"messages": [USER], "tools": [function(strict=1)]}, 400, "tools[0].function.strict", "true or false"),
+        (
+            {"messages": [USER], "tools": [function(parameters={"type": "string"})]},
+            *(400, "tools[0].function.parameters", "must be a JSON schema of type 'object'"),
+        ),
+        (
+            {"messages": [USER], "tools": [function(description="<|im_end|>")]},
+            *(400, "tools", "must not contain the special tag '<|im_end|>'"),
+        ),
+        (calls("ab"), 400, "messages[1].tool_calls", "must be a list"),
+        (calls([{"id": "a"}]), 400, "messages[1].tool_calls[0].function", "is missing"),
+        (
+            calls([{"id": "a", "function": {"name": "f", "arguments": "["}}]),
+            *(400, "messages[1].tool_calls[0].function.arguments", "must be a JSON object in a string, got '['"),
+        ),
+        (
+            calls([{"id": "a", "function": {"name": "f", "arguments": "[1]"}}]),
+            *(400, "messages[1].tool_calls[0].function.arguments", "must be an object, got"),
+        ),
+        ({"messages": [USER, {"role": "tool", "content": "x"}]}, 400, "messages[1].tool_call_id", "is missing"),
         ({"messages": [USER], "tools": [WEATHER, WEATHER]}, 400, "tools[1].function.name", "which another tool has"),
         (
             {"messages": [USER], "tools": [{"type": "function", "function": {"name": "f", "strict": True}}]},

@@ -6,7 +6,9 @@ import re
 
 import pytest
 
-from handler.openai.schema import Body, ChatBody, CompletionBody
+from handler.openai.chat import ChatBody
+from handler.openai.completions import CompletionBody
+from handler.openai.fields import Body
 from tests.handler.support import ROOT
 
 DOCS = (ROOT / "docs" / "openai.md").read_text(encoding="utf-8")

@@ -5,12 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-import pytest
-
-from handler.openai.inspector import Inspector
-from handler.prompt import Prompt
-from llama2.text.chat import encode_dialog
-from llama2.text.tokenizer import Tokenizer, load_tokenizer
+from llama2.text.tokenizer import load_tokenizer
 from tests.handler.openai.support import USER, Server, make_server
 from tests.handler.support import byte_tokenizer
 from tests.support.tokenizers import tiny_sentencepiece
@@ -66,26 +61,15 @@ def test_every_token_of_a_chat_has_a_role(server: Server) -> None:
     ]
 
 
-@pytest.fixture(scope="module")
-def llama2(tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
-    return load_tokenizer(tiny_sentencepiece(tmp_path_factory.mktemp("llama2")))
-
-
-def inspect_llama2(tokenizer: Tokenizer, messages: list[dict[str, str]]) -> dict[str, Any]:
-    ids = encode_dialog(tokenizer, messages)
-    return Inspector(tokenizer).dialog(
-        Prompt(ids=tuple(ids)), ids, messages, lambda others: encode_dialog(tokenizer, [*others])
-    )
-
-
-def test_the_tags_of_llama_2_are_told_from_the_words_between_them(llama2: Tokenizer) -> None:
+def test_the_tags_of_llama_2_are_told_from_the_words_between_them(tmp_path: Path) -> None:
+    server = make_server(tmp_path, tokenizer=load_tokenizer(tiny_sentencepiece(tmp_path)), max_seq_len=500)
     messages = [
         {"role": "system", "content": "Be brief. "},
         {"role": "user", "content": " Who are you?"},
         {"role": "assistant", "content": "A lamp."},
         {"role": "user", "content": "A lamp?"},
     ]
-    found = [(role, text.strip()) for role, text in runs(inspect_llama2(llama2, messages)) if text.strip()]
+    found = [(role, text.strip()) for role, text in runs(inspect(server, CHAT, messages=messages)) if text.strip()]
     assert found == [
         *(("BOS", "<s>"), ("tag", "[INST] <<SYS>>"), ("system", "Be brief."), ("tag", "<</SYS>>")),
         *(("user", "Who are you?"), ("tag", "[/INST]"), ("assistant", "A lamp."), ("EOS", "</s>")),
@@ -117,12 +101,8 @@ def test_a_bos_that_also_begins_turns_is_a_tag_there(tmp_path: Path) -> None:
     byte_tokenizer(tmp_path)
     file = tmp_path / "tokenizer_config.json"
     file.write_text(file.read_text().replace('"<s>"', '"<|im_start|>"'))
-    tokenizer = load_tokenizer(tmp_path)
-    messages = [USER, {"role": "assistant", "content": "Yo"}, USER]
-    ids = encode_dialog(tokenizer, messages)
-    report = Inspector(tokenizer).dialog(
-        Prompt(ids=tuple(ids)), ids, messages, lambda others: encode_dialog(tokenizer, [*others])
-    )
+    server = make_server(tmp_path, tokenizer=load_tokenizer(tmp_path), max_seq_len=500)
+    report = inspect(server, CHAT, messages=[USER, {"role": "assistant", "content": "Yo"}, USER])
     roles = [token["role"] for token in report["tokens"] if token["text"] == "<|im_start|>"]
     assert roles == ["BOS", "tag", "tag", "tag"]
 
@@ -169,7 +149,7 @@ def test_each_prompt_of_a_list_is_inspected(server: Server) -> None:
 
 def test_a_dry_run_finds_the_same_mistakes(server: Server) -> None:
     assert server.refused(CHAT, messages=[USER], temperature=5, dry_run=True)[:2] == (400, "temperature")
-    assert server.refused(CHAT, messages=[USER, USER], dry_run=True)[:2] == (422, "messages[1]")
+    assert server.refused(CHAT, messages=[USER, USER], dry_run=True)[:2] == (422, "messages[1].role")
 
 
 def test_tools_do_not_hide_the_messages(server_with_room: Server) -> None:

@@ -13,6 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
+from llama2.errors import InvalidValue
 from llama2.text.chat import encode_dialog
 from llama2.text.tokenizer import Tokenizer, load_tokenizer
 from tests.support.tokenizer_json import llama_tokenizer_json
@@ -118,26 +119,26 @@ def _roles(*roles: str) -> list[dict[str, str]]:
 @pytest.mark.parametrize(
     ("messages", "problem"),
     [
-        ([], "dialog must be a list of at least one message"),
-        ("Hello", "dialog must be a list of at least one message"),
-        ({"role": "user", "content": "x"}, "dialog must be a list of at least one message"),
-        (["Hello"], "turn 1: a message must have a role and a content, and nothing else"),
-        ([{"role": "user"}], "turn 1: a message must have a role and a content, and nothing else"),
-        ([{"role": "user", "content": "x", "name": "y"}], "turn 1: a message must have a role and a content"),
-        ([*_roles("user", "assistant"), {"role": "user", "content": None}], "turn 3: content must be a string"),
-        (_roles("assistant"), "turn 1: role must be 'system' or 'user', got 'assistant'"),
-        (_roles("system"), "turn 1: the last turn must be the user's, got 'system'"),
-        (_roles("system", "system", "user"), "turn 2: role must be 'user', got 'system'"),
-        (_roles("system", "assistant"), "turn 2: role must be 'user', got 'assistant'"),
-        (_roles("user", "user"), "turn 2: role must be 'assistant', got 'user'"),
-        (_roles("user", "system"), "turn 2: role must be 'assistant', got 'system'"),
-        (_roles("system", "user", "assistant", "assistant"), "turn 4: role must be 'user', got 'assistant'"),
-        (_roles("user", "assistant"), "turn 2: the last turn must be the user's, got 'assistant'"),
-        (_roles("user", "tool"), "turn 2: role must be 'assistant', got 'tool'"),
-        ([{"role": ["user"], "content": "x"}], "turn 1: role must be 'system' or 'user'"),
+        ([], "messages must hold at least one message"),
+        ("Hello", "messages must be a list of messages, got 'Hello'"),
+        ({"role": "user", "content": "x"}, "messages must be a list of messages, got {'role'"),
+        (["Hello"], "messages[0] must have a role and a content, and nothing else"),
+        ([{"role": "user"}], "messages[0] must have a role and a content, and nothing else"),
+        ([{"role": "user", "content": "x", "name": "y"}], "messages[0] must have a role and a content"),
+        ([*_roles("user", "assistant"), {"role": "user", "content": None}], "messages[2].content must be a string"),
+        (_roles("assistant"), "messages[0].role must be 'system' or 'user', got 'assistant'"),
+        (_roles("system"), "messages[0].role must be 'user' in the last message, got 'system'"),
+        (_roles("system", "system", "user"), "messages[1].role must be 'user', got 'system'"),
+        (_roles("system", "assistant"), "messages[1].role must be 'user', got 'assistant'"),
+        (_roles("user", "user"), "messages[1].role must be 'assistant', got 'user'"),
+        (_roles("user", "system"), "messages[1].role must be 'assistant', got 'system'"),
+        (_roles("system", "user", "assistant", "assistant"), "messages[3].role must be 'user', got 'assistant'"),
+        (_roles("user", "assistant"), "messages[1].role must be 'user' in the last message, got 'assistant'"),
+        (_roles("user", "tool"), "messages[1].role must be 'assistant', got 'tool'"),
+        ([{"role": ["user"], "content": "x"}], "messages[0].role must be 'system' or 'user'"),
     ],
 )
-def test_a_dialog_out_of_order_is_refused_by_its_turn(
+def test_a_dialog_out_of_order_is_refused_by_its_message(
     sp: Tokenizer, bpe: Tokenizer, messages: Any, problem: str
 ) -> None:
     for tokenizer in (sp, bpe):
@@ -154,18 +155,19 @@ def test_special_tags_is_one_of_two(sp: Tokenizer) -> None:
 
 
 @pytest.mark.parametrize("tag", LLAMA2_TAGS)
-def test_a_tag_in_a_message_is_refused_by_turn_and_tag(sp: Tokenizer, tag: str) -> None:
-    for turn, contents in enumerate(([f"a{tag}", "b", "c"], ["a", f" {tag} ", "c"], ["a", "b", tag]), start=1):
-        with pytest.raises(ValueError, match=f"turn {turn}: .* special tag") as caught:
+def test_a_tag_in_a_message_is_refused_by_message_and_tag(sp: Tokenizer, tag: str) -> None:
+    for index, contents in enumerate(([f"a{tag}", "b", "c"], ["a", f" {tag} ", "c"], ["a", "b", tag])):
+        with pytest.raises(InvalidValue, match="special tag") as caught:
             encode_dialog(sp, dialog(*contents))
-        assert repr(tag) in str(caught.value)
-    with pytest.raises(ValueError, match=r"turn 1: .* special tag"):
+        assert caught.value.field == f"messages[{index}]"
+        assert repr(tag) in caught.value.problem
+    with pytest.raises(ValueError, match=r"messages\[0\] .* special tag"):
         encode_dialog(sp, dialog("a", system=f"be{tag}"))
 
 
 def test_a_special_token_of_the_model_in_a_message_is_refused(bpe: Tokenizer) -> None:
     for tag in ("<|im_end|>", "<|im_start|>", "<|endoftext|>"):
-        with pytest.raises(ValueError, match=r"turn 2: .* special tag"):
+        with pytest.raises(ValueError, match=r"messages\[1\] .* special tag"):
             encode_dialog(bpe, dialog("a", f"x{tag}y", "c"))
     assert encode_dialog(bpe, dialog("[INST] is no tag of this model </s>"))
 
@@ -322,7 +324,7 @@ def test_an_encoded_special_token_of_a_template_model_cannot_act(
 def test_a_tag_that_a_template_writes_as_text_is_a_tag(sp: Tokenizer, tmp_path: Path) -> None:
     tokenizer = with_template(sp, tmp_path, LLAMA2_TEMPLATE)
     messages = dialog(" [INST] <</SYS>> </s>", "[/INST]", "<<SYS>> ")
-    with pytest.raises(ValueError, match=r"turn 1: .* '\[INST\]'"):
+    with pytest.raises(ValueError, match=r"messages\[0\] .* '\[INST\]'"):
         encode_dialog(tokenizer, messages)
     ids = encode_dialog(tokenizer, messages, special_tags="encode")
     assert ids == encode_dialog(sp, messages, special_tags="encode")

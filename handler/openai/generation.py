@@ -1,0 +1,159 @@
+"""Owns what completions and chats have in common on the way in: fields, checks, and the generation that comes of them.
+
+Knows neither endpoint's own fields and no reply.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Annotated, Any
+
+from pydantic import Field
+
+from handler.config import HandlerConfig
+from handler.errors import RequestError
+from handler.openai.constraints import ConstraintFields, Grammars
+from handler.openai.fields import Body, only
+from handler.openai.logprobs import TokenNames
+from handler.openai.prompts import Encoded, PromptReader
+from handler.openai.sampling import SamplingFields
+from handler.prompt import Prompt
+from llama2.engine.sequence import Grammar, SamplingParams
+from llama2.errors import InvalidValue
+from llama2.text.tokenizer import Tokenizer
+
+MAX_N = 128
+MAX_REPLIES = 1024  # of one call
+
+
+class StreamOptions(Body):
+    """The second is vLLM's."""
+
+    include_usage: bool = False
+    continuous_usage_stats: bool = False
+    include_obfuscation: Annotated[Any, only(False, why="chunks are not padded")] = None
+
+
+class GenerationBody(SamplingFields, ConstraintFields):
+    """The fields of both endpoints, vLLM's last."""
+
+    model: str | None = None
+    max_tokens: Annotated[int, Field(ge=0)] | None = None
+    n: Annotated[int, Field(ge=1, le=MAX_N)] = 1
+    user: str | None = None
+    stream: bool = False
+    stream_options: StreamOptions | None = None
+
+    truncate_prompt_tokens: Annotated[int, Field(ge=-1)] | None = None
+    dry_run: bool = False
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Served:
+    """What this server serves: the names it answers to, the first of which it calls itself; and a short hash of weights
+    and settings."""
+
+    names: tuple[str, ...]
+    system_fingerprint: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Generation:
+    """One accepted body: what to generate, and how to name its reply. `n` replies are made of each prompt."""
+
+    model: str
+    system_fingerprint: str
+    prompts: tuple[Prompt, ...]
+    params: SamplingParams
+    n: int
+    make_grammar: Callable[[], Grammar] | None
+    user: str | None
+    stream: bool
+    stream_options: StreamOptions
+
+
+@dataclass(frozen=True, kw_only=True)
+class Model:
+    """What bodies are checked against: one model and its server. `vocab_size` is the model's, which may have more ids
+    than the tokenizer."""
+
+    served: Served
+    config: HandlerConfig
+    tokenizer: Tokenizer
+    vocab_size: int
+    grammars: Grammars
+
+    @cached_property
+    def prompts(self) -> PromptReader:
+        return PromptReader(self.tokenizer, self.config)
+
+    @cached_property
+    def token_names(self) -> TokenNames:
+        return TokenNames(self.tokenizer)
+
+    def name(self, asked: str | None) -> str:
+        """The model's name, as the client says it.
+
+        Raises:
+            RequestError: it has no such name (404).
+        """
+        if asked is not None and asked not in self.served.names:
+            known = " or ".join(map(repr, self.served.names))
+            message = f"the model {asked!r} does not exist; this server has {known}"
+            raise RequestError(message, param="model", status=404, code="model_not_found")
+        return asked or self.served.names[0]
+
+    def generation(
+        self,
+        body: GenerationBody,
+        encoded: Sequence[Encoded],
+        *,
+        n: int,
+        max_tokens: int | None,
+        default_max_tokens: int | None = None,
+        logprobs: int | None,
+        user: str | None,
+        call_schema: dict[str, Any] | None = None,
+    ) -> Generation:
+        """A `max_tokens` that is given must fit in behind the prompt; 0 of them is one, which is then not generated.
+
+        Raises:
+            InvalidValue, RequestError: a field is wrong.
+        """
+        name = self.name(body.model)
+        if body.stream_options is not None and not body.stream:
+            raise InvalidValue("stream_options", "needs stream to be true")
+        if n > self.config.engine.max_batch_size:
+            raise InvalidValue("n", f"must be at most {self.config.engine.max_batch_size} on this server, got {n}")
+        if n * len(encoded) > MAX_REPLIES:
+            raise InvalidValue("prompt", f"asks for {n * len(encoded)} replies, but one call may have {MAX_REPLIES}")
+        for one in encoded:
+            self._check_ids(one.place, one.ids)
+        self._check_ids("stop_token_ids", body.stop_token_ids)
+        self._check_ids("logit_bias", body.biases)
+        max_new_tokens = default_max_tokens if max_tokens is None else max(max_tokens, 1)
+        return Generation(
+            model=name,
+            system_fingerprint=self.served.system_fingerprint,
+            prompts=tuple(
+                self.prompts.fit(
+                    one,
+                    max_new_tokens=max_new_tokens,
+                    asked=max_tokens is not None,
+                    truncate=body.truncate_prompt_tokens,
+                )
+                for one in encoded
+            ),
+            params=body.sampling_params(max_new_tokens=max_new_tokens, logprobs=logprobs),
+            n=n,
+            make_grammar=body.grammar_maker(self.grammars, call_schema=call_schema, ignore_eos=body.ignore_eos),
+            user=user,
+            stream=body.stream,
+            stream_options=body.stream_options or StreamOptions(),
+        )
+
+    def _check_ids(self, field: str, ids: Iterable[int]) -> None:
+        if (largest := max(ids, default=0)) >= self.vocab_size:
+            raise InvalidValue(field, f"must hold token ids below {self.vocab_size}, got {largest}")

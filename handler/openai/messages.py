@@ -1,0 +1,143 @@
+"""Owns the shape of messages and tools in a body, and their way to what a dialog is below the server.
+
+Knows no endpoint and no chat format.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from pydantic import AfterValidator, Field, Json, Tag
+from pydantic_core import PydanticCustomError
+
+from handler.openai.constraints import Name
+from handler.openai.fields import Body, by_kind, only
+from llama2.errors import InvalidValue
+from llama2.text import dialog
+
+MAX_TOOLS = 128
+AUDIO = "this model reads and writes text"
+FUNCTIONS = "it is deprecated; use tools and tool_choice"
+_NO_PLACE = "this model's prompt format has no place for {}"
+
+
+class TextPart(Body):
+    type: Annotated[Any, only("text", why=AUDIO)]
+    text: str
+
+
+Content = Annotated[
+    Annotated[str, Tag("text")] | Annotated[list[TextPart], Tag("objects")], by_kind("a string or a list of text parts")
+]
+
+
+class Turn(Body):
+    """One message."""
+
+    content: Content
+    name: Annotated[Any, only(why=_NO_PLACE.format("names"))] = None
+
+    @property
+    def text(self) -> str:
+        return self.content if isinstance(self.content, str) else "".join(part.text for part in self.content)
+
+
+class SystemMessage(Turn):
+    """A developer is what models know as system."""
+
+    role: Literal["system", "developer", "user"]
+
+    def typed(self) -> dialog.Message:
+        return dialog.Message(role="user" if self.role == "user" else "system", content=self.text)
+
+
+class FunctionCall(Body):
+    name: str
+    arguments: Json[dict[str, Any]]
+
+
+class ToolCall(Body):
+    id: str
+    type: Literal["function"] = "function"
+    function: FunctionCall
+
+
+class AssistantMessage(Turn):
+    role: Literal["assistant"]
+    content: Content = ""
+    tool_calls: list[ToolCall] = Field(default_factory=list)
+    refusal: Annotated[Any, only(why=_NO_PLACE.format("refusals"))] = None
+    audio: Annotated[Any, only(why=AUDIO)] = None
+    function_call: Annotated[Any, only(why=FUNCTIONS)] = None
+    annotations: Annotated[Any, only([], why=_NO_PLACE.format("annotations"))] = None
+
+    def typed(self) -> dialog.Message:
+        calls = [
+            dialog.Call(id=call.id, name=call.function.name, arguments=call.function.arguments)
+            for call in self.tool_calls
+        ]
+        return dialog.Message(role=self.role, content=self.text, calls=tuple(calls))
+
+
+class ToolMessage(Turn):
+    role: Literal["tool"]
+    tool_call_id: str
+
+    def typed(self) -> dialog.Message:
+        return dialog.Message(role=self.role, content=self.text, tool_call_id=self.tool_call_id)
+
+
+Messages = Annotated[
+    list[Annotated[SystemMessage | AssistantMessage | ToolMessage, Field(discriminator="role")]], Field(min_length=1)
+]
+
+
+def _of_objects(schema: dict[str, Any]) -> dict[str, Any]:
+    if schema.get("type", "object") != "object":
+        raise PydanticCustomError("value", "must be a JSON schema of type 'object'")
+    return schema
+
+
+class Function(Body):
+    name: Name
+    description: str = ""
+    parameters: Annotated[dict[str, Any], AfterValidator(_of_objects)] = Field(default_factory=dict)
+    strict: bool = False
+
+
+class Tool(Body):
+    type: Literal["function"]
+    function: Function
+
+
+Tools = Annotated[list[Tool], Field(max_length=MAX_TOOLS)]
+
+
+class FunctionName(Body):
+    name: str
+
+
+class NamedTool(Body):
+    type: Literal["function"]
+    function: FunctionName
+
+
+ToolChoice = Annotated[
+    Annotated[Literal["none", "auto", "required"], Tag("text")] | Annotated[NamedTool, Tag("object")],
+    by_kind("'none', 'auto', 'required' or a function's name"),
+]
+
+
+def typed_tools(tools: Tools) -> dict[str, dialog.Tool]:
+    """By name.
+
+    Raises:
+        InvalidValue: two have the same name.
+    """
+    typed: dict[str, dialog.Tool] = {}
+    for index, function in enumerate(tool.function for tool in tools):
+        if function.name in typed:
+            raise InvalidValue(f"tools[{index}].function.name", f"is {function.name!r}, which another tool has")
+        parameters = {"type": "object", "properties": {}} | function.parameters
+        typed[function.name] = dialog.Tool(name=function.name, description=function.description, parameters=parameters)
+    return typed

@@ -1,0 +1,108 @@
+"""Tools of a chat: in the prompt, and as calls in the reply, streamed or not."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import pytest
+
+from tests.handler.openai.support import SAID, USER, FakeGrammar, Server, deltas
+from tests.handler.openai.test_chat import NEWS, WEATHER
+
+PATH = "v1/chat/completions"
+CALL = '{"name": "weather", "arguments": {"city": "Rome"}}'
+
+
+def test_tools_stand_in_the_prompt_unless_they_must_not_be_called(server_with_room: Server) -> None:
+    server = server_with_room
+    offered = server.shown(server.request(PATH, messages=[USER], tools=[WEATHER]).prompt_ids)
+    assert '"weather"' in offered
+    assert "of a city" in offered
+    assert server.shown(server.request(PATH, messages=[USER], tools=[WEATHER], tool_choice="none").prompt_ids) == SAID
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_call_of_a_tool_is_told_from_content(server_with_room: Server, stream: bool) -> None:
+    body: dict[str, Any] = {"messages": [USER], "tools": [WEATHER, NEWS]}
+    if stream:
+        events = server_with_room.stream(PATH, CALL, **body)
+        calls = [call for delta in deltas(events) for call in delta.get("tool_calls", ())]
+        assert not any(delta.get("content") for delta in deltas(events))
+        assert [call["index"] for call in calls] == [0] * len(calls)
+        call = {**calls[0], "function": {"name": calls[0]["function"]["name"]}}
+        call["function"]["arguments"] = "".join(one["function"]["arguments"] for one in calls)
+        reason = events[-1]["choices"][0]["finish_reason"]
+    else:
+        (choice,) = server_with_room.say(PATH, CALL, **body)["choices"]
+        assert choice["message"]["content"] is None
+        (call,) = choice["message"]["tool_calls"]
+        reason = choice["finish_reason"]
+    assert call["type"] == "function"
+    assert call["id"].startswith("call_")
+    assert call["function"]["name"] == "weather"
+    assert json.loads(call["function"]["arguments"]) == {"city": "Rome"}
+    assert reason == "tool_calls"
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_reply_with_tools_may_be_content_all_the_same(server_with_room: Server, stream: bool) -> None:
+    body: dict[str, Any] = {"messages": [USER], "tools": [WEATHER]}
+    if stream:
+        events = server_with_room.stream(PATH, "Sunny {}", **body)
+        assert "".join(delta.get("content", "") for delta in deltas(events)) == "Sunny {}"
+        assert events[-1]["choices"][0]["finish_reason"] == "stop"
+    else:
+        (choice,) = server_with_room.say(PATH, "Sunny {}", **body)["choices"]
+        assert (choice["message"], choice["finish_reason"]) == (
+            *({"role": "assistant", "content": "Sunny {}", "refusal": None}, "stop"),
+        )
+
+
+def test_a_forced_call_has_no_other_format(server_with_room: Server) -> None:
+    body: dict[str, Any] = {"messages": [USER], "tools": [WEATHER], "tool_choice": "required"}
+    status, param, _ = server_with_room.refused(PATH, **body, response_format={"type": "json_object"})
+    assert (status, param) == (400, "response_format")
+
+
+@pytest.mark.parametrize("choice", ["required", {"type": "function", "function": {"name": "weather"}}])
+def test_a_forced_call_is_held_to_the_schema_of_the_tool(server_with_room: Server, choice: Any) -> None:
+    request = server_with_room.request(PATH, messages=[USER], tools=[WEATHER], tool_choice=choice)
+    assert isinstance(request.grammar, FakeGrammar)
+    assert request.grammar.kind == "json_schema"
+    assert request.grammar.source["properties"]["name"] == {"const": "weather"}
+
+
+def test_a_call_that_was_cut_says_so(server_with_room: Server) -> None:
+    choice = {"type": "function", "function": {"name": "weather"}}
+    body: dict[str, Any] = {"messages": [USER], "tools": [WEATHER], "tool_choice": choice}
+    reply = server_with_room.say(PATH, '{"name": "weather", "arguments": {"ci', finish_reason="length", **body)
+    (cut,) = reply["choices"]
+    assert cut["finish_reason"] == "length"
+    assert cut["message"]["tool_calls"][0]["function"]["arguments"] == '{"ci'
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_without_parallel_tool_calls_one_is_made(server_with_room: Server, stream: bool) -> None:
+    body: dict[str, Any] = {"messages": [USER], "tools": [WEATHER], "parallel_tool_calls": False}
+    both = f"[{CALL}, {CALL}]"
+    if stream:
+        calls = [
+            call
+            for delta in deltas(server_with_room.stream(PATH, both, **body))
+            for call in delta.get("tool_calls", ())
+        ]
+    else:
+        calls = server_with_room.say(PATH, both, **body)["choices"][0]["message"]["tool_calls"]
+    assert len(calls) == 1
+
+
+def test_calls_and_their_results_go_into_the_next_prompt(server_with_room: Server) -> None:
+    call = {"id": "call_1", "type": "function", "function": {"name": "weather", "arguments": '{"city": "Rome"}'}}
+    messages = [
+        USER,
+        {"role": "assistant", "content": None, "tool_calls": [call]},
+        {"role": "tool", "tool_call_id": "call_1", "content": "21 degrees"},
+    ]
+    shown = server_with_room.shown(server_with_room.request(PATH, messages=messages, tools=[WEATHER]).prompt_ids)
+    assert shown.index("Rome") < shown.index("21 degrees")
