@@ -14,10 +14,10 @@ TP   ?=
 PORT ?= 8080
 
 .DEFAULT_GOAL := help
-.PHONY: help setup serve stop chat lint test test-kernels test-clients bench clean
+.PHONY: help setup serve stop chat lint check test test-kernels test-sanitizers test-clients bench clean
 
 help:  ## list the targets
-	@sed -nE 's/^([a-z-]+):.*## (.*)/\1\t\2/p' $(MAKEFILE_LIST) | expand -t 14
+	@sed -nE 's/^([a-z-]+):.*## (.*)/\1\t\2/p' $(MAKEFILE_LIST) | expand -t 17
 
 setup: $(READY)  ## make .venv with everything pinned, and Java where there is none
 
@@ -50,7 +50,12 @@ $(CHAT): $(READY)
 lint: $(READY)  ## format, lint and types
 	$(BIN)/ruff format --check
 	$(BIN)/ruff check
+	$(BIN)/clang-format --dry-run --Werror $(wildcard llama2/kernels/*/*.cpp llama2/kernels/*/*.h)
 	$(BIN)/mypy
+
+# Whoever writes a test that takes longer than these seconds marks it `integration`.
+check: lint  ## lint, types and the fast tests: within a minute
+	$(BIN)/python -m pytest --quiet -m 'not integration' --timeout 10
 
 test: lint  ## lint, types, and all tests: unit, distributed, end to end
 	$(BIN)/python -m pytest
@@ -65,6 +70,16 @@ test-kernels: $(TRITON)  ## the GPU's kernels without a GPU: in Triton's interpr
 $(TRITON): $(READY)
 	@$(BIN)/python -c 'import triton' 2>/dev/null || $(BIN)/pip install --quiet --editable '.[triton]'
 	@touch $(TRITON)
+
+# AddressSanitizer must be loaded before all else. Leaks are not looked for: Python itself frees little at its end. A
+# report goes to the file descriptor of stderr, which pytest must not capture, since the process ends with it.
+SANITIZED = LLAMA_CPU_SANITIZE=address,undefined ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 \
+	LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-file-name=libubsan.so)" \
+	$(BIN)/python -m pytest --quiet --capture=sys
+
+test-sanitizers: $(READY)  ## the C++ operators under AddressSanitizer and UndefinedBehaviorSanitizer
+	$(SANITIZED) -m 'not integration' tests/llama2/kernels tests/llama2/test_model.py
+	$(SANITIZED) tests/distributed/test_collectives.py
 
 test-clients: $(CHAT) $(CLIENTS)/.ready  ## the OpenAI API, asked offline by clients that others wrote; the chat page
 	SERVER_PYTHON=$(BIN)/python $(CLIENTS)/bin/python -m pytest -m clients tests/clients

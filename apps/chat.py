@@ -19,7 +19,7 @@ import gradio
 from starlette.middleware import Middleware
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from apps.replies import Reply, Sampling, Server
+from apps.client import Reply, Sampling, Server
 
 ROOT = Path(__file__).resolve().parent.parent
 BASE_URL = "http://127.0.0.1:8080/predictions/llama/1.0/v1"

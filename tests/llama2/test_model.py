@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from llama2 import LLM, SamplingParams
-from llama2.engine import engine as engine_module
+from llama2.engine import loading
 from tests.support.checkpoints import write_checkpoint
 from tests.support.reference import reference_model
 from tests.support.tokenizers import tiny_sentencepiece
@@ -102,7 +102,7 @@ def test_preempted_equals_not_preempted(
     prompts = [ids(30, seed=seed) for seed in range(6)]
     params = replace(SAMPLED, max_new_tokens=60, ignore_eos=True)
     roomy = LLM(tiny, max_seq_len=96, max_batch_size=6)
-    monkeypatch.setattr(engine_module, "count_blocks", lambda *args, **kwargs: 9)  # of 36: one and a half sequences
+    monkeypatch.setattr(loading, "count_blocks", lambda *args, **kwargs: 9)  # of 36: one and a half sequences
     tight = LLM(tiny, max_seq_len=96, max_batch_size=6)
     with caplog.at_level("DEBUG", logger="llama2.engine.scheduler"):
         assert tight.generate(prompts, params) == roomy.generate(prompts, params)

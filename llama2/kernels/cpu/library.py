@@ -2,7 +2,8 @@
 
     python -m llama2.kernels.cpu.library
 
-compiles ahead of the first start. Where it cannot be done, plain PyTorch does the work, slower.
+compiles ahead of the first start. Where it cannot be done, plain PyTorch does the work, slower. For tests,
+LLAMA_CPU_SANITIZE=address,undefined compiles another library that has these sanitizers in it (`make test-sanitizers`).
 """
 
 from __future__ import annotations
@@ -46,6 +47,8 @@ def _compiled() -> Path:
     """The library for this processor, this torch and these sources; ranks that come together wait for the first."""
     capability = torch.backends.cpu.get_cpu_capability()
     flags = ["-O3", "-march=native", "-fopenmp", f"-DCPU_CAPABILITY={capability}", f"-DCPU_CAPABILITY_{capability}"]
+    if sanitizers := os.environ.get("LLAMA_CPU_SANITIZE"):
+        flags += [f"-fsanitize={sanitizers}", "-fno-sanitize-recover=all", "-O1", "-g", "-fno-omit-frame-pointer"]
     files = sorted(file for file in SOURCES.iterdir() if file.suffix in (".cpp", ".h"))
     digest = hashlib.sha256(repr((torch.__version__, flags, _processor())).encode())
     for file in files:
@@ -72,8 +75,20 @@ def _compile(sources: list[str], flags: list[str], build: str) -> None:
 
     # ninja is found beside the interpreter also where no virtual environment is activated.
     os.environ["PATH"] = os.pathsep.join((str(Path(sys.executable).parent), os.environ.get("PATH", "")))
-    with redirect_stdout(sys.stderr):
-        cpp_extension.load(NAME, sources, extra_cflags=flags, build_directory=build, is_python_module=False)
+    preloaded = os.environ.pop("LD_PRELOAD", None)  # a sanitizer's runtime: for this process, not for the compiler
+    try:
+        with redirect_stdout(sys.stderr):
+            cpp_extension.load(
+                NAME,
+                sources,
+                extra_cflags=flags,
+                extra_ldflags=[flag for flag in flags if flag.startswith("-fsanitize")],
+                build_directory=build,
+                is_python_module=False,
+            )
+    finally:
+        if preloaded is not None:
+            os.environ["LD_PRELOAD"] = preloaded
 
 
 def _processor() -> str:

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from apps.replies import Reply, Sampling, Server
+from apps.client import Reply, Sampling, Server
 
 pytestmark = pytest.mark.clients
 
