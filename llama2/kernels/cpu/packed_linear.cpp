@@ -19,13 +19,15 @@ namespace {
 constexpr int kLanes = 16, kOutputs = 2 * kLanes;
 constexpr int kRows = 12;  // of a tile: its 24 sums stay in registers, beside two of weights and one of inputs
 constexpr int64_t kAhead = 4096 / sizeof(BFloat16);  // a page: at its end processors stop fetching ahead
-constexpr int64_t kPiece = 16;                       // pairs of inputs packed at once: a cache line of each output
 
 struct Block {
   const BFloat16* weights;
   int64_t inputs;
   int outputs;
 };
+
+// A mask of the first `count` lanes.
+__mmask16 first(int64_t count) { return static_cast<__mmask16>((1 << count) - 1); }
 
 // sums[m] += what one pair of inputs of R rows gives for all outputs; `at` finds the pair in a row.
 template <int R, typename At>
@@ -43,8 +45,7 @@ C10_ALWAYS_INLINE void add(__m512 (&sums)[R][2], __m512bh low, __m512bh high, co
 // of so many instructions, and the sums go through memory.
 template <int R>
 void tile(const Block& block, const BFloat16* x, BFloat16* y, int64_t outputs) {
-  const auto lanes = (uint64_t(1) << block.outputs) - 1;
-  const auto low = static_cast<__mmask16>(lanes), high = static_cast<__mmask16>(lanes >> kLanes);
+  const auto low = first(std::min(block.outputs, kLanes)), high = first(std::max(block.outputs - kLanes, 0));
   const int64_t inputs = block.inputs;
   const auto* weights = block.weights;
   __m512 sums[R][2];
@@ -71,6 +72,22 @@ void tile(const Block& block, const BFloat16* x, BFloat16* y, int64_t outputs) {
   for (int m = 0; m < R; m++) {
     _mm256_mask_storeu_epi16(y + m * outputs, low, (__m256i)_mm512_cvtneps_pbh(sums[m][0]));
     _mm256_mask_storeu_epi16(y + m * outputs + kLanes, high, (__m256i)_mm512_cvtneps_pbh(sums[m][1]));
+  }
+}
+
+// Rows become columns. A number's place is its row's four bits and its lane's four: a round turns the eight by one.
+void transpose(__m512i (&square)[kLanes]) {
+  const auto low = _mm512_set_epi32(23, 7, 22, 6, 21, 5, 20, 4, 19, 3, 18, 2, 17, 1, 16, 0);
+  const auto high = _mm512_add_epi32(low, _mm512_set1_epi32(kLanes / 2));
+#pragma GCC unroll 4
+  for (int round = 0; round < 4; round++) {
+    __m512i turned[kLanes];
+#pragma GCC unroll kLanes
+    for (int row = 0; row < kLanes / 2; row++) {
+      turned[2 * row] = _mm512_permutex2var_epi32(square[row], low, square[row + kLanes / 2]);
+      turned[2 * row + 1] = _mm512_permutex2var_epi32(square[row], high, square[row + kLanes / 2]);
+    }
+    std::copy(turned, turned + kLanes, square);
   }
 }
 
@@ -101,10 +118,22 @@ void pack(BFloat16* w, int64_t outputs, int64_t inputs) {
   for (int64_t n = 0; n < outputs; n += kOutputs) {
     auto* block = w + n * inputs;
     const int64_t width = std::min<int64_t>(kOutputs, outputs - n);
-    for (int64_t begin = 0; begin < pairs; begin += kPiece)
-      for (int64_t o = 0; o < width; o++)
-        for (int64_t i = begin; i < std::min(begin + kPiece, pairs); i++)
-          std::memcpy(&packed[2 * (i * width + o)], block + o * inputs + 2 * i, 2 * sizeof(BFloat16));
+    const auto* next = block + width * inputs;  // rows are read in turns, which processors do not foresee
+    for (int64_t begin = 0; begin < pairs; begin += kLanes)
+      for (int64_t o = 0; o < width; o += kLanes) {
+        const int64_t wide = std::min<int64_t>(kLanes, width - o), high = std::min<int64_t>(kLanes, pairs - begin);
+        __m512i square[kLanes];
+#pragma GCC unroll kLanes
+        for (int row = 0; row < kLanes; row++) {
+          const auto* from = block + (o + row) * inputs + 2 * begin;
+          square[row] = _mm512_maskz_loadu_epi32(row < wide ? first(high) : 0, from);
+          __builtin_prefetch(next += 2 * kLanes);
+        }
+        transpose(square);
+#pragma GCC unroll kLanes
+        for (int row = 0; row < kLanes; row++)
+          if (row < high) _mm512_mask_storeu_epi32(&packed[2 * ((begin + row) * width + o)], first(wide), square[row]);
+      }
     if (inputs % 2)
       for (int64_t o = 0; o < width; o++) packed[2 * pairs * width + o] = block[o * inputs + inputs - 1];
     std::copy_n(packed.begin(), width * inputs, block);
