@@ -48,7 +48,7 @@ inline void score(const T* const (&queries)[N], const T* keys, const int64_t* of
     typename L::Sum sums[N][4];
     for (auto& row : sums)
       for (auto& one : row) one = L::zero();
-    dot(queries, four, dim, sums, [](const T*) {});
+    dot(queries, four, dim, sums, [] {});
     for (int n = 0; n < N; n++) store4(scores[n] + p, L::totals(sums[n][0], sums[n][1], sums[n][2], sums[n][3]));
   }
 }

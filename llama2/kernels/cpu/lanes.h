@@ -129,16 +129,16 @@ struct Lanes<BFloat16> {
 };
 #endif
 
-// sums[m][n] += the products of xs[m] and ys[n], rows of `size` values.
+// sums[m][n] += the products of xs[m] and ys[n], rows of `size` values. `ahead` is called before each register of ys.
 template <typename T, int M, int N, typename Ahead>
 inline void dot(const T* const (&xs)[M], const T* const (&ys)[N], int64_t size, typename Lanes<T>::Sum (&sums)[M][N],
-                const Ahead& ahead) {
+                Ahead ahead) {
   using L = Lanes<T>;
   auto step = [&](int64_t i, auto... count) {
     typename L::Values x[M];
     for (int m = 0; m < M; m++) x[m] = L::load(xs[m] + i, count...);
     for (int n = 0; n < N; n++) {
-      ahead(ys[n] + i);
+      ahead();
       const auto y = L::load(ys[n] + i, count...);
       for (int m = 0; m < M; m++) sums[m][n] = L::add_products(sums[m][n], x[m], y);
     }

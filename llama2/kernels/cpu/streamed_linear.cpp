@@ -10,7 +10,8 @@ namespace {
 constexpr int kOutputs = 4;  // outputs and rows of a tile: its 16 sums stay in registers
 constexpr int kRows = 4;
 
-// y[m][n] = x[m] · w[n] for R rows and kOutputs outputs. The first tile over a weight asks memory for the next one's.
+// y[m][n] = x[m] · w[n] for R rows and kOutputs outputs. The first tile over a weight asks memory for the next one's,
+// in the order of its addresses: in the order in which it will be read, processors see kOutputs short streams.
 template <int R>
 inline void tile(const BFloat16* x, const BFloat16* w, BFloat16* y, int64_t inputs, int64_t outputs, bool is_first) {
   using L = Lanes<BFloat16>;
@@ -21,11 +22,13 @@ inline void tile(const BFloat16* x, const BFloat16* w, BFloat16* y, int64_t inpu
   for (auto& row : sums)
     for (auto& one : row) one = L::zero();
   if (is_first)
-    dot(xs, ws, inputs, sums, [&](const BFloat16* at) { __builtin_prefetch(at + kOutputs * inputs); });
+    dot(xs, ws, inputs, sums, [next = w + kOutputs * inputs]() mutable {
+      __builtin_prefetch(next);
+      next += L::kCount;
+    });
   else
-    dot(xs, ws, inputs, sums, [](const BFloat16*) {});
-  for (int m = 0; m < R; m++)
-    store4(y + m * outputs, L::totals(sums[m][0], sums[m][1], sums[m][2], sums[m][3]));
+    dot(xs, ws, inputs, sums, [] {});
+  for (int m = 0; m < R; m++) store4(y + m * outputs, L::totals(sums[m][0], sums[m][1], sums[m][2], sums[m][3]));
 }
 
 inline void all_rows(const BFloat16* x, const BFloat16* w, BFloat16* y, int64_t rows, int64_t inputs, int64_t outputs) {
@@ -41,12 +44,13 @@ inline void all_rows(const BFloat16* x, const BFloat16* w, BFloat16* y, int64_t 
 }
 
 // One output of all rows, where the number of outputs is no multiple of kOutputs.
-inline void one_output(const BFloat16* x, const BFloat16* w, BFloat16* y, int64_t rows, int64_t inputs, int64_t outputs) {
+inline void one_output(const BFloat16* x, const BFloat16* w, BFloat16* y, int64_t rows, int64_t inputs,
+                       int64_t outputs) {
   using L = Lanes<BFloat16>;
   for (int64_t m = 0; m < rows; m++) {
     const BFloat16 *xs[1] = {x + m * inputs}, *ws[1] = {w};
     L::Sum sums[1][1] = {{L::zero()}};
-    dot(xs, ws, inputs, sums, [](const BFloat16*) {});
+    dot(xs, ws, inputs, sums, [] {});
     y[m * outputs] = L::totals(sums[0][0], L::zero(), L::zero(), L::zero())[0];
   }
 }
