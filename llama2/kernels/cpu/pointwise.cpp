@@ -55,10 +55,19 @@ void rotate_and_store(const Team& team, const T* qkv, const float* rope, const i
       }
       T* out = kv_head < 0 ? queries + (token * heads.heads + head) * dim : keys + (slot + kv_head) * dim;
       const float* turn = rope + token * dim;
-      for (int64_t d = 0; d < dim; d += 2) {
+      int64_t d = 0;
+      for (; d + 2 * kFloats <= dim; d += 2 * kFloats) {
+        const auto [even, odd] = at::vec::deinterleave2(load(in + d), load(in + d + kFloats));
+        const auto [cos, sin] = at::vec::deinterleave2(load(turn + d), load(turn + d + kFloats));
+        const auto [low, high] =
+            at::vec::interleave2(at::vec::fmsub(even, cos, odd * sin), at::vec::fmadd(even, sin, odd * cos));
+        store(out + d, low);
+        store(out + d + kFloats, high);
+      }
+      for (; d < dim; d += 2) {
         const float even = in[d], odd = in[d + 1], cos = turn[d], sin = turn[d + 1];
-        out[d] = even * cos - odd * sin;
-        out[d + 1] = even * sin + odd * cos;
+        out[d] = std::fma(even, cos, -(odd * sin));
+        out[d + 1] = std::fma(even, sin, odd * cos);
       }
     }
   });
