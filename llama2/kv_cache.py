@@ -6,11 +6,12 @@ Knows no sequences and no scheduling: whoever calls says which slots and which b
 from __future__ import annotations
 
 import logging
+import math
 
 import torch
 
 from llama2.config import EngineConfig, ModelArgs
-from llama2.machine.memory import free_memory
+from llama2.machine.memory import empty, free_memory
 from llama2.machine.memory_plan import describe, reserve
 
 logger = logging.getLogger(__name__)
@@ -38,8 +39,12 @@ class KVCache:
         self.num_blocks = num_blocks
         self.scratch_block = num_blocks
         self.block_size = block_size
-        self.keys = [torch.zeros(shape, dtype=dtype, device=device) for _ in range(args.n_layers)]
-        self.values = [torch.zeros(shape, dtype=dtype, device=device) for _ in range(args.n_layers)]
+
+        def zeros() -> torch.Tensor:
+            return empty(math.prod(shape), dtype=dtype, device=device).zero_().view(shape)
+
+        self.keys = [zeros() for _ in range(args.n_layers)]
+        self.values = [zeros() for _ in range(args.n_layers)]
 
     def write(self, layer: int, k_TKD: torch.Tensor, v_TKD: torch.Tensor, slots_T: torch.Tensor) -> None:
         """Store the keys and values of T tokens at `slots_T` (int64)."""
