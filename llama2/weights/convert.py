@@ -1,4 +1,4 @@
-"""Owns a conversion: Meta's shards to a folder that is complete by itself (DCP), and back to any number of shards.
+"""Owns a conversion: any source of weights to a folder that is complete by itself (DCP), or to Meta's shards.
 
 Every process of the group calls `convert`; each opens the whole source (which reads nothing), works out the same
 shares, and writes its own. An error on one process becomes the same error on all of them.
@@ -8,28 +8,26 @@ from __future__ import annotations
 
 import logging
 import math
-import shutil
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Literal, TypeVar
 
 import torch
 import torch.distributed as dist
-from torch.distributed.checkpoint import CheckpointException
 
 from llama2.config import MODEL_ARGS_FILE, ModelArgs
 from llama2.progress import Bar, progress
-from llama2.text.tokenizer import BPE_FILE, SENTENCEPIECE_FILE, Tokenizer, load_tokenizer
-from llama2.weights.readers.dcp import METADATA_FILE, Chunk, DcpFolder, save_chunks
+from llama2.weights.readers import Chunk, Reader
+from llama2.weights.readers.dcp import DcpFolder, save_chunks
 from llama2.weights.readers.fairscale import (
     PARAMS_FILE,
-    FairscaleFolder,
     check_num_shards,
     fill_shards,
     reserve_shards,
     same_bits,
     write_params,
 )
+from llama2.weights.source import open_source
 from llama2.weights.staging import StagedFolder
 
 logger = logging.getLogger(__name__)
@@ -52,7 +50,7 @@ def convert(
     """Convert a checkpoint; a collective if a process group is up, in this process alone if none is.
 
     Args:
-        original_ckpt_dir: Meta's folder; for `output_format="fairscale"` a converted folder as well.
+        original_ckpt_dir: Meta's folder or a GGUF file; for `output_format="fairscale"` a converted folder as well.
         save_checkpoint_dir: the folder to make. It appears when it is complete, and not before.
         tokenizer_path: `tokenizer.model`, `tokenizer.json`, or their folder; None: in `original_ckpt_dir`.
         model_parallel_size: the number of Meta's shards that must be there; None: as many as there are.
@@ -75,27 +73,19 @@ def convert(
             "output_model_parallel_size belongs to output_format=fairscale: a converted folder has no shards"
         )
 
-    def open_source() -> tuple[Tokenizer, FairscaleFolder | DcpFolder]:
-        folder = Path(original_ckpt_dir)
-        tokenizer = load_tokenizer(folder if tokenizer_path is None else tokenizer_path)
-        if (folder / METADATA_FILE).exists():
-            if output_format == "dcp":
-                raise ValueError(
-                    f"{folder} is a converted checkpoint already: it loads at every tensor parallel degree"
-                )
-            if model_parallel_size is not None:
-                raise ValueError(f"model_parallel_size counts Meta's shards, and {folder} is a converted checkpoint")
-            return tokenizer, DcpFolder(folder)
-        return tokenizer, FairscaleFolder(folder, vocab_size=tokenizer.vocab_size, num_shards=model_parallel_size)
-
-    tokenizer, source = ranks.agree(open_source)
+    opened = ranks.agree(
+        lambda: open_source(original_ckpt_dir, tokenizer_path=tokenizer_path, num_shards=model_parallel_size)
+    )
+    source = opened.reader
+    if isinstance(source, DcpFolder) and output_format == "dcp":
+        raise ValueError(f"{source.path} is a converted checkpoint already: it loads at every tensor parallel degree")
     dtype = source.dtype if dtype is None else dtype
     if output_model_parallel_size is not None:
         check_num_shards(source.args, output_model_parallel_size)
 
     def open_target() -> None:
         staged.recover()
-        _check_target(staged.target, source.folder.resolve(), overwrite=overwrite)
+        _check_target(staged.target, source.path.resolve(), overwrite=overwrite)
         staged.open(size=sum(_nbytes(shape, dtype) for shape in source.args.parameter_shapes().values()))
 
     ranks.agree(open_target, only_first=True)
@@ -103,11 +93,10 @@ def convert(
         if output_model_parallel_size is not None:
             _write_shards(ranks, source, staged.partial, num_shards=output_model_parallel_size, dtype=dtype)
         else:
-            assert isinstance(source, FairscaleFolder)
             _write_dcp(ranks, source, staged.partial, dtype=dtype)
-        ranks.agree(lambda: _copy_tokenizer(tokenizer, staged.partial), only_first=True)
+        ranks.agree(lambda: opened.write_tokenizer(staged.partial), only_first=True)
         if verify:
-            ranks.agree(lambda: _verify(ranks, source, staged.partial, tokenizer.vocab_size, dtype=dtype))
+            ranks.agree(lambda: _verify(ranks, source, staged.partial, dtype=dtype))
         ranks.agree(staged.commit, only_first=True)
     except BaseException:
         staged.discard()
@@ -129,7 +118,7 @@ class _Ranks:
         if self.rank == 0 or not only_first:
             try:
                 result = step()
-            except (ValueError, OSError, CheckpointException) as caught:
+            except (ValueError, OSError) as caught:
                 error = caught
         messages = [_message(error) if error else None]
         if self.world_size > 1:
@@ -161,10 +150,6 @@ class _Ranks:
 
 def _message(error: BaseException) -> str:
     """One line for the user."""
-    if isinstance(error, CheckpointException):
-        error, _ = next(iter(error.failures.values()))
-    if isinstance(error, (KeyboardInterrupt, SystemExit)):
-        raise error
     return " ".join(str(error).split()) or type(error).__name__
 
 
@@ -185,22 +170,22 @@ def _check_target(target: Path, source: Path, *, overwrite: bool) -> None:
         raise ValueError(f"save_checkpoint_dir {target} holds no checkpoint: --overwrite does not replace it")
 
 
-def _write_dcp(ranks: _Ranks, source: FairscaleFolder, folder: Path, *, dtype: torch.dtype) -> None:
+def _write_dcp(ranks: _Ranks, source: Reader, folder: Path, *, dtype: torch.dtype) -> None:
     shapes = source.args.parameter_shapes()
 
+    def nbytes(chunk: Chunk) -> int:
+        return _nbytes(chunk.shape, source.dtype)
+
     def plan() -> list[Chunk]:
-        chunks = [Chunk(name=name, offsets=at, view=view) for name in shapes for at, view in source.chunks(name)]
-        return ranks.share(chunks, lambda chunk: chunk.view.nbytes)
+        return ranks.share((chunk for name in shapes for chunk in source.chunks(name)), nbytes)
 
     chunks = ranks.agree(plan)
-    with ranks.progress("converting", sum(chunk.view.nbytes for chunk in chunks)) as bar:
+    with ranks.progress("converting", sum(map(nbytes, chunks))) as bar:
         ranks.agree(lambda: save_chunks(folder, chunks, shapes=shapes, dtype=dtype, progress=bar.update))
     ranks.agree(lambda: source.args.save(folder), only_first=True)
 
 
-def _write_shards(
-    ranks: _Ranks, source: FairscaleFolder | DcpFolder, folder: Path, *, num_shards: int, dtype: torch.dtype
-) -> None:
+def _write_shards(ranks: _Ranks, source: Reader, folder: Path, *, num_shards: int, dtype: torch.dtype) -> None:
     indices = range(ranks.rank, num_shards, ranks.world_size)
     ranks.agree(lambda: reserve_shards(folder, source.args, num_shards=num_shards, dtype=dtype, indices=indices))
     names = _share_of_names(ranks, source.args)
@@ -215,20 +200,18 @@ def _write_shards(
     ranks.agree(lambda: write_params(folder, source.args), only_first=True)
 
 
-def _verify(
-    ranks: _Ranks, source: FairscaleFolder | DcpFolder, folder: Path, vocab_size: int, *, dtype: torch.dtype
-) -> None:
-    is_dcp = (folder / METADATA_FILE).exists()
-    result = DcpFolder(folder) if is_dcp else FairscaleFolder(folder, vocab_size=vocab_size)
+def _verify(ranks: _Ranks, source: Reader, folder: Path, *, dtype: torch.dtype) -> None:
+    result = open_source(folder).reader
     names = _share_of_names(ranks, source.args)
     with ranks.progress("verifying", _total(source, names)) as bar:
         for name in names:
             stored = result.read(name)
-            for offsets, chunk in source.chunks(name):
-                part = stored[tuple(slice(at, at + size) for at, size in zip(offsets, chunk.shape, strict=True))]
-                if not same_bits(part, chunk.to(dtype)):
-                    raise ValueError(f"verification failed: {name} differs from its source {source.folder}")
-                bar.update(chunk.nbytes)
+            for chunk in source.chunks(name):
+                part = stored[tuple(slice(at, at + size) for at, size in zip(chunk.offsets, chunk.shape, strict=True))]
+                values = chunk.read()
+                if not same_bits(part, values.to(dtype)):
+                    raise ValueError(f"verification failed: {name} differs from its source {source.path}")
+                bar.update(values.nbytes)
 
 
 def _share_of_names(ranks: _Ranks, args: ModelArgs) -> list[str]:
@@ -236,13 +219,6 @@ def _share_of_names(ranks: _Ranks, args: ModelArgs) -> list[str]:
     return ranks.share(shapes, lambda name: math.prod(shapes[name]))
 
 
-def _total(source: FairscaleFolder | DcpFolder, names: Sequence[str]) -> int:
+def _total(source: Reader, names: Sequence[str]) -> int:
     shapes = source.args.parameter_shapes()
     return sum(_nbytes(shapes[name], source.dtype) for name in names)
-
-
-def _copy_tokenizer(tokenizer: Tokenizer, folder: Path) -> None:
-    main, *others = tokenizer.files
-    shutil.copyfile(main, folder / (BPE_FILE if main.suffix == ".json" else SENTENCEPIECE_FILE))
-    for file in others:
-        shutil.copyfile(file, folder / file.name)

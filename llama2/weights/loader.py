@@ -7,13 +7,10 @@ from __future__ import annotations
 
 import logging
 import time
-import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 
 import torch
-import torch.distributed.checkpoint as dcp
-from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
 
@@ -24,7 +21,6 @@ from llama2.parallel.plan import allocate
 from llama2.parallel.splits import split
 from llama2.progress import progress
 from llama2.weights.readers.dcp import DcpFolder
-from llama2.weights.readers.mapped import MappedReader
 from llama2.weights.spec import Spec
 
 logger = logging.getLogger(__name__)
@@ -80,36 +76,24 @@ def load_model(
     Raises:
         ValueError: a file of the checkpoint is damaged.
     """
-    started = time.monotonic()
-    sizes: list[int] = []
+    started, sizes = time.monotonic(), []
 
     def fill(at_rest: Mapping[str, DTensor]) -> None:
         sizes.extend(share.to_local().nbytes for share in at_rest.values())
-        with (
-            progress(
-                total=sum(sizes), desc="loading", unit="B", unit_scale=True, delay=2, disable=collectives.rank != 0
-            ) as bar,
-            warnings.catch_warnings(),
-        ):
-            # Every rank finds its own pieces: there is nothing to agree on.
-            warnings.filterwarnings("ignore", message=".*assuming the intent is to load in a single process.*")
-            streams = GPU_STREAMS if device.type == "cuda" else threads
-            reader = MappedReader(checkpoint.folder, threads=streams, progress=bar.update)
-            dcp.load(dict(at_rest), storage_reader=reader, no_dist=True)
+        streams = GPU_STREAMS if device.type == "cuda" else threads
+        quiet = collectives.rank != 0
+        with progress(total=sum(sizes), desc="loading", unit="B", unit_scale=True, delay=2, disable=quiet) as bar:
+            checkpoint.load(at_rest, threads=streams, progress=bar.update)
 
-    try:
-        model = build_model(
-            replace(checkpoint.spec, dtype=dtype),
-            mesh,
-            collectives,
-            device=device,
-            max_seq_len=max_seq_len,
-            threads=threads,
-            fill=fill,
-        )
-    except CheckpointException as error:  # a BaseException: it would pass every handler above
-        failure = next(iter(error.failures.values()))[0]
-        raise ValueError(f"checkpoint {checkpoint.folder} cannot be loaded: {failure}") from error
+    model = build_model(
+        replace(checkpoint.spec, dtype=dtype),
+        mesh,
+        collectives,
+        device=device,
+        max_seq_len=max_seq_len,
+        threads=threads,
+        fill=fill,
+    )
     if collectives.rank == 0:
         logger.info("loaded %.2f GB on rank 0 in %.1f s", sum(sizes) / 1e9, time.monotonic() - started)
     return model

@@ -12,13 +12,12 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
-
-from llama2.weights.readers.gguf import GgufModel
+from llama2.weights.readers.gguf import GgufFile
 from scripts.smollm2 import gguf_file, write
 from tests.e2e.conftest import serving
 from tests.handler.support import ROOT, settings
 from tests.support.reference import reference_model
+from tests.support.weights import meta_weights
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -33,8 +32,8 @@ class Whereabouts:
 
 def write_reference(folder: Path) -> None:
     """The same weights as transformers keeps them."""
-    model = GgufModel(gguf_file())
-    weights = {name: model.tensor(name).to(torch.bfloat16) for name in model.args.parameter_shapes()}
+    model = GgufFile(gguf_file())
+    weights = {name: weight.bfloat16() for name, weight in meta_weights(model).items()}
     reference_model(model.args, weights).bfloat16().save_pretrained(folder)
     model.write_tokenizer(folder)
 

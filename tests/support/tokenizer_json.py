@@ -11,7 +11,7 @@ from transformers import LlamaTokenizer
 from transformers.tokenization_utils_base import generate_merges
 
 if TYPE_CHECKING:
-    from llama2.weights.readers.gguf import GgufModel
+    from llama2.weights.readers.gguf import GgufFile
 
 
 def llama_tokenizer_json(folder: Path, sentencepiece_file: Path, *, legacy: bool) -> Path:
@@ -35,9 +35,9 @@ def smollm2_tokenizer(folder: Path) -> Path:
 
 
 @cache
-def _smollm2() -> GgufModel:
+def _smollm2() -> GgufFile:
     # The demo's packages are asked for where its model is: every test of the package comes by this file.
-    from llama2.weights.readers.gguf import GgufModel
+    from llama2.weights.readers.gguf import GgufFile
     from scripts.smollm2 import gguf_file
 
-    return GgufModel(gguf_file())
+    return GgufFile(gguf_file())

@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 
 from llama2.config import ModelArgs
+from llama2.weights.readers import Reader
 
 
 def tiny_args(**changes: object) -> ModelArgs:
@@ -32,6 +33,12 @@ def meta_shape(name: str, args: ModelArgs) -> tuple[int, ...]:
     if name.endswith(("attention.wq.weight", "attention.wk.weight", "attention.wv.weight")):
         return (math.prod(shape[:-1]), shape[-1])
     return shape
+
+
+def meta_weights(reader: Reader) -> dict[str, torch.Tensor]:
+    """All weights of a source, in Meta's two-dimensional shapes."""
+    names = reader.args.parameter_shapes()
+    return {name: reader.read(name).reshape(meta_shape(name, reader.args)) for name in names}
 
 
 def random_weights(args: ModelArgs, *, seed: int = 0, dtype: torch.dtype = torch.float32) -> dict[str, torch.Tensor]:

@@ -1,1 +1,49 @@
-"""What reads weights: one module for each format of files."""
+"""Owns what every reader of weights gives, whatever its files. A reader is a module here."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+import torch
+
+from llama2.config import ModelArgs
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Chunk:
+    """One rectangular piece of a weight at rest. Its values are read when `read` is called, or when they are used."""
+
+    name: str
+    offsets: tuple[int, ...]
+    shape: tuple[int, ...]
+    read: Callable[[], torch.Tensor]
+
+
+class Reader(Protocol):
+    """Weights in files, opened and checked, of which nothing large is read yet. All names are Meta's.
+
+    `args` is the architecture, `dtype` that of every weight.
+    """
+
+    path: Path
+    args: ModelArgs
+    dtype: torch.dtype
+
+    def read(self, name: str) -> torch.Tensor:
+        """A weight whole, in its shape at rest (`ModelArgs.parameter_shapes`): mapped from a file, or in memory.
+
+        Raises:
+            ValueError: its values are missing or damaged.
+        """
+
+    def chunks(self, name: str) -> list[Chunk]:
+        """The same in the pieces that it is stored in; together they tile it."""
+
+
+def whole(reader: Reader, name: str) -> list[Chunk]:
+    """A weight that is stored in one piece, or has to be put together."""
+    shape = reader.args.parameter_shapes()[name]
+    return [Chunk(name=name, offsets=(0,) * len(shape), shape=shape, read=lambda: reader.read(name))]

@@ -1,6 +1,6 @@
 """Owns the converted folder's weights: how chunks stream into torch.distributed.checkpoint (DCP) files and back.
 
-Knows nothing of where the chunks come from. Loading into a sharded model is plain `dcp.load` and not this file's.
+Knows nothing of where the chunks come from. The way into memory is `mapped`'s.
 """
 
 from __future__ import annotations
@@ -12,17 +12,16 @@ import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
+from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.filesystem import DEFAULT_SUFFIX, _StorageInfo
 from torch.distributed.checkpoint.metadata import (
     ChunkStorageMetadata,
-    Metadata,
     MetadataIndex,
     StorageMeta,
     TensorProperties,
@@ -34,6 +33,8 @@ from torch.futures import Future
 
 from llama2.config import ModelArgs
 from llama2.weights.formats import Format
+from llama2.weights.readers import Chunk, whole
+from llama2.weights.readers.mapped import MappedReader
 from llama2.weights.spec import Spec
 
 if TYPE_CHECKING:
@@ -42,15 +43,6 @@ if TYPE_CHECKING:
 METADATA_FILE = ".metadata"
 
 _ALIGNMENT = 64
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Chunk:
-    """One rectangular piece of a parameter. `view` may be mapped from a file: it is read when it is written."""
-
-    name: str
-    offsets: tuple[int, ...]
-    view: torch.Tensor
 
 
 def save_chunks(
@@ -67,10 +59,9 @@ def save_chunks(
     written. No more than one chunk is held in memory, and none if it is mapped and has the right dtype.
 
     Raises:
-        CheckpointException: on every rank, if some rank failed. It is no `Exception`.
+        OSError, ValueError: on every rank, if some rank failed.
     """
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message=".*assuming the intent is to save in a single process.*")
+    with _own_errors():
         dcp.save(
             {},
             storage_writer=_ChunkWriter(folder),
@@ -95,15 +86,15 @@ class DcpFolder:
         self, folder: Path | str, args: ModelArgs | None = None, *, formats: Mapping[str, Format] | None = None
     ) -> None:
         """`formats` as in `Spec`."""
-        self.folder = Path(folder)
-        self.args = args or ModelArgs.load(self.folder)
-        self._reader = _CachedReader(self.folder)
-        if not (self.folder / METADATA_FILE).is_file():
-            raise ValueError(f"{self.folder} is no converted checkpoint: it has no {METADATA_FILE} file")
+        self.path = Path(folder)
+        self.args = args or ModelArgs.load(self.path)
+        self._reader = MappedReader(self.path)
+        if not (self.path / METADATA_FILE).is_file():
+            raise ValueError(f"{self.path} is no converted checkpoint: it has no {METADATA_FILE} file")
         try:
             tensors = self._reader.read_metadata().state_dict_metadata
         except Exception as error:
-            raise ValueError(f"{self.folder / METADATA_FILE} cannot be read: {error}") from None
+            raise ValueError(f"{self.path / METADATA_FILE} cannot be read: {error}") from None
         found = {name: tensor for name, tensor in tensors.items() if isinstance(tensor, TensorStorageMetadata)}
         self.dtype = found["norm.weight"].properties.dtype if "norm.weight" in found else torch.float32
         self.spec = Spec(args=self.args, dtype=self.dtype, formats=formats or {})
@@ -111,35 +102,56 @@ class DcpFolder:
         missing, unknown = self._parts.keys() - found.keys(), tensors.keys() - self._parts.keys()
         for what, names in (("lacks", missing), ("has an unknown", unknown)):
             if names:
-                raise ValueError(f"checkpoint {self.folder} {what} tensor {min(names)} ({len(names)} in all)")
+                raise ValueError(f"checkpoint {self.path} {what} tensor {min(names)} ({len(names)} in all)")
         for name, part in self._parts.items():
             if tuple(found[name].size) != part.shape:
                 raise ValueError(
-                    f"checkpoint {self.folder}: {name} is {tuple(found[name].size)}, but the model's is {part.shape}"
+                    f"checkpoint {self.path}: {name} is {tuple(found[name].size)}, but the model's is {part.shape}"
                 )
 
-    def read(self, name: str) -> torch.Tensor:
-        """Read tensor `name` whole, at rest.
+    def load(
+        self, state: Mapping[str, torch.Tensor], *, threads: int = 1, progress: Callable[[int], object] | None = None
+    ) -> None:
+        """Fill tensors, DTensors among them, with their shares of what the folder holds by their names.
+
+        Every rank finds its own pieces: this is no collective. `progress` is told the bytes of each that has arrived.
 
         Raises:
-            ValueError: its file is missing or damaged.
+            ValueError: a file is missing or damaged.
         """
-        weight = torch.empty(self._parts[name].shape, dtype=self._parts[name].dtype)
+        self._reader.threads, self._reader.progress = threads, progress or (lambda nbytes: None)
         try:
-            with warnings.catch_warnings():
-                warnings.filterwarnings("ignore", message=".*assuming the intent is to load in a single process.*")
-                dcp.load({name: weight}, storage_reader=self._reader, no_dist=True)
-        except dcp.api.CheckpointException as failure:
-            error, _ = next(iter(failure.failures.values()))
-            if not isinstance(error, Exception):
-                raise error from None
-            raise ValueError(f"{self.folder}: {name} cannot be read: {error}") from None
+            with _own_errors():
+                dcp.load(dict(state), storage_reader=self._reader, no_dist=True)
+        except (OSError, ValueError) as error:
+            raise ValueError(f"checkpoint {self.path} cannot be loaded: {error}") from error
+
+    def read(self, name: str) -> torch.Tensor:
+        """Tensor `name` whole, at rest. Errors as `load`."""
+        weight = torch.empty(self._parts[name].shape, dtype=self._parts[name].dtype)
+        self.load({name: weight})
         return weight
 
-    def chunks(self, name: str) -> list[tuple[tuple[int, ...], torch.Tensor]]:
-        """Parameter `name` as its offsets and values, in one piece; as FairscaleFolder's, and errors as `read`."""
-        weight = self.read(name)
-        return [((0,) * weight.dim(), weight)]
+    def chunks(self, name: str) -> list[Chunk]:
+        return whole(self, name)
+
+
+@contextmanager
+def _own_errors() -> Iterator[None]:
+    """DCP wraps what went wrong on some rank into what is no `Exception`. And it warns of one process, which is meant.
+
+    Raises:
+        OSError, ValueError: in its place.
+    """
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message=".*assuming the intent is to .* in a single process.*")
+            yield
+    except CheckpointException as failure:
+        error, _ = next(iter(failure.failures.values()))
+        if isinstance(error, (OSError, ValueError)) or not isinstance(error, Exception):
+            raise error from None
+        raise ValueError(str(error) or type(error).__name__) from failure
 
 
 @contextmanager
@@ -185,17 +197,6 @@ def _writing_back(descriptor: int) -> Iterator[None]:
             flushing.result()
 
 
-class _CachedReader(dcp.FileSystemReader):
-    """Reads the metadata once, though `dcp.load` is called for one tensor at a time."""
-
-    _metadata: Metadata | None = None
-
-    def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
-        if self._metadata is None:
-            self._metadata = super().read_metadata(*args, **kwargs)
-        return self._metadata
-
-
 class _ChunkPlanner(dcp.DefaultSavePlanner):
     """Plans one item for each chunk, and touches its values only when the writer asks for them."""
 
@@ -208,17 +209,16 @@ class _ChunkPlanner(dcp.DefaultSavePlanner):
         progress: Callable[[int], object],
     ) -> None:
         super().__init__(flatten_state_dict=False)
-        self._views = {MetadataIndex(chunk.name, chunk.offsets): chunk.view for chunk in chunks}
+        self._chunks = {MetadataIndex(chunk.name, chunk.offsets): chunk for chunk in chunks}
         self._shapes = shapes
         self._dtype = dtype
         self._progress = progress
 
     def create_local_plan(self) -> SavePlan:
         items = []
-        for index, view in self._views.items():
-            assert index.offset is not None
+        for index, chunk in self._chunks.items():
             data = TensorWriteData(
-                chunk=ChunkStorageMetadata(offsets=index.offset, sizes=view.size()),
+                chunk=ChunkStorageMetadata(offsets=torch.Size(chunk.offsets), sizes=torch.Size(chunk.shape)),
                 properties=TensorProperties(dtype=self._dtype),
                 size=torch.Size(self._shapes[index.fqn]),
             )
@@ -227,9 +227,9 @@ class _ChunkPlanner(dcp.DefaultSavePlanner):
         return self.plan
 
     def resolve_data(self, write_item: WriteItem) -> torch.Tensor:
-        view = self._views[write_item.index]
-        self._progress(view.nbytes)
-        return view.to(self._dtype)
+        values = self._chunks[write_item.index].read()
+        self._progress(values.nbytes)
+        return values.to(self._dtype)
 
 
 class _ChunkWriter(dcp.FileSystemWriter):

@@ -18,6 +18,7 @@ from pathlib import Path
 import torch
 
 from llama2.config import ModelArgs
+from llama2.weights.readers import Chunk
 
 logger = logging.getLogger(__name__)
 
@@ -60,18 +61,18 @@ class FairscaleFolder:
     """
 
     def __init__(self, folder: Path | str, *, vocab_size: int | None, num_shards: int | None = None) -> None:
-        self.folder = Path(folder)
-        self.args = ModelArgs.from_params(_read_params(self.folder), vocab_size=vocab_size)
-        self.num_shards = _count_shards(self.folder, num_shards)
+        self.path = Path(folder)
+        self.args = ModelArgs.from_params(_read_params(self.path), vocab_size=vocab_size)
+        self.num_shards = _count_shards(self.path, num_shards)
         check_num_shards(self.args, self.num_shards)
         self._shapes = self.args.parameter_shapes()
-        self._shards = [_open_shard(shard_file(self.folder, index)) for index in range(self.num_shards)]
+        self._shards = [_open_shard(shard_file(self.path, index)) for index in range(self.num_shards)]
         self._check_names()
         self._axes = {name: self._checked_axis(name) for name in self._shapes}
         self.dtype = self._checked_dtype()
 
-    def chunks(self, name: str) -> list[tuple[tuple[int, ...], torch.Tensor]]:
-        """The pieces of parameter `name` as (offsets, mapped view), both in its at-rest shape; together they tile it.
+    def chunks(self, name: str) -> list[Chunk]:
+        """Each shard's piece of parameter `name`, a mapped view in its at-rest shape; together they tile it.
 
         Of a replicated parameter the first shard's is taken, as everybody does who reads these files. Copies that
         differ in their last bits are reported: the ranks of a long training may drift apart.
@@ -84,31 +85,31 @@ class FairscaleFolder:
             first = self._shards[0][name]
             for index, shard in enumerate(self._shards[1:], start=1):
                 self._check_copy(name, first, shard[name], index)
-            return [((0,) * len(shape), _own_storage(first).view(shape))]
         part = _part(shape, axis, self.num_shards)
-        offsets = [
-            tuple(index * part[axis] if i == axis else 0 for i in range(len(shape))) for index in range(self.num_shards)
-        ]
-        return [(at, _own_storage(shard[name]).view(part)) for at, shard in zip(offsets, self._shards, strict=True)]
+
+        def chunk(index: int) -> Chunk:
+            offsets = tuple(index * size if i == axis else 0 for i, size in enumerate(part))
+            view = _own_storage(self._shards[index][name]).view(part)
+            return Chunk(name=name, offsets=offsets, shape=part, read=lambda: view)
+
+        return [chunk(index) for index in range(1 if axis is None else self.num_shards)]
 
     def read(self, name: str) -> torch.Tensor:
         """Parameter `name` whole, at rest: mapped if one chunk is all of it, else in memory. Errors as `chunks`."""
-        views = [view for _, view in self.chunks(name)]
+        views = [chunk.read() for chunk in self.chunks(name)]
         return views[0] if len(views) == 1 else torch.cat(views, dim=self._axes[name] or 0)
 
     def _check_copy(self, name: str, first: torch.Tensor, copy: torch.Tensor, index: int) -> None:
         if same_bits(first, copy):
             return
-        files = f"{shard_file(self.folder, 0).name} and {shard_file(self.folder, index).name}"
+        files = f"{shard_file(self.path, 0).name} and {shard_file(self.path, index).name}"
         if not torch.allclose(first.float(), copy.float(), rtol=0.01, atol=0.01, equal_nan=True):
-            raise ValueError(
-                f"{name} must be the same in every shard of {self.folder}, but {files} differ: two models?"
-            )
+            raise ValueError(f"{name} must be the same in every shard of {self.path}, but {files} differ: two models?")
         logger.warning("%s differs slightly between %s: the first is taken", name, files)
 
     def _check_names(self) -> None:
         for index, shard in enumerate(self._shards):
-            file = shard_file(self.folder, index)
+            file = shard_file(self.path, index)
             for name in sorted(shard.keys() - self._shapes.keys()):
                 raise ValueError(f"{file}: unknown tensor {name!r}, which {PARAMS_FILE} does not account for")
             for name in sorted(self._shapes.keys() - shard.keys()):
@@ -127,7 +128,7 @@ class FairscaleFolder:
         expected = meta_shape(name, _part(shape, usual, self.num_shards))
         index = next(index for index, shape in found.items() if shape != expected)
         raise ValueError(
-            f"{shard_file(self.folder, index)}: {name} has shape {found[index]}, "
+            f"{shard_file(self.path, index)}: {name} has shape {found[index]}, "
             f"expected {expected} by {PARAMS_FILE} and {self.num_shards} shard(s)"
         )
 
@@ -135,13 +136,13 @@ class FairscaleFolder:
         dtype = self._shards[0]["norm.weight"].dtype
         if dtype not in DTYPES:
             allowed = ", ".join(str(allowed) for allowed in DTYPES)
-            raise ValueError(f"{shard_file(self.folder, 0)}: norm.weight is {dtype}, expected one of {allowed}")
+            raise ValueError(f"{shard_file(self.path, 0)}: norm.weight is {dtype}, expected one of {allowed}")
         for index, shard in enumerate(self._shards):
             for name, tensor in shard.items():
                 if tensor.dtype != dtype:
                     raise ValueError(
-                        f"{shard_file(self.folder, index)}: {name} is {tensor.dtype}, but norm.weight of "
-                        f"{shard_file(self.folder, 0).name} is {dtype}; all weights must have one dtype"
+                        f"{shard_file(self.path, index)}: {name} is {tensor.dtype}, but norm.weight of "
+                        f"{shard_file(self.path, 0).name} is {dtype}; all weights must have one dtype"
                     )
         return dtype
 

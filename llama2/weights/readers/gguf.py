@@ -18,6 +18,7 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 
 from llama2.config import ModelArgs
 from llama2.text.tokenizer_files import BPE_FILE, CONFIG_FILE
+from llama2.weights.readers import Chunk, whole
 
 _ARCHITECTURE = "llama"
 # How text is cut into words before the merges, by `tokenizer.ggml.pre`. These are SmolLM2's own two steps.
@@ -44,8 +45,15 @@ _NAMES_OF_LAYER = {
 }
 
 
-class GgufModel:
-    """A GGUF file, opened by mmap. `args` is its architecture."""
+class GgufFile:
+    """A GGUF file, opened by mmap.
+
+    Attributes:
+        args: the architecture.
+        dtype: fp32, to which every weight is dequantized.
+    """
+
+    dtype = torch.float32
 
     def __init__(self, path: Path | str) -> None:
         """Read the metadata and compare the list of tensors with it.
@@ -65,13 +73,17 @@ class GgufModel:
         self.args = self._read_args()
         self._check_tensors()
 
-    def tensor(self, name: str) -> torch.Tensor:
-        """The parameter of Meta's `name` in Meta's two-dimensional shape, dequantized to fp32.
+    def read(self, name: str) -> torch.Tensor:
+        """Parameter `name`, at rest.
 
         GGUF holds wq and wk with the pairs of the rotary embedding side by side, as Meta's own files do.
         """
         stored = self._tensors[self._stored_name(name)]
-        return torch.from_numpy(np.array(gguf.dequantize(stored.data, stored.tensor_type), dtype=np.float32))
+        values = np.array(gguf.dequantize(stored.data, stored.tensor_type), dtype=np.float32)
+        return torch.from_numpy(values).view(self.args.parameter_shapes()[name])
+
+    def chunks(self, name: str) -> list[Chunk]:
+        return whole(self, name)
 
     def write_tokenizer(self, folder: Path | str) -> None:
         """Write `tokenizer.json` and `tokenizer_config.json`, as the tokenizers library and transformers read them.

@@ -11,10 +11,11 @@ import os
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed.checkpoint as dcp
+from torch.distributed.checkpoint.metadata import Metadata
 from torch.distributed.checkpoint.planner import LoadPlan, LoadPlanner, ReadItem
 from torch.futures import Future
 
@@ -23,17 +24,23 @@ if TYPE_CHECKING:
 
 
 class MappedReader(dcp.FileSystemReader):
-    """A reader for `dcp.load`, with `threads` copies on their way at once.
+    """A reader for any number of `dcp.load`, each with `threads` copies on their way at once.
 
     `progress` is told the bytes of each piece that has arrived, by any thread.
     """
 
-    def __init__(self, folder: Path, *, threads: int, progress: Callable[[int], object]) -> None:
+    def __init__(self, folder: Path) -> None:
         super().__init__(folder)
+        self.threads = 1
+        self.progress: Callable[[int], object] = lambda nbytes: None
         self._folder = folder
-        self._threads = threads
-        self._progress = progress
+        self._metadata: Metadata | None = None
         self._mappings: dict[str, mmap.mmap] = {}
+
+    def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
+        if self._metadata is None:
+            self._metadata = super().read_metadata(*args, **kwargs)
+        return self._metadata
 
     def read_data(self, plan: LoadPlan, planner: LoadPlanner) -> Future[None]:
         def copy(item: ReadItem) -> None:
@@ -43,12 +50,12 @@ class MappedReader(dcp.FileSystemReader):
             target = planner.resolve_tensor(item).detach()
             target.copy_(piece)
             planner.commit_tensor(item, target)
-            self._progress(target.nbytes)
+            self.progress(target.nbytes)
 
         items = sorted(plan.items, key=self._place)
         for name in {name for name, _ in map(self._place, items)}:
             self._map(name)
-        with ThreadPoolExecutor(self._threads) as pool:
+        with ThreadPoolExecutor(self.threads) as pool:
             list(pool.map(copy, items))
         done: Future[None] = Future()
         done.set_result(None)

@@ -9,9 +9,10 @@ import pytest
 import torch
 
 from llama2 import LLM, SamplingParams
-from llama2.weights.readers.gguf import GgufModel
+from llama2.weights.readers.gguf import GgufFile
 from scripts.smollm2 import gguf_file
 from tests.support.reference import reference_model
+from tests.support.weights import meta_weights
 
 pytestmark = pytest.mark.integration
 
@@ -46,8 +47,8 @@ PROMPTS = [
 @pytest.fixture(scope="module")
 def both(smollm2_checkpoint: Path) -> tuple[LLM, Any]:
     """Our engine on the converted checkpoint and transformers' model on the source's weights, both in fp32."""
-    model = GgufModel(gguf_file())
-    weights = {name: model.tensor(name).to(torch.bfloat16) for name in model.args.parameter_shapes()}
+    model = GgufFile(gguf_file())
+    weights = {name: weight.bfloat16() for name, weight in meta_weights(model).items()}
     return LLM(smollm2_checkpoint, dtype=torch.float32, max_seq_len=512), reference_model(model.args, weights)
 
 
