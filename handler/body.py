@@ -6,23 +6,21 @@ Knows no API: which fields a body may have is another room's.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
 from typing import Any
 
 from handler.errors import RequestError
 
 
-def read_body(item: Mapping[str, Any], *, is_json: bool) -> dict[str, Any] | str:
-    """The body of one request as TorchServe hands it over: a JSON object, or a plain text.
+def read_body(body: Any, *, is_json: bool) -> dict[str, Any] | str:
+    """The body of one request: a JSON object, or a plain text.
 
-    TorchServe parses what is sent as application/json (`is_json`) and passes on, as bytes, everything else and what it
-    could not parse. `curl -T` names no type, so bytes that start like JSON are read as JSON. Of a plain text one line
-    break at the end is dropped: it is the editor's, not the prompt's.
+    `body` is None if there is none, bytes or text as they were sent, or what a front has parsed already. `is_json`: it
+    was sent as application/json. `curl -T` names no type, so bytes that start like JSON are read as JSON. Of a plain
+    text one line break at the end is dropped: it is the editor's, not the prompt's.
 
     Raises:
         RequestError: there is no body, or it is not UTF-8, not JSON, or JSON but no object.
     """
-    body = item.get("body", item.get("data"))
     if body is None:
         raise RequestError("the request has no body: send JSON with 'Content-Type: application/json', or curl -T FILE")
     if isinstance(body, (bytes, bytearray)):

@@ -1,13 +1,15 @@
-"""Owns the state of one HTTP call, which may be several requests to the engine, from acceptance to its last byte.
+"""Owns the life of one HTTP call, which may be several requests to the engine, from acceptance to its last byte.
 
-Knows neither TorchServe nor any API's fields: how a reply is written is its `Format`'s.
+Knows no front and no API's fields: how a reply is written is its `Format`'s.
 """
 
 from __future__ import annotations
 
+import enum
+import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import Protocol, cast
 
 from handler.errors import RequestError
 from llama2.engine.sequence import FinishReason, Output, Request, TokenLogprobs
@@ -67,38 +69,106 @@ class Format(Protocol):
         """The end of a call that failed when its status line was out already."""
 
 
-class Call:
-    """One HTTP call. `failure`: its requests were aborted for this reason, and nothing will come of them."""
+class State(enum.Enum):
+    PREPARING = "preparing"
+    RUNNING = "running"
+    ENDED = "ended"
 
-    def __init__(self, call_id: str, form: Format) -> None:
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Piece:
+    """A part of a reply, which may be empty. Status and content type go out before the first, and hold for all."""
+
+    text: str
+    is_first: bool
+    is_last: bool
+    status: int
+    content_type: str
+
+
+class Call:
+    """One HTTP call: it takes what the engine makes for it, and gives what can be sent. Any thread may do either.
+
+    It is prepared, runs from `begin` on, and has ended when every reply is complete or `fail` says why none will be.
+    """
+
+    def __init__(self, call_id: str, form: Format | None = None, *, on_news: Callable[[], None] = lambda: None) -> None:
+        """`on_news` is called, by whichever thread, when the state changes or there may be more to send. Without a
+        `form`, because the body could not be read, the next to come is `fail`."""
         self.call_id = call_id
-        self.form = form
-        self.requests = form.requests(call_id)
-        self.failure: RequestError | None = None
-        replies = [(request.request_id, index) for request in self.requests for index in range(request.n)]
-        self._position = {reply: position for position, reply in enumerate(replies)}
-        self._progress = [Progress() for _ in replies]
+        self.state = State.PREPARING
+        self.is_new = True  # no piece of it was sent
+        self.requests: list[Request] = []
+        self._form = cast(Format, form)
+        self._on_news = on_news
+        self._error: RequestError | None = None
+        self._position: dict[tuple[str, int], int] = {}
+        self._progress: list[Progress] = []
         self._unsent: list[str] = []
+        self._changed = threading.Condition()
 
     @property
     def num_replies(self) -> int:
         return len(self._progress)
 
     @property
-    def finished(self) -> bool:
-        return all(progress.finish_reason for progress in self._progress)
+    def ended(self) -> bool:
+        return self.state is State.ENDED
+
+    @property
+    def prepare(self) -> Callable[[], None] | None:
+        """As `Format.prepare`."""
+        return self._form.prepare if self._form else None
+
+    def begin(self) -> list[Request]:
+        """What the engine shall do; nothing, if the call needs no engine or has failed meanwhile."""
+        with self._changed:
+            if not self.ended:
+                self.requests = self._form.requests(self.call_id)
+                replies = [(request.request_id, index) for request in self.requests for index in range(request.n)]
+                self._position = {reply: position for position, reply in enumerate(replies)}
+                self._progress = [Progress() for _ in replies]
+                self._update(State.RUNNING)
+            return self.requests
 
     def take(self, output: Output) -> None:
-        position = self._position[output.request_id, output.index]
-        progress = self._progress[position]
-        progress.take(output)
-        if self.form.stream:
-            self._unsent.append(self.form.chunk(position, output, progress))
+        """News of one reply."""
+        with self._changed:
+            if self.state is State.RUNNING:
+                position = self._position[output.request_id, output.index]
+                progress = self._progress[position]
+                progress.take(output)
+                if self._form.stream:
+                    self._unsent.append(self._form.chunk(position, output, progress))
+                self._update(State.RUNNING)
 
-    def unsent(self) -> str:
+    def fail(self, error: RequestError) -> None:
+        """Nothing more will come of this call; `error` says why. After its end nothing happens."""
+        with self._changed:
+            if not self.ended:
+                self._error = error
+                self._update(State.ENDED)
+
+    def piece(self) -> Piece:
         """What can be sent now and has not been; a call that is not streamed has all of it at its end."""
-        if self.finished:
-            self._unsent.append(self.form.whole(self._progress))
-        text = "".join(self._unsent)
-        self._unsent.clear()
-        return text
+        with self._changed:
+            is_first, self.is_new = self.is_new, False
+            if self._error is not None and is_first:
+                text, status, content_type = self._error.as_json(), self._error.status, "application/json"
+            else:
+                text = "".join(self._unsent) if self._error is None else self._form.failure(self._error)
+                status, content_type = 200, self._form.content_type
+            self._unsent.clear()
+            return Piece(text=text, is_first=is_first, is_last=self.ended, status=status, content_type=content_type)
+
+    def wait_until_prepared(self, timeout: float) -> None:
+        with self._changed:
+            self._changed.wait_for(lambda: self.state is not State.PREPARING, timeout)
+
+    def _update(self, state: State) -> None:
+        if state is State.RUNNING and all(one.finish_reason for one in self._progress):
+            self._unsent.append(self._form.whole(self._progress))
+            state = State.ENDED
+        self.state = state
+        self._changed.notify_all()
+        self._on_news()

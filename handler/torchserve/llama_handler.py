@@ -1,4 +1,4 @@
-"""Owns the life of one rank inside a TorchServe worker: load, start the engine's thread, pass polls on, die loudly.
+"""Owns the life of one rank inside a TorchServe worker: load the service, pass polls on, die loudly.
 
 TorchServe loads the one class of this module and calls `handle` on every rank with the same requests; only what rank 0
 returns is read. `handle` runs no model step: the engine's threads do, and rank 0's tells the others what to run.
@@ -6,7 +6,6 @@ returns is read. `handle` runs no model step: the engine's threads do, and rank 
 
 from __future__ import annotations
 
-import contextlib
 import ctypes
 import itertools
 import logging
@@ -17,9 +16,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from handler.service import Service
     from handler.torchserve.metrics import EngineMetrics
     from handler.torchserve.transport import Transport
-    from llama2.engine.service_loop import ServiceLoop
 
 logger = logging.getLogger(__name__)
 
@@ -33,7 +32,7 @@ _POLL_NOISE = ("Backend received inference at", "skip sending response at rank",
 class LlamaHandler:
     """One rank of one worker."""
 
-    _loop: ServiceLoop
+    _service: Service
     _transport: Transport
 
     def initialize(self, context: Any) -> None:
@@ -58,60 +57,23 @@ class LlamaHandler:
         # CUDA reads its mask once, at the first question.
         gpu_mask.restore(os.environ)
 
-        import torch
-
         from handler.config import HandlerConfig
-        from handler.native import NativeApi
-        from handler.openai.api import OpenAiApi, Served
+        from handler.service import Service
         from handler.torchserve.metrics import EngineMetrics
         from handler.torchserve.transport import Transport
         from handler.torchserve.wire import read_in_large_pieces
-        from llama2.engine.loading import load_engine
-        from llama2.engine.service_loop import ServiceLoop
-        from llama2.text.chat import encode_dialog
-        from llama2.text.grammar import GrammarCompiler
 
         read_in_large_pieces()
         folder = Path(context.system_properties["model_dir"])
         config = HandlerConfig.from_settings(context.model_yaml_config, base=folder, environ=os.environ)
-        engine = load_engine(
-            config.converted_ckpt_dir,
-            tokenizer_path=config.tokenizer_path,
-            model_args_path=config.model_args_path,
-            dtype=getattr(torch, config.dtype) if config.dtype else None,
-            device=config.device,
-            config=config.engine,
-        )
-        self._loop = ServiceLoop(engine, _end_process)
-        if engine.rank == 0:
-            tokenizer = engine.tokenizer
-            grammars = GrammarCompiler(tokenizer, engine.args.vocab_size)
-            # The first of these import and compile, which no client should wait for.
-            with contextlib.suppress(ValueError):  # a model without a chat format
-                encode_dialog(tokenizer, [{"role": "user", "content": "Hello!"}])
-            with contextlib.suppress(ValueError):  # a vocabulary without an end of text
-                grammars.json_object()
-            native = NativeApi(tokenizer, config)
-            openai = OpenAiApi(
-                tokenizer,
-                config,
-                vocab_size=engine.args.vocab_size,
-                served=Served(
-                    names=tuple(dict.fromkeys((context.model_name, "llama"))),
-                    system_fingerprint=config.fingerprint(),
-                ),
-                grammars=grammars,
-                stats=self._loop.stats,
-            )
-            # The model's own path is the native API, and all behind it is OpenAI's.
-            self._transport = Transport(
-                self._loop, lambda path, body: openai.read(path, body) if path else native.read(body())
-            )
+        self._service = Service.load(config, names=(context.model_name, "llama"), on_failure=_end_process)
+        if self._service.loop.engine.rank == 0:
+            self._transport = Transport(self._service)
             metrics = EngineMetrics(context.metrics, context.model_name)
             threading.Thread(target=self._keep_house, args=(metrics,), name="housekeeping", daemon=True).start()
 
     def handle(self, data: list[dict[str, Any]], context: Any) -> list[str]:
-        if self._loop.engine.rank != 0:
+        if self._service.loop.engine.rank != 0:
             return [""] * len(data)
         return self._transport.poll(data, context)
 
@@ -121,7 +83,7 @@ class LlamaHandler:
         for look in itertools.count():
             ticks.wait(LOOK_SECONDS)
             self._transport.watch()
-            stats = self._loop.stats()
+            stats = self._service.loop.stats()
             # Other numbers change at every step; this one everybody shall know at once.
             if stats.running != running or look % LOOKS_PER_PUBLISHING == 0:
                 metrics.publish(stats)

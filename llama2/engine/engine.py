@@ -77,14 +77,14 @@ class Engine:
         """Refuse a request that can never run; any rank, any thread.
 
         Raises:
-            ValueError: it is empty or too long, or (InvalidValue) an id is outside the vocabulary.
+            InvalidValue: it is empty or too long, or an id is outside the vocabulary.
         """
         length, longest = len(request.prompt_ids), self.config.max_seq_len
         room = longest - request.generate
         if not 1 <= length <= room:
-            raise ValueError(
-                f"the prompt has {length} tokens, but must have from 1 to {room}: max_seq_len is {longest}"
-                + (" and the reply needs at least one" if request.generate else "")
+            reply = " and the reply needs at least one" if request.generate else ""
+            raise InvalidValue(
+                "prompt_ids", f"must have from 1 to {room} tokens, got {length}: max_seq_len is {longest}{reply}"
             )
         if request.n > self.config.max_batch_size:
             raise InvalidValue("n", f"must be at most max_batch_size={self.config.max_batch_size}, got {request.n}")

@@ -13,6 +13,7 @@ from dataclasses import replace
 
 from llama2.engine.engine import Engine, EngineStats
 from llama2.engine.sequence import Output, Request
+from llama2.errors import InvalidValue
 from llama2.machine.threads import hand_over
 
 logger = logging.getLogger(__name__)
@@ -44,13 +45,13 @@ class ServiceLoop:
         """Queue a request.
 
         Raises:
-            ValueError: as `Engine.check`, or a live request has the same id.
+            InvalidValue: as `Engine.check`, or a live request has the same id.
         """
         self.engine.check(request)
         with self._lock:
             queued = {item.request_id for item in self._inbox if isinstance(item, Request)}
             if request.request_id in queued or self.engine.is_live(request.request_id):
-                raise ValueError(f"request_id must be unique among live requests, got {request.request_id!r} twice")
+                raise InvalidValue("request_id", f"must be unique among live ones, got {request.request_id!r} twice")
             self._inbox.append(request)
             self._lock.notify_all()
 

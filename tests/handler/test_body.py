@@ -8,41 +8,40 @@ from handler.errors import RequestError
 
 
 @pytest.mark.parametrize(
-    ("item", "is_json", "expected"),
+    ("body", "is_json", "expected"),
     [
-        ({"body": {"prompt": "a"}}, True, {"prompt": "a"}),  # parsed by TorchServe
-        ({"data": {"prompt": "a"}}, True, {"prompt": "a"}),  # a form field of that name
-        ({"body": bytearray(b'{"prompt": "a"}')}, False, {"prompt": "a"}),  # curl -T names no type
-        ({"body": bytearray(b'\n {"prompt": "a"}\n')}, False, {"prompt": "a"}),
-        ({"body": '\ufeff{"prompt": "a"}'.encode()}, False, {"prompt": "a"}),  # a byte order mark
-        ({"body": bytearray("Grüße".encode())}, False, "Grüße"),
-        ({"body": "as text/plain"}, False, "as text/plain"),
-        ({"body": b"one line break goes\n\n"}, False, "one line break goes\n"),
-        ({"body": b"of either kind\r\n"}, False, "of either kind"),
-        ({"body": b""}, False, ""),
+        ({"prompt": "a"}, True, {"prompt": "a"}),  # parsed by TorchServe
+        (bytearray(b'{"prompt": "a"}'), False, {"prompt": "a"}),  # curl -T names no type
+        (bytearray(b'\n {"prompt": "a"}\n'), False, {"prompt": "a"}),
+        ('\ufeff{"prompt": "a"}'.encode(), False, {"prompt": "a"}),  # a byte order mark
+        (bytearray("Grüße".encode()), False, "Grüße"),
+        ("as text/plain", False, "as text/plain"),
+        (b"one line break goes\n\n", False, "one line break goes\n"),
+        (b"of either kind\r\n", False, "of either kind"),
+        (b"", False, ""),
     ],
 )
-def test_json_is_read_as_json_and_anything_else_as_a_prompt(item: dict[str, Any], is_json: bool, expected: Any) -> None:
-    assert read_body(item, is_json=is_json) == expected
+def test_json_is_read_as_json_and_anything_else_as_a_prompt(body: Any, is_json: bool, expected: Any) -> None:
+    assert read_body(body, is_json=is_json) == expected
 
 
 @pytest.mark.parametrize(
-    ("item", "is_json", "message"),
+    ("body", "is_json", "message"),
     [
-        ({}, False, "has no body"),
-        ({"body": b"abc\xffdef"}, False, "not UTF-8: byte 3 is 0xff"),
-        ({"body": b'{"prompt": "a",\n "x" 1}'}, False, "not valid JSON: Expecting ':' delimiter at line 2, column 6"),
-        ({"body": b'["a", '}, False, "not valid JSON"),
-        ({"body": b"prompt: a"}, True, "not valid JSON"),  # named application/json, so not a plain text
-        ({"body": b"[1, 2]"}, False, "must be a JSON object, got list"),
-        ({"body": 5}, True, "must be a JSON object, got int"),
-        ({"body": b"[" * 200_000}, False, "nesting too deep"),
-        ({"body": b'{"seed": ' + b"1" * 5000 + b"}"}, False, "a number is too long"),
+        (None, False, "has no body"),
+        (b"abc\xffdef", False, "not UTF-8: byte 3 is 0xff"),
+        (b'{"prompt": "a",\n "x" 1}', False, "not valid JSON: Expecting ':' delimiter at line 2, column 6"),
+        (b'["a", ', False, "not valid JSON"),
+        (b"prompt: a", True, "not valid JSON"),  # named application/json, so not a plain text
+        (b"[1, 2]", False, "must be a JSON object, got list"),
+        (5, True, "must be a JSON object, got int"),
+        (b"[" * 200_000, False, "nesting too deep"),
+        (b'{"seed": ' + b"1" * 5000 + b"}", False, "a number is too long"),
     ],
 )
-def test_a_body_that_cannot_be_read_is_a_400_that_says_why(item: dict[str, Any], is_json: bool, message: str) -> None:
+def test_a_body_that_cannot_be_read_is_a_400_that_says_why(body: Any, is_json: bool, message: str) -> None:
     with pytest.raises(RequestError) as caught:
-        read_body(item, is_json=is_json)
+        read_body(body, is_json=is_json)
     assert message in str(caught.value)
     assert caught.value.status == 400
 

@@ -35,7 +35,7 @@ def prompts(tokenizer: Tokenizer, api: NativeApi, body: Any) -> list[str]:
 def answer(call: Call, *texts: str, finish_reason: Any = "stop") -> str:
     """Feed one token of text after the other to each request of the call; all that it sends."""
     sent = ""
-    for request in call.requests:
+    for request in call.begin():
         for text in texts:
             last = text is texts[-1]
             call.take(
@@ -46,9 +46,8 @@ def answer(call: Call, *texts: str, finish_reason: Any = "stop") -> str:
                     finish_reason=finish_reason if last else None,
                 )
             )
-            if not call.finished:
-                sent += call.unsent()
-    return sent + call.unsent()
+            sent += call.piece().text
+    return sent
 
 
 def test_a_prompt_is_encoded_as_it_stands_and_its_reply_continues_it(tokenizer: Tokenizer, api: NativeApi) -> None:
@@ -111,9 +110,9 @@ def test_a_chat_is_answered_with_a_message(tmp_path: Path, tokenizer: Tokenizer)
 
 
 def test_a_stream_is_one_object_per_line_whose_texts_add_up_and_whose_last_has_the_usage(api: NativeApi) -> None:
-    call = Call("id", api.read({"prompt": "abc", "stream": True}))
-    assert call.form.content_type == "application/x-ndjson"
-    lines = [json.loads(line) for line in answer(call, "x\n", "", "y").splitlines()]
+    form = api.read({"prompt": "abc", "stream": True})
+    assert form.content_type == "application/x-ndjson"
+    lines = [json.loads(line) for line in answer(Call("id", form), "x\n", "", "y").splitlines()]
     usage = {"prompt_tokens": 3, "completion_tokens": 3}
     assert lines == [{"text": "x\n"}, {"text": "y", "finish_reason": "stop", "usage": usage}]
 
@@ -129,11 +128,12 @@ def test_a_streamed_list_says_on_each_line_whose_it_is(api: NativeApi) -> None:
 @pytest.mark.parametrize("stream", [False, True])
 def test_logprobs_come_one_per_token_with_their_text(api: NativeApi, tokenizer: Tokenizer, stream: bool) -> None:
     call = Call("id", api.read({"prompt": "a", "logprobs": 1, "stream": stream}))
+    call.begin()
     (x,) = tokenizer.encode("x")
     entry = TokenLogprobs(token_id=x, logprob=-0.5, top=((x, -0.5),))
     call.take(Output(request_id="id/0", text="x", token_ids=(x,), logprobs=(entry,), finish_reason="length"))
     token = {"token": "x", "token_id": x, "logprob": -0.5}
-    assert json.loads(call.unsent())["logprobs"] == [{**token, "top": [token]}]
+    assert json.loads(call.piece().text)["logprobs"] == [{**token, "top": [token]}]
 
 
 def test_a_prompt_of_just_the_longest_length_is_taken_and_one_more_token_is_refused(api: NativeApi) -> None:
@@ -146,9 +146,9 @@ def test_truncation_left_keeps_the_end_and_room_for_the_reply_and_says_how_much_
     tokenizer: Tokenizer, tmp_path: Path
 ) -> None:
     api = NativeApi(tokenizer, config(tmp_path, max_seq_len=40, max_new_tokens=10, truncation="left"))
-    call = Call("id", api.read({"prompt": "a" * 30 + "b" * 30}))
-    assert shown(tokenizer, call.requests[0].prompt_ids) == "b" * 30
-    usage = json.loads(answer(call, "x"))["usage"]
+    form = api.read({"prompt": "a" * 30 + "b" * 30})
+    assert shown(tokenizer, form.requests("id")[0].prompt_ids) == "b" * 30
+    usage = json.loads(answer(Call("id", form), "x"))["usage"]
     assert usage == {"prompt_tokens": 30, "completion_tokens": 1, "truncated_tokens": 30}
     assert prompts(tokenizer, api, {"prompt": "a" * 39}) == ["a" * 39]
     assert prompts(tokenizer, api, {"prompt": "a" * 40, "max_new_tokens": 1000}) == ["a" * 20]

@@ -66,7 +66,7 @@ def test_nothing_in_nothing_out(llm: LLM) -> None:
 
 
 def test_one_mistake_in_a_batch_is_named_and_nothing_of_the_batch_runs(llm: LLM) -> None:
-    with pytest.raises(ValueError, match="the prompt has 500 tokens"):
+    with pytest.raises(ValueError, match=r"prompt_ids must have from 1 to 127 tokens, got 500"):
         llm.generate([[5], [5] * 500], PARAMS)
     with pytest.raises(ValueError, match=r"as many as there are prompts \(2\), got 1"):
         llm.generate([[5], [6]], [PARAMS])

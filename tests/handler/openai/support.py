@@ -83,9 +83,8 @@ class Server:
     def get(self, path: str, **body: Any) -> Any:
         """The reply to what needs no engine."""
         call = Call("id", self.read(path, **body))
-        assert call.finished
-        assert not call.requests
-        return json.loads(call.unsent())
+        assert not call.begin()
+        return json.loads(call.piece().text)
 
     def refused(self, path: str, **body: Any) -> tuple[int, str | None, str]:
         with pytest.raises(RequestError) as caught:
@@ -95,21 +94,20 @@ class Server:
     def say(self, path: str, *replies: str, finish_reason: Any = "stop", **body: Any) -> Any:
         """The JSON of a whole reply, where the engine makes `replies`, in the order in which they are counted."""
         call = Call("id", self.read(path, **body))
-        for output in self.outputs(call.requests, replies, finish_reason):
+        for output in self.outputs(call.begin(), replies, finish_reason):
             call.take(output)
-        assert call.finished
-        return json.loads(call.unsent())
+        assert call.ended
+        return json.loads(call.piece().text)
 
     def stream(self, path: str, *replies: str, finish_reason: Any = "stop", **body: Any) -> list[Any]:
         """The events of a stream; its end is checked here."""
         call = Call("id", self.read(path, stream=True, **body))
-        assert call.form.content_type.startswith("text/event-stream")
-        sent = ""
-        for output in self.outputs(call.requests, replies, finish_reason):
+        requests, first = call.begin(), call.piece()
+        assert first.content_type.startswith("text/event-stream")
+        sent = first.text
+        for output in self.outputs(requests, replies, finish_reason):
             call.take(output)
-            if not call.finished:
-                sent += call.unsent()
-        sent += call.unsent()
+            sent += call.piece().text
         *events, done, nothing = sent.split("\n\n")
         assert (done, nothing) == ("data: [DONE]", "")
         assert all(event.startswith("data: ") and "\n" not in event for event in events)

@@ -7,7 +7,6 @@ from typing import Any
 
 import pytest
 
-from handler.call import Call
 from handler.errors import RequestError
 from handler.openai import api
 from tests.handler.openai.support import SAID, USER, Server
@@ -130,8 +129,8 @@ def test_an_error_can_name_a_field_that_is_not_unicode(server: Server) -> None:
 
 @pytest.mark.parametrize("stream", [True, False])
 def test_a_failure_under_way_ends_a_stream_as_openai_does(server: Server, stream: bool) -> None:
-    call = Call("id", server.read("v1/completions", prompt="a", stream=stream))
-    told = call.form.failure(RequestError("it broke", status=500))
+    form = server.read("v1/completions", prompt="a", stream=stream)
+    told = form.failure(RequestError("it broke", status=500))
     event, *rest = told.removesuffix("\n").split("\n\n")
     assert json.loads(event.removeprefix("data: "))["error"]["message"] == "it broke"
     assert rest == (["data: [DONE]\n"] if stream else [])

@@ -1,0 +1,10 @@
+from __future__ import annotations
+
+import pytest
+
+from tests.handler.torchserve.worker import Worker
+
+
+@pytest.fixture
+def worker() -> Worker:
+    return Worker()
