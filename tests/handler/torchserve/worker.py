@@ -95,9 +95,10 @@ class FakeEngine:
 class Worker:
     """TorchServe's side: hands over all live requests at each poll, and drops those that have had their last reply."""
 
-    def __init__(self) -> None:
+    def __init__(self, service: Service | None = None) -> None:
+        """Without a `service`, one whose engine is the test's."""
         self.engine = FakeEngine()
-        self.transport = Transport(Service(cast(ServiceLoop, self.engine), Upper))
+        self.transport = Transport(service or Service(cast(ServiceLoop, self.engine), Upper))
         self.live: list[str] = []
         self.context = Context("llama", "", None, 1, None, "0")
 
