@@ -76,7 +76,8 @@ def load_model(
     Raises:
         ValueError: a file of the checkpoint is damaged.
     """
-    started, sizes = time.monotonic(), []
+    started = time.monotonic()
+    sizes: list[int] = []
 
     def fill(at_rest: Mapping[str, DTensor]) -> None:
         sizes.extend(share.to_local().nbytes for share in at_rest.values())

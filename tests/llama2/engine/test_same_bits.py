@@ -1,8 +1,8 @@
 """A reply's bits depend on its own tokens alone: not on its company, its cuts, the prefix cache or a preemption.
 
 Log-probabilities are compared beside the ids, since two ids may be equal by chance. This holds in bf16, whose products
-are our own. Where weights are not packed they are so up to `MAX_STREAMED_ROWS` rows of a step; beyond, oneDNN's have
-another order of summation, so that steps stay below here.
+are our own. Where weights are not packed, these take up to `MAX_STREAMED_ROWS` rows; oneDNN's take more and sum in
+another order, so steps stay below that here.
 """
 
 from __future__ import annotations
@@ -15,13 +15,13 @@ import pytest
 import torch
 
 from llama2 import LLM, SamplingParams
-from llama2.engine import engine as engine_module
+from llama2.engine import loading
 from llama2.kernels.cpu import library
-from llama2.kernels.cpu.kernels import MAX_STREAMED_ROWS
 from tests.support.checkpoints import write_checkpoint
 from tests.support.tokenizers import tiny_sentencepiece
 from tests.support.weights import random_weights, tiny_args
 
+MAX_STREAMED_ROWS = 64  # streamed_linear.cpp
 # SmolLM2's heads, three for a key head, and contexts on both sides of where attention cuts them (256).
 ARGS = tiny_args(dim=192, n_layers=3, n_heads=3, n_kv_heads=1, hidden_dim=512, vocab_size=1024)
 GREEDY = SamplingParams(temperature=0, max_new_tokens=40, ignore_eos=True, logprobs=5)
@@ -90,7 +90,7 @@ def test_by_one_thread_and_by_three(model: Model, alone: list[Any]) -> None:
 def test_after_a_preemption(
     model: Model, alone: list[Any], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr(engine_module, "count_blocks", lambda *args, **kwargs: 40)  # of 99 that all nine take
+    monkeypatch.setattr(loading, "count_blocks", lambda *args, **kwargs: 40)  # of 99 that all nine take
     llm = model.engine()
     with caplog.at_level("DEBUG", logger="llama2.engine.scheduler"):
         assert llm.generate(PROMPTS, GREEDY) == alone
