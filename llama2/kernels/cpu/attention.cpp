@@ -5,8 +5,6 @@
 // does the order of any sum: a row gets the same bits in whatever company and with however many threads.
 #include <torch/library.h>
 
-#include <numeric>
-
 #include "attention.h"
 #include "lanes.h"
 
@@ -14,7 +12,7 @@ namespace llama2 {
 namespace {
 
 constexpr int64_t kPart = 256;    // positions with a softmax of their own
-constexpr int64_t kRun = 32;      // positions whose scores are at hand at once
+constexpr int64_t kRun = 32;      // positions whose scores are at hand at once: whole registers
 constexpr int64_t kAlone = 4096;  // scores that one thread has sooner than it has woken another
 constexpr int64_t kQueries = 12;  // queries that share what is read of a key head; at most, where a group is not larger
 
@@ -25,32 +23,37 @@ struct Problem {
   const int32_t* tables;
   int64_t table_width, block_size, heads, kv_heads, head_dim;
 
-  int64_t offset(int64_t sequence, int64_t position, int64_t kv_head) const {
-    const int64_t block = tables[sequence * table_width + position / block_size];
-    return ((block * block_size + position % block_size) * kv_heads + kv_head) * head_dim;
-  }
-  void prefetch(int64_t offset) const {
-    for (int64_t d = 0; d < head_dim; d += 64 / static_cast<int64_t>(sizeof(T))) {
-      __builtin_prefetch(keys + offset + d);
-      __builtin_prefetch(values + offset + d);
+  // Where `count` positions of a sequence, `first` and those after it, have their keys and values.
+  void locate(int64_t sequence, int64_t first, int64_t count, int64_t kv_head, int64_t* offsets) const {
+    const auto* block = tables + sequence * table_width + first / block_size;
+    int64_t slot = first % block_size;
+    for (int64_t p = 0; p < count; p++) {
+      offsets[p] = ((*block * block_size + slot) * kv_heads + kv_head) * head_dim;
+      if (++slot == block_size) {
+        slot = 0;
+        block++;
+      }
     }
+  }
+  void prefetch(const int64_t* offsets, int64_t count) const {
+    for (int64_t p = 0; p < count; p++)
+      for (int64_t d = 0; d < head_dim; d += 64 / static_cast<int64_t>(sizeof(T))) {
+        __builtin_prefetch(keys + offsets[p] + d);
+        __builtin_prefetch(values + offsets[p] + d);
+      }
   }
 };
 
-// The unscaled scores of `count` positions for N queries: scores[n][p] = queries[n] · key[p].
+// The unscaled scores of four keys for N queries: scores[n][p] = queries[n] · keys[p].
 template <int N, typename T>
-inline void score(const T* const (&queries)[N], const T* keys, const int64_t* offsets, int64_t count, int64_t dim,
-                  float (*scores)[kRun]) {
+inline void score(const T* const (&queries)[N], const T* const (&keys)[4], int64_t dim, float (*scores)[kRun],
+                  int64_t p) {
   using L = Lanes<T>;
-  for (int64_t p = 0; p < count; p += 4) {
-    const T* four[4];  // the last one again where fewer are left: what comes of it is not looked at
-    for (int i = 0; i < 4; i++) four[i] = keys + offsets[std::min(p + i, count - 1)];
-    typename L::Sum sums[N][4];
-    for (auto& row : sums)
-      for (auto& one : row) one = L::zero();
-    dot(queries, four, dim, sums, [] {});
-    for (int n = 0; n < N; n++) store4(scores[n] + p, L::totals(sums[n][0], sums[n][1], sums[n][2], sums[n][3]));
-  }
+  typename L::Sum sums[N][4];
+  for (auto& row : sums)
+    for (auto& one : row) one = L::zero();
+  dot(queries, keys, dim, sums, [] {});
+  for (int n = 0; n < N; n++) store4(scores[n] + p, L::totals(sums[n][0], sums[n][1], sums[n][2], sums[n][3]));
 }
 
 // out[n] = out[n] * shrink[n] + the weighted sum of the values, for N queries; C registers of features at a time.
@@ -92,54 +95,72 @@ inline void by_four(int64_t size, const Step& step) {
   }
 }
 
-// Scores become weights, relative to the query's highest score so far; returns the factor for what was summed before.
-inline float weigh(float* scores, int64_t visible, int64_t count, float scale, Softmax& softmax) {
-  std::fill(scores + visible, scores + count, -std::numeric_limits<float>::infinity());
+// The kRun scores, of which a query sees the first `visible`, become weights relative to its highest score so far;
+// returns the factor for what was summed before.
+inline float weigh(float* scores, int64_t visible, float scale, Softmax& softmax) {
   if (visible == 0) {
-    std::fill(scores, scores + count, 0.f);
+    std::fill_n(scores, kRun, 0.f);
     return 1.f;
   }
-  for_lanes(count, [&](int64_t p, auto... lanes) { store(scores + p, load(scores + p, lanes...) * Floats(scale), lanes...); });
-  const float shrink = softmax.raise(*std::max_element(scores, scores + visible));
-  const Floats highest(softmax.highest);
-  for_lanes(count, [&](int64_t p, auto... lanes) {
-    store(scores + p, (load(scores + p, lanes...) - highest).exp_u20(), lanes...);
-  });
-  std::fill(scores + visible, scores + count, 0.f);
-  softmax.weights = softmax.weights * shrink + std::accumulate(scores, scores + visible, 0.f);
+  std::fill(scores + visible, scores + kRun, -std::numeric_limits<float>::infinity());
+  Floats highest(-std::numeric_limits<float>::infinity());
+  for (int64_t p = 0; p < kRun; p += kFloats) {
+    const auto scaled = load(scores + p) * Floats(scale);
+    store(scores + p, scaled);
+    highest = at::vec::maximum(highest, scaled);
+  }
+  const float shrink = softmax.raise(
+      at::vec::vec_reduce_all<float>([](const Floats& a, const Floats& b) { return at::vec::maximum(a, b); }, highest));
+  for (int64_t p = 0; p < kRun; p += kFloats) store(scores + p, (load(scores + p) - Floats(softmax.highest)).exp_u20());
+  std::fill(scores + visible, scores + kRun, 0.f);
+  Floats weights(0.f);
+  for (int64_t p = 0; p < kRun; p += kFloats) weights = weights + load(scores + p);
+  softmax.weights = softmax.weights * shrink + sum(weights);
   return shrink;
 }
 
-// out (queries, D) and softmax (queries) of one part.
+// out (queries, D) and softmax (queries) of `part`, after which the same thread attends to `next`, if there is one.
 template <typename T>
-void attend(const Problem<T>& problem, const Part& part, float* out, Softmax* softmax) {
-  const int64_t dim = problem.head_dim, kv_head = part.head / (problem.heads / problem.kv_heads);
+void attend(const Problem<T>& problem, const Part& part, const Part* next, float* out, Softmax* softmax) {
+  const int64_t dim = problem.head_dim, group = problem.heads / problem.kv_heads;
   const float scale = 1.f / std::sqrt(static_cast<float>(dim));
-  auto query = [&](int64_t q) {
-    return problem.queries + ((part.row + q / part.heads) * problem.heads + part.head + q % part.heads) * dim;
+  const T* rows[kQueries];
+  int64_t contexts[kQueries];
+  for (int64_t q = 0; q < part.queries(); q++) {
+    const int64_t row = q / part.heads;
+    rows[q] = problem.queries + ((part.row + row) * problem.heads + part.head + q % part.heads) * dim;
+    contexts[q] = part.context + row;
+  }
+  auto find = [&](const Part& of, int64_t first, int64_t* offsets) {
+    const int64_t count = std::min(kRun, of.end - first);
+    problem.locate(of.sequence, first, count, of.head / group, offsets);
+    return count;
   };
-  int64_t offsets[kRun];
+  int64_t runs[2][kRun], *offsets = runs[0], *ahead = runs[1];
   float scores[kQueries][kRun], shrink[kQueries];
   std::fill(out, out + part.queries() * dim, 0.f);
   std::fill(softmax, softmax + part.queries(), Softmax());
-  for (int64_t first = part.begin; first < part.end; first += kRun) {
-    const int64_t count = std::min(kRun, part.end - first);
-    for (int64_t p = 0; p < count; p++) offsets[p] = problem.offset(part.sequence, first + p, kv_head);
-    // A head's rows lie apart from each other, which processors do not foresee: ask for those of the next run, or of the
-    // next head's first one.
-    const bool is_last = first + kRun >= part.end;
-    if (const int64_t head = kv_head + is_last; head < problem.kv_heads) {
-      const int64_t from = is_last ? part.begin : first + kRun;
-      for (int64_t position = from; position < std::min(from + kRun, part.end); position++)
-        problem.prefetch(problem.offset(part.sequence, position, head));
+  int64_t count = find(part, part.begin, offsets), count_ahead = 0;
+  for (int64_t first = part.begin; first < part.end; first += kRun, count = count_ahead, std::swap(offsets, ahead)) {
+    if (first + kRun < part.end)
+      count_ahead = find(part, first + kRun, ahead);
+    else
+      count_ahead = next ? find(*next, next->begin, ahead) : 0;
+    for (int64_t p = 0; p < std::max(count, count_ahead); p += 4) {
+      // A head's rows lie apart from each other, which processors do not foresee: ask for those of the next run, as many
+      // at once as are on their way at once.
+      problem.prefetch(ahead + p, std::clamp<int64_t>(count_ahead - p, 0, 4));
+      if (p >= count) continue;
+      const T* keys[4];  // the last one again where fewer are left: what comes of it is not looked at
+      for (int i = 0; i < 4; i++) keys[i] = problem.keys + offsets[std::min(p + i, count - 1)];
+      by_four(part.queries(), [&](int64_t q, auto n) {
+        const T* queries[n];
+        std::copy_n(rows + q, n, queries);
+        score(queries, keys, dim, scores + q, p);
+      });
     }
-    by_four(part.queries(), [&](int64_t q, auto n) {
-      const T* queries[n];
-      for (int i = 0; i < n; i++) queries[i] = query(q + i);
-      score(queries, problem.keys, offsets, count, dim, scores + q);
-    });
     for (int64_t q = 0; q < part.queries(); q++)
-      shrink[q] = weigh(scores[q], part.visible(q, first, count), count, scale, softmax[q]);
+      shrink[q] = weigh(scores[q], std::clamp<int64_t>(contexts[q] - first, 0, count), scale, softmax[q]);
     by_four(part.queries(), [&](int64_t q, auto n) {
       add_values<n>(scores + q, shrink + q, problem.values, offsets, count, dim, out + q * dim);
     });
@@ -205,19 +226,25 @@ void Attention::run(const Team& team, const T* queries, const T* keys, const T* 
   const int64_t heads = heads_.heads, dim = heads_.dim;
   const Problem<T> problem{queries, keys, values, tables_, table_width_, block_size_, heads, heads_.kv_heads, dim};
   auto* out = outs_.mutable_data_ptr<float>();
+  auto finish = [&](int64_t tile) {
+    const auto& [part, first, count] = tiles_[tile];
+    // Every cut of a tile has the same slices: the next one's queries are as far as those of all slices together.
+    const int64_t stride = part.rows * heads;
+    for (int64_t q = 0; q < part.queries(); q++)
+      merge(out + (place_[first] + q) * dim, &softmaxes_[place_[first] + q], count, stride, dim,
+            result + ((part.row + q / part.heads) * heads + part.head + q % part.heads) * dim);
+  };
+  const bool is_cut = parts_.size() > tiles_.size();  // if not, a part is a tile
   team.share(parts_.size(), [&](int64_t begin, int64_t end) {
-    for (int64_t i = begin; i < end; i++) attend(problem, parts_[i], out + place_[i] * dim, &softmaxes_[place_[i]]);
-  });
-  team.share(tiles_.size(), [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; i++) {
-      const auto& [part, first, count] = tiles_[i];
-      // Every cut of a tile has the same slices: the next one's queries are as far as those of all slices together.
-      const int64_t stride = part.rows * heads;
-      for (int64_t q = 0; q < part.queries(); q++)
-        merge(out + (place_[first] + q) * dim, &softmaxes_[place_[first] + q], count, stride, dim,
-              result + ((part.row + q / part.heads) * heads + part.head + q % part.heads) * dim);
+      attend(problem, parts_[i], i + 1 < end ? &parts_[i + 1] : nullptr, out + place_[i] * dim, &softmaxes_[place_[i]]);
+      if (!is_cut) finish(i);
     }
   });
+  if (is_cut)
+    team.share(tiles_.size(), [&](int64_t begin, int64_t end) {
+      for (int64_t i = begin; i < end; i++) finish(i);
+    });
 }
 
 template void Attention::run(const Team&, const BFloat16*, const BFloat16*, const BFloat16*, BFloat16*);

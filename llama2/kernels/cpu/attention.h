@@ -23,10 +23,6 @@ struct Part {
   int64_t sequence, row, rows, context, head, heads, begin, end;
 
   int64_t queries() const { return rows * heads; }
-  // How many positions from `first` on query q sees, at most `count`.
-  int64_t visible(int64_t q, int64_t first, int64_t count) const {
-    return std::clamp<int64_t>(context + q / heads - first, 0, count);
-  }
 };
 
 // A query's highest score, and the sum of its weights relative to that.
