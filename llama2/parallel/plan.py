@@ -41,9 +41,10 @@ def build_mesh(spec: Spec, device_type: str) -> DeviceMesh:
 def local_size(axis: str, size: int, mesh: DeviceMesh) -> int:
     """This rank's share of an axis of `size`."""
     index, parts = 0, []
-    for cut in PLAN.get(axis, ()):
-        parts.append(mesh[cut].size())
-        index = index * parts[-1] + mesh.get_local_rank(cut)
+    for cut, ranks in zip(("kv", "rep"), mesh.shape, strict=True):
+        if cut in PLAN.get(axis, ()):
+            index = index * ranks + mesh.get_local_rank(cut)
+            parts.append(ranks)
     return split(size, *parts)[index]
 
 

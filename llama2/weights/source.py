@@ -40,8 +40,10 @@ def open_source(path: Path | str, *, tokenizer_path: Path | str | None = None, n
         kind = "a file" if is_file else "a converted checkpoint"
         raise ValueError(f"model_parallel_size counts Meta's shards, and {path} is {kind}")
     if is_file:
-        from llama2.weights.readers.gguf import GgufFile  # the gguf package is not always installed
-
+        try:
+            from llama2.weights.readers.gguf import GgufFile
+        except ModuleNotFoundError as error:
+            raise ValueError(f"{path}: a file is read by the package {error.name}, which is not installed") from None
         gguf = GgufFile(path)
         if tokenizer_path is None:
             return Source(reader=gguf, write_tokenizer=gguf.write_tokenizer)

@@ -6,6 +6,8 @@ with other contents of the same tensors.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 
 from llama2.batch import Batch
@@ -26,13 +28,13 @@ class CudaKernels(PlainKernels):
         self._wgmma = self._pdl = hopper
         self._arrived = torch.zeros(MAX_SEQUENCE_HEADS, dtype=torch.int32, device=device)
 
-    def linear(self, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-        if x.shape[0] in STREAMED_ROWS:
+    def linear(self, x: torch.Tensor, weight: Any) -> torch.Tensor:
+        if x.shape[0] in STREAMED_ROWS and isinstance(weight, torch.Tensor):
             return products.linear(x, weight, pdl=self._pdl)
         return super().linear(x, weight)
 
-    def gated_linear(self, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-        if x.shape[0] in STREAMED_ROWS:
+    def gated_linear(self, x: torch.Tensor, weight: Any) -> torch.Tensor:
+        if x.shape[0] in STREAMED_ROWS and isinstance(weight, torch.Tensor):
             return products.linear(x, weight, gated=True, pdl=self._pdl)
         return super().gated_linear(x, weight)
 
