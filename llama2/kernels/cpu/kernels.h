@@ -38,8 +38,8 @@ void define_linear(torch::Library& library);
 void pack(at::BFloat16* w, int64_t outputs, int64_t inputs);
 #endif
 
-// x (rows, inputs), w (outputs, inputs), packed if need be; y (rows, outputs) becomes x wᵀ, summed in fp32. A row's result
-// is the same bits in whatever company it comes.
+// x (rows, inputs), w (outputs, inputs), packed if need be; y (rows, outputs) becomes x wᵀ, summed in fp32. A row's
+// result is the same bits in whatever company it comes.
 void linear(const Team& team, const at::BFloat16* x, const at::BFloat16* w, at::BFloat16* y, int64_t rows,
             int64_t inputs, int64_t outputs);
 

@@ -2,6 +2,9 @@
 // without Python in between and by threads that come together once. Of a small model's step that is a tenth.
 #include <torch/library.h>
 
+#include <functional>
+#include <limits>
+
 #include "kernels.h"
 
 namespace llama2 {
@@ -14,46 +17,43 @@ struct Layer {
   c10::intrusive_ptr<Linear> wqkv, wo, w13, w2;
 };
 
-// Made once. With a mapping every branch is summed over the ranks, as all_reduce does.
+// Made once, of the weights as their products have them laid out.
 struct Layers : torch::CustomClassHolder {
   std::vector<Layer> all;
-  double eps;
-  std::optional<at::Tensor> mapping;
-  int64_t rank, world_size, slot_bytes;
-  double patience;
+  float eps;
+  std::function<void(const at::Tensor&)> sum_over_ranks;  // none in a group of one
 
   int64_t max_rows() const {
-    int64_t most = all[0].wqkv->max_rows;
+    int64_t most = std::numeric_limits<int64_t>::max();
     for (const auto& layer : all)
-      for (const auto* linear : {&layer.wqkv, &layer.wo, &layer.w13, &layer.w2}) most = std::min(most, (*linear)->max_rows);
+      for (const auto& linear : {layer.wqkv, layer.wo, layer.w13, layer.w2}) most = std::min(most, linear->max_rows);
     return most;
   }
 };
 
-// norms are those of all layers: attention_norm, ffn_norm; and linears: wqkv, wo, w13, w2.
+// norms are those of all layers: attention_norm, ffn_norm; and linears: wqkv, wo, w13, w2. With a mapping every branch
+// is summed over the ranks, as all_reduce does.
 c10::intrusive_ptr<Layers> make_layers(const std::vector<at::Tensor>& norms,
                                        const std::vector<c10::intrusive_ptr<Linear>>& linears, double eps,
                                        const std::optional<at::Tensor>& mapping, int64_t rank, int64_t world_size,
                                        int64_t slot_bytes, double patience) {
   TORCH_CHECK(!norms.empty() && 2 * norms.size() == linears.size(), "layers take 2 norms and 4 linears each");
   auto layers = c10::make_intrusive<Layers>();
-  layers->eps = eps;
-  layers->mapping = mapping;
-  layers->rank = rank;
-  layers->world_size = world_size;
-  layers->slot_bytes = slot_bytes;
-  layers->patience = patience;
+  layers->eps = static_cast<float>(eps);
+  if (mapping)
+    layers->sum_over_ranks = [=](const at::Tensor& x) {
+      all_reduce(x, *mapping, rank, world_size, slot_bytes, patience);
+    };
   for (size_t i = 0; i < norms.size() / 2; i++) {
     const auto* own = &linears[4 * i];
-    const Layer layer{norms[2 * i], norms[2 * i + 1], own[0], own[1], own[2], own[3]};
-    const auto dim = layer.wqkv->inputs;
-    for (const auto* norm : {&layer.attention_norm, &layer.ffn_norm})
-      TORCH_CHECK(norm->scalar_type() == at::kBFloat16 && norm->sizes() == at::IntArrayRef{dim}, "layers: norms of ",
-                  dim, " bf16 values");
-    TORCH_CHECK(layer.wo->outputs == dim && layer.w13->inputs == dim && layer.w2->outputs == dim &&
-                    layer.w13->outputs == 2 * layer.w2->inputs,
+    const auto& [attention_norm, ffn_norm, wqkv, wo, w13, w2] =
+        layers->all.emplace_back(Layer{norms[2 * i], norms[2 * i + 1], own[0], own[1], own[2], own[3]});
+    for (const auto& norm : {attention_norm, ffn_norm})
+      TORCH_CHECK(norm.scalar_type() == at::kBFloat16 && norm.numel() == wqkv->inputs && norm.is_contiguous(),
+                  "layers take bf16 norms as wide as their rows");
+    TORCH_CHECK(wo->outputs == wqkv->inputs && w13->inputs == wqkv->inputs && w2->outputs == wqkv->inputs &&
+                    w13->outputs == 2 * w2->inputs,
                 "layers: shapes do not fit");
-    layers->all.push_back(layer);
   }
   return layers;
 }
@@ -91,10 +91,7 @@ at::Tensor run_layers(const c10::intrusive_ptr<Layers>& layers, at::Tensor x, co
   Attention attention(heads, keys[0].size(1), tables, starts, contexts);
   Team::run(true, [&](const Team& team) {
     auto sum_over_ranks = [&] {
-      if (layers->mapping)
-        team.alone([&] {
-          all_reduce(result, *layers->mapping, layers->rank, layers->world_size, layers->slot_bytes, layers->patience);
-        });
+      if (layers->sum_over_ranks) team.alone([&] { layers->sum_over_ranks(result); });
     };
     for (size_t i = 0; i < caches.size(); i++) {
       const auto& layer = layers->all[i];
