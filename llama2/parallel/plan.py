@@ -9,7 +9,6 @@ they like (`Kernels.prepare`).
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
@@ -18,8 +17,8 @@ from torch.distributed.tensor import DTensor, Placement, Replicate, Shard
 
 from llama2.machine.memory import empty
 from llama2.parallel.splits import PLAN, mesh_shape, split
-from llama2.weights.formats import Weight
-from llama2.weights.spec import Spec, WeightSpec
+from llama2.weights.formats import Format, Weight
+from llama2.weights.spec import Spec
 
 # Weights that are one in flight, one's outputs after the other's.
 FUSED = {"wq": "wqkv", "wk": "wqkv", "wv": "wqkv", "w1": "w13", "w3": "w13"}
@@ -53,72 +52,50 @@ def allocate(spec: Spec, mesh: DeviceMesh, *, device: torch.device) -> tuple[dic
 
     And the same memory at rest: by the names and in the shapes of `spec.tensors()`, as DTensors placed as PLAN says.
     Whatever fills them, fills the weights in flight, until `Kernels.prepare` is called.
+
+    Raises:
+        ValueError: weights that are one in flight have different formats, or a format cannot hold a weight.
     """
-    in_flight: dict[str, dict[str, WeightSpec]] = {}
-    for name, weight in spec.weights().items():
-        path, dot, kind = name.rpartition(".")
-        in_flight.setdefault(path + dot + FUSED.get(kind, kind), {})[name] = weight
-    shares = {
-        (name, part): [_share(f"{member}.{part}", weight, part, mesh) for member, weight in members.items()]
-        for name, members in in_flight.items()
-        for part in next(iter(members.values())).parts
+    tensors = spec.tensors()
+    local = {
+        name: tuple(local_size(axis, size, mesh) for axis, size in zip(one.axes, one.shape, strict=True))
+        for name, one in tensors.items()
     }
-    # One piece of memory for all, in which each tensor in flight begins at a cache line's border.
-    sizes = [sum(share.nbytes for share in members) for members in shares.values()]
+    # Parts in flight by weight and name, and the parts at rest that they consist of.
+    fused: dict[tuple[str, str], list[str]] = {}
+    formats: dict[str, Format] = {}
+    for name in tensors:
+        weight, _, part = name.rpartition(".")
+        path, dot, kind = weight.rpartition(".")
+        in_flight, own_format = path + dot + FUSED.get(kind, kind), spec.format(weight)
+        if formats.setdefault(in_flight, own_format) != own_format:
+            raise ValueError(f"{weight} must have the format of what {in_flight} has beside it, got {own_format}")
+        fused.setdefault((in_flight, part), []).append(name)
+    # One piece of memory for all, in which each part in flight begins at a cache line's border.
+    sizes = [sum(math.prod(local[name]) * tensors[name].dtype.itemsize for name in names) for names in fused.values()]
     padded = [size + -size % LINE_BYTES for size in sizes]
     memory = empty(sum(padded), dtype=torch.uint8, device=device).split(padded)
     parts: dict[str, dict[str, torch.Tensor]] = {}
     at_rest: dict[str, DTensor] = {}
-    for ((name, part), members), size, piece in zip(shares.items(), sizes, memory, strict=True):
-        values = piece[:size].view(members[0].dtype)
-        outputs = sum(share.outputs for share in members)
-        parts.setdefault(name, {})[part] = values.view(outputs, -1) if members[0].has_inputs else values
-        for share, view in zip(members, values.split([math.prod(share.local) for share in members]), strict=True):
-            at_rest[share.name] = DTensor.from_local(
-                view.view(share.local),
+    for ((weight, part), names), size, piece in zip(fused.items(), sizes, memory, strict=True):
+        first = tensors[names[0]]
+        values = piece[:size].view(first.dtype)
+        for name, view in zip(names, values.split([math.prod(local[name]) for name in names]), strict=True):
+            shape, stride = tensors[name].shape, torch.empty(tensors[name].shape, device="meta").stride()
+            at_rest[name] = DTensor.from_local(
+                view.view(local[name]),
                 mesh,
-                share.placements,
+                _placements(tensors[name].axes),
                 run_check=False,
-                shape=torch.Size(share.shape),
-                stride=tuple(math.prod(share.shape[axis + 1 :]) for axis in range(len(share.shape))),
+                shape=torch.Size(shape),
+                stride=stride,
             )
-    weights = {name: Weight(format=spec.format(next(iter(in_flight[name]))), parts=own) for name, own in parts.items()}
-    return weights, at_rest
+        outputs = sum(math.prod(local[name][: tensors[name].num_outputs]) for name in names)
+        parts.setdefault(weight, {})[part] = values.view(outputs, -1) if first.axes[first.num_outputs :] else values
+    return {name: Weight(format=formats[name], parts=own) for name, own in parts.items()}, at_rest
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class _Share:
-    """Of one tensor at rest, what this rank holds."""
-
-    name: str
-    dtype: torch.dtype
-    shape: tuple[int, ...]
-    local: tuple[int, ...]
-    num_outputs: int
-    placements: tuple[Placement, ...]
-
-    @property
-    def nbytes(self) -> int:
-        return math.prod(self.local) * self.dtype.itemsize
-
-    @property
-    def outputs(self) -> int:
-        return math.prod(self.local[: self.num_outputs])
-
-    @property
-    def has_inputs(self) -> bool:
-        return len(self.local) > self.num_outputs
-
-
-def _share(name: str, weight: WeightSpec, part: str, mesh: DeviceMesh) -> _Share:
-    shape, dtype = weight.parts[part]
-    axes = (*weight.axes.outputs, *weight.axes.inputs)[: len(shape)]
+def _placements(axes: tuple[str, ...]) -> tuple[Placement, ...]:
+    """What PLAN does to a tensor over the mesh axes (kv, rep)."""
     cut = {one: index for index, axis in enumerate(axes) for one in PLAN.get(axis, ())}
-    return _Share(
-        name=name,
-        dtype=dtype,
-        shape=shape,
-        local=tuple(local_size(axis, size, mesh) for axis, size in zip(axes, shape, strict=True)),
-        num_outputs=len(weight.axes.outputs),
-        placements=tuple(Shard(cut[one]) if one in cut else Replicate() for one in mesh.mesh_dim_names or ()),
-    )
+    return tuple(Shard(cut[one]) if one in cut else Replicate() for one in ("kv", "rep"))

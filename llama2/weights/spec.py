@@ -8,22 +8,23 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import torch
 
-from llama2.config import Axes, ModelArgs
+from llama2.config import ModelArgs
 from llama2.parallel.splits import PLAN
-from llama2.weights.formats import Format, Part
+from llama2.weights.formats import Format
 from llama2.weights.formats.plain import Plain
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class WeightSpec:
-    """One weight at rest. An axis that may only be cut between units is two: the units, and what is in one."""
+class TensorSpec(NamedTuple):
+    """A part of a weight at rest. Of its axes, by name, the first `num_outputs` are outputs."""
 
-    format: Format
-    axes: Axes
-    parts: Mapping[str, Part]
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    axes: tuple[str, ...]
+    num_outputs: int
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -49,8 +50,10 @@ class Spec:
                 found[axis] = math.lcm(self.format(name).unit, found.get(axis, 1))
         return {axis: unit for axis, unit in found.items() if unit > 1}
 
-    def weights(self) -> dict[str, WeightSpec]:
-        """Every weight by its name, such as `layers.0.attention.wq`.
+    def tensors(self) -> dict[str, TensorSpec]:
+        """Every part by the name that it has in a converted folder, such as `layers.0.attention.wq.weight`.
+
+        An axis that may only be cut between units is two: the units, and what is in one.
 
         Raises:
             ValueError: the format of a weight cannot hold it.
@@ -67,20 +70,11 @@ class Spec:
                 if unit > 1:
                     yield f"{axis} of a unit", unit
 
-        specs = {}
+        tensors = {}
         for name, axes in self.args.weight_axes().items():
             outputs, inputs = dict(at_rest(axes.outputs)), dict(at_rest(axes.inputs))
-            specs[name] = WeightSpec(
-                format=self.format(name),
-                axes=Axes(tuple(outputs), tuple(inputs)),
-                parts=self.format(name).parts(tuple(outputs.values()), tuple(inputs.values())),
-            )
-        return specs
-
-    def tensors(self) -> dict[str, Part]:
-        """Every part by the name that it has in a converted folder, such as `layers.0.attention.wq.weight`."""
-        return {
-            f"{name}.{part_name}": part
-            for name, weight in self.weights().items()
-            for part_name, part in weight.parts.items()
-        }
+            parts = self.format(name).parts(tuple(outputs.values()), tuple(inputs.values()))
+            for part, (shape, dtype) in parts.items():
+                own_axes = (*outputs, *inputs)[: len(shape)]
+                tensors[f"{name}.{part}"] = TensorSpec(shape, dtype, own_axes, len(outputs))
+        return tensors

@@ -13,7 +13,7 @@ import torch.distributed.checkpoint as dcp
 from llama2.kernels.plain import PlainKernels
 from llama2.kv_cache import KVCache
 from llama2.parallel.collectives import connect
-from llama2.parallel.plan import build_mesh, local_size
+from llama2.parallel.plan import allocate, build_mesh, local_size
 from llama2.parallel.process_group import init_process_group
 from llama2.weights.formats import Format, Weight
 from llama2.weights.formats.plain import Plain
@@ -52,17 +52,18 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     """A checkpoint in the toy format, and the plain one that it stands for."""
     folder = tmp_path_factory.mktemp("formats")
     torch.manual_seed(0)
-    state, values = {}, random_weights(ARGS)
-    for name, weight in Spec(args=ARGS, dtype=torch.float32, formats=FORMATS).weights().items():
-        if isinstance(weight.format, Plain):
-            state[f"{name}.weight"] = values[f"{name}.weight"]
-            continue
-        parts = {
-            "codes": torch.randint(-127, 128, weight.parts["codes"].shape, dtype=torch.int8),
-            "scales": (1 + torch.rand(weight.parts["scales"].shape)) / 1500,
-        }
-        state |= {f"{name}.{part}": tensor for part, tensor in parts.items()}
-        values[f"{name}.weight"] = weight.format.dequantize(parts)
+    spec, values = Spec(args=ARGS, dtype=torch.float32, formats=FORMATS), random_weights(ARGS)
+    state = {}
+    for name, (shape, dtype, *_) in spec.tensors().items():
+        codes = dtype == torch.int8
+        state[name] = torch.randint(-127, 128, shape, dtype=dtype) if codes else (1 + torch.rand(shape)) / 1500
+    for name in list(values):
+        weight = name.removesuffix(".weight")
+        if name in state:
+            state[name] = values[name]
+        else:
+            parts = {part: state[f"{weight}.{part}"] for part in ("codes", "scales")}
+            values[name] = spec.format(weight).dequantize(parts)
     dcp.save(state, checkpoint_id=folder / "toy", no_dist=True)
     ARGS.save(folder / "toy")
     return {"toy": str(folder / "toy"), "plain": str(write_checkpoint(folder / "plain", ARGS, values))}
@@ -124,28 +125,34 @@ def test_some_weights_may_have_another_format_than_others(folders: dict[str, str
 
 
 def test_units_and_their_parts_at_rest() -> None:
-    weights = Spec(args=ARGS, dtype=torch.bfloat16, formats=FORMATS).weights()
-    shapes = {kind: [tuple(part.shape) for part in weights[f"layers.0.{kind}"].parts.values()] for kind in KINDS}
-    assert shapes == KINDS
+    tensors = Spec(args=ARGS, dtype=torch.bfloat16, formats=FORMATS).tensors()
+    assert {name: tensors[f"layers.0.{name}"].shape for name in SHAPES} == SHAPES
     # One format decides how its inputs are cut, and so how the outputs are that it is multiplied with.
     mixed = Spec(args=ARGS, dtype=torch.bfloat16, formats={"w2": Int8Groups(32)})
     assert mixed.units() == {"hidden": 32}
     assert mixed.tensors()["layers.0.feed_forward.w1.weight"].shape == (8, 32, 96)
 
 
-# Codes, then scales.
-KINDS = {
-    "attention.wq": [(6, 2, 8, 96), (6, 2, 8, 6)],
-    "attention.wo": [(96, 6, 2, 8), (96, 6, 2, 1)],
-    "feed_forward.w1": [(16, 16, 96), (16, 16, 6)],
-    "feed_forward.w2": [(96, 16, 16), (96, 16, 1)],
-    "attention_norm": [(96,)],
+SHAPES = {
+    "attention.wq.codes": (6, 2, 8, 96),
+    "attention.wq.scales": (6, 2, 8, 6),
+    "attention.wo.codes": (96, 6, 2, 8),
+    "attention.wo.scales": (96, 6, 2, 1),
+    "feed_forward.w1.codes": (16, 16, 96),
+    "feed_forward.w1.scales": (16, 16, 6),
+    "feed_forward.w2.codes": (96, 16, 16),
+    "feed_forward.w2.scales": (96, 16, 1),
+    "attention_norm.weight": (96,),
 }
 
 
 def test_what_a_format_cannot_hold_is_refused(folders: dict[str, str]) -> None:
     odd = replace(ARGS, hidden_dim=250)
     with pytest.raises(ValueError, match="needs a multiple of 16 as hidden, got 250"):
-        Spec(args=odd, dtype=torch.float32, formats=FORMATS).weights()
+        Spec(args=odd, dtype=torch.float32, formats=FORMATS).tensors()
     with pytest.raises(ValueError, match=r"lacks tensor layers\.0\.attention\.wk\.weight"):
         DcpFolder(folders["toy"], formats=FORMATS | {"wk": Plain(torch.float32)})
+    odd_one_out = Spec(args=ARGS, dtype=torch.float32, formats={"wv": Int8Groups(16)})
+    init_process_group(CPU)
+    with pytest.raises(ValueError, match=r"layers\.0\.attention\.wv must have the format of what .*wqkv has beside it"):
+        allocate(odd_one_out, build_mesh(odd_one_out, "cpu"), device=CPU)
