@@ -1,8 +1,6 @@
 """The outside reference for penalties and filters is transformers; for the draw, the inverse of the distribution."""
 
-import hashlib
 import math
-from collections.abc import Sequence as Items
 from typing import Any
 
 import pytest
@@ -18,26 +16,8 @@ from transformers.generation.logits_process import (
 from llama2.engine import nucleus
 from llama2.engine import sampler as sampler_module
 from llama2.engine.sampler import Sampler
-from llama2.engine.sequence import Request, SamplingParams, Sequence
-
-PLAIN: dict[str, Any] = {"temperature": 1.0, "top_p": 1.0}
-
-
-def make_sequence(
-    arrival: int = 0, *, prompt: Items[int] = (0, 1), generated: Items[int] = (), **params: Any
-) -> Sequence:
-    request = Request(request_id=f"r{arrival}", prompt_ids=tuple(prompt), params=SamplingParams(**params))
-    sequence = Sequence.of(request, arrival)
-    sequence.token_ids += generated
-    return sequence
-
-
-def make_logits(rows: int, vocab_size: int, *, scale: float = 3.0, seed: int = 0) -> torch.Tensor:
-    return scale * torch.randn(rows, vocab_size, generator=torch.Generator().manual_seed(seed))
-
-
-def sample_ids(logits: torch.Tensor, sequences: list[Sequence], sampler: Sampler | None = None) -> list[int]:
-    return [one.token_id for one in (sampler or Sampler(0)).sample(logits, sequences).read()]
+from llama2.engine.sequence import Sequence
+from tests.support.sampling import FILTERS, MIXED, PENALTIES, PLAIN, make_logits, make_sequence, sample_ids
 
 
 def reference_distribution(logits_V: torch.Tensor, sequence: Sequence) -> torch.Tensor:
@@ -59,10 +39,6 @@ def reference_distribution(logits_V: torch.Tensor, sequence: Sequence) -> torch.
     for warper in warpers:
         scores = warper(torch.tensor([sequence.token_ids]), scores.view(1, -1))
     return scores[0].double().softmax(-1)
-
-
-PENALTIES: dict[str, Any] = {"repetition_penalty": 1.3, "presence_penalty": 0.7, "frequency_penalty": -0.4}
-FILTERS: dict[str, Any] = {"top_k": 120, "top_p": 0.9, "min_p": 0.02}
 
 
 @pytest.mark.parametrize("vocab_size", [20, 300, 3000])
@@ -147,29 +123,6 @@ def test_temperature_0_heeds_penalties() -> None:
     assert sample_ids(logits, [make_sequence(prompt=[2], generated=[0], temperature=0, presence_penalty=1.0)]) == [1]
 
 
-def test_each_row_sorts_only_as_many_candidates_as_it_needs(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Greedy and unfiltered rows none, a small nucleus a few, a flat distribution all."""
-    asked: list[tuple[int, ...]] = []
-    topk, sort = torch.Tensor.topk, torch.Tensor.sort
-
-    def counted(self: torch.Tensor, k: int, **kwargs: Any) -> Any:
-        asked.append((len(self), k))
-        return topk(self, k, **kwargs)
-
-    def counted_whole(self: torch.Tensor, **kwargs: Any) -> Any:
-        asked.append(tuple(self.shape))
-        return sort(self, **kwargs)
-
-    monkeypatch.setattr(torch.Tensor, "topk", counted)
-    monkeypatch.setattr(torch.Tensor, "sort", counted_whole)
-    logits = make_logits(4, 3000)
-    logits[2, 5] = 40.0
-    logits[3] = 0.0
-    rows: list[dict[str, Any]] = [{"temperature": 0.0}, PLAIN, {"top_p": 0.9}, {"top_p": 0.9}]
-    Sampler(0).sample(logits, [make_sequence(row, **params) for row, params in enumerate(rows)]).read()
-    assert asked == [(2, 64), (1, 1024), (1, 3000)]
-
-
 @pytest.mark.parametrize(
     "rows",
     [
@@ -211,30 +164,6 @@ def test_what_was_chosen_stays_when_the_logits_are_overwritten() -> None:
     assert choice.read() == expected
 
 
-def test_a_few_candidates_lead_to_the_tokens_of_all(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A nucleus that they prove is the one that a sort of the whole row finds."""
-    logits = make_logits(len(MIXED), 3000)
-    sequences = [make_sequence(row, generated=[5, 6, 6], **params) for row, params in enumerate(MIXED)]
-    expected = Sampler(0).sample(logits, sequences).read()
-    monkeypatch.setattr(nucleus, "CANDIDATES", ())
-    assert Sampler(0).sample(logits, sequences).read() == expected
-
-
-MIXED: list[dict[str, Any]] = [
-    {"temperature": 0.0},
-    {},
-    PLAIN,
-    {**PLAIN, "seed": 5},
-    {"temperature": 1.5, "top_p": 0.999},
-    {"top_k": 3, "logprobs": 2},
-    {"top_k": 100, "top_p": 1.0},
-    {"temperature": 2.0, "min_p": 0.3, "top_p": 1.0},
-    {"temperature": 0.0, "repetition_penalty": 5.0, "logprobs": 5},
-    {"frequency_penalty": 2.0, "presence_penalty": 2.0},
-    {**FILTERS, **PENALTIES, "logprobs": 0},
-]
-
-
 def test_a_row_does_not_depend_on_the_other_rows() -> None:
     sampler, logits = Sampler(0), make_logits(len(MIXED), 2000, scale=1.0)
     logits = logits.bfloat16()  # has many ties
@@ -249,55 +178,6 @@ def test_the_callers_logits_are_not_changed() -> None:
     before = logits.clone()
     Sampler(0).sample(logits, [make_sequence(row, **params) for row, params in enumerate(MIXED)]).read()
     assert torch.equal(logits, before)
-
-
-def stream(sequence: Sequence, sampler: Sampler, *, length: int = 20) -> list[int]:
-    """The tokens of one request that is sampled from equal logits until it has `length` of them."""
-    while sequence.num_generated < length:
-        sequence.token_ids += sample_ids(torch.zeros(1, 1000), [sequence], sampler)
-    return sequence.token_ids[sequence.num_prompt :]
-
-
-def test_a_request_with_a_seed_draws_the_same_from_every_engine_and_at_every_arrival() -> None:
-    first = stream(make_sequence(0, **PLAIN, seed=7), Sampler(1))
-    assert stream(make_sequence(9, **PLAIN, seed=7), Sampler(2)) == first
-    assert stream(make_sequence(0, **PLAIN, seed=8), Sampler(1)) != first
-    assert stream(make_sequence(0, **PLAIN, seed=-7), Sampler(1)) != first
-
-
-def test_without_a_seed_the_engines_seed_decides_and_no_two_requests_draw_alike() -> None:
-    first = stream(make_sequence(0, **PLAIN), Sampler(1))
-    assert stream(make_sequence(0, **PLAIN), Sampler(1)) == first
-    assert stream(make_sequence(1, **PLAIN), Sampler(1)) != first
-    assert stream(make_sequence(0, **PLAIN), Sampler(2)) != first
-
-
-def test_without_any_seed_two_engines_draw_differently() -> None:
-    assert stream(make_sequence(**PLAIN), Sampler()) != stream(make_sequence(**PLAIN), Sampler())
-
-
-def test_a_draw_depends_on_nothing_but_seed_and_position() -> None:
-    """Neither on what was sampled before it, nor on whether it was: a recomputed request goes on where it was."""
-    sampler = Sampler(0)
-    whole = stream(make_sequence(**PLAIN), sampler)
-    half = make_sequence(generated=whole[:10], **PLAIN)
-    stream(make_sequence(1, **PLAIN), sampler)
-    assert stream(half, sampler) == whole
-
-
-def test_neither_the_prompt_nor_its_length_shifts_the_draws_of_a_seed() -> None:
-    short, long = make_sequence(prompt=[1], **PLAIN, seed=7), make_sequence(prompt=range(90), **PLAIN, seed=7)
-    assert stream(short, Sampler()) == stream(long, Sampler())
-
-
-@pytest.mark.parametrize("digest", [b"\0" * 8, b"\xff" * 8])
-def test_the_number_behind_a_draw_is_never_0_or_1(monkeypatch: pytest.MonkeyPatch, digest: bytes) -> None:
-    class Extreme:
-        def digest(self) -> bytes:
-            return digest
-
-    monkeypatch.setattr(hashlib, "blake2b", lambda *_, **__: Extreme())
-    assert 0 < Sampler(0)._uniform(make_sequence()) < 1
 
 
 def test_what_rounding_puts_on_a_token_that_is_ruled_out_becomes_the_likeliest(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,6 +1,8 @@
-"""The kernel finds the floor that a sort finds: on a GPU, or on any CPU in Triton's interpreter, slowly.
+"""Each device's search finds the floor that a sort finds.
 
-TRITON_INTERPRET=1 python -m pytest tests/llama2/kernels/test_cuda_sampling.py
+The Triton kernel runs on a GPU, or on any CPU in Triton's interpreter, slowly:
+
+TRITON_INTERPRET=1 python -m pytest tests/llama2/engine/test_nucleus.py
 """
 
 from __future__ import annotations
@@ -8,37 +10,63 @@ from __future__ import annotations
 import importlib.util
 import math
 import os
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
 
-from llama2.engine import nucleus
 from llama2.engine import sampler as sampler_module
+from llama2.engine.nucleus import nucleus_floor, plain_nucleus_floor
 from llama2.engine.sampler import Sampler
-from llama2.engine.sequence import Request, SamplingParams, Sequence
+from llama2.kernels.cpu.library import load_library
+from tests.support.sampling import make_logits, make_sequence
 
 HAS_TRITON = importlib.util.find_spec("triton") is not None
-pytestmark = pytest.mark.skipif(
-    not HAS_TRITON or not (torch.cuda.is_available() or os.environ.get("TRITON_INTERPRET") == "1"),
-    reason="needs triton, and a CUDA GPU or TRITON_INTERPRET=1",
-)
-
+RUNS_TRITON = HAS_TRITON and (torch.cuda.is_available() or os.environ.get("TRITON_INTERPRET") == "1")
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 # Less than one chunk of the kernel, not a multiple of a vector's width; two chunks and a piece.
 VOCAB_SIZES = [1, 301, 20_000]
 TOP_P = [5e-324, 1e-9, 0.05, 0.5, 0.9, 0.999, 1 - 1e-12, 1.0]
 
-
-def floors(weights_NV: torch.Tensor, top_k: list[int], top_p: list[float]) -> list[float]:
-    from llama2.kernels.cuda.sampling import nucleus_floor
-
-    numbers = torch.tensor(top_k, device=DEVICE), torch.tensor(top_p, device=DEVICE, dtype=torch.float64)
-    return nucleus_floor(weights_NV.to(DEVICE), *numbers).tolist()
+Floor = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
+Floors = Callable[[torch.Tensor, list[int], list[float]], list[float]]
 
 
-def sorted_floors(weights_NV: torch.Tensor, top_k: list[int], top_p: list[float]) -> list[float]:
-    return nucleus.nucleus_floor(weights_NV, torch.tensor(top_k), torch.tensor(top_p, dtype=torch.float64)).tolist()
+def on_gpu(weights_NV: torch.Tensor, top_k_N: torch.Tensor, top_p_N: torch.Tensor) -> torch.Tensor:
+    from llama2.kernels.cuda import sampling
+
+    return sampling.nucleus_floor(weights_NV.to(DEVICE), top_k_N.to(DEVICE), top_p_N.to(DEVICE)).cpu()
+
+
+def listed(floor: Floor) -> Floors:
+    def floors(weights_NV: torch.Tensor, top_k: list[int], top_p: list[float]) -> list[float]:
+        return floor(weights_NV, torch.tensor(top_k), torch.tensor(top_p, dtype=torch.float64)).tolist()
+
+    return floors
+
+
+@pytest.fixture(
+    params=[
+        pytest.param(nucleus_floor, id="cpu"),
+        pytest.param(
+            on_gpu,
+            id="gpu",
+            marks=pytest.mark.skipif(not RUNS_TRITON, reason="needs triton, and a CUDA GPU or TRITON_INTERPRET=1"),
+        ),
+    ]
+)
+def floor(request: pytest.FixtureRequest) -> Floor:
+    assert load_library(), "else the CPU's is the sort itself"
+    return request.param
+
+
+@pytest.fixture
+def floors(floor: Floor) -> Floors:
+    return listed(floor)
+
+
+sorted_floors = listed(plain_nucleus_floor)
 
 
 def rows_of(vocab_size: int) -> torch.Tensor:
@@ -55,7 +83,7 @@ def rows_of(vocab_size: int) -> torch.Tensor:
 
 @pytest.mark.parametrize("vocab_size", VOCAB_SIZES)
 @pytest.mark.parametrize("scale", [2.0**-8, 2.0**-140], ids=["normal", "subnormal"])
-def test_a_floor_is_that_of_a_sort(vocab_size: int, scale: float) -> None:
+def test_a_floor_is_that_of_a_sort(floors: Floors, vocab_size: int, scale: float) -> None:
     """For every top_k with every top_p; a subnormal weight is a number as any other."""
     rows_RV = rows_of(vocab_size) * scale
     top_k = sorted(
@@ -70,7 +98,7 @@ def test_a_floor_is_that_of_a_sort(vocab_size: int, scale: float) -> None:
 
 @pytest.mark.parametrize("scale", [0.1, 3.0, 30.0])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_what_stays_is_the_fewest_that_reach_the_mass(scale: float, dtype: torch.dtype) -> None:
+def test_what_stays_is_the_fewest_that_reach_the_mass(floors: Floors, scale: float, dtype: torch.dtype) -> None:
     """For weights as logits give them, where a sort's sums are rounded: by the definition, up to fp64's rounding."""
     logits_NV = scale * torch.randn(8, 9000, generator=torch.Generator().manual_seed(1)).to(dtype).float()
     weights_NV = (logits_NV - logits_NV.amax(-1, keepdim=True)).exp()
@@ -89,7 +117,7 @@ def test_what_stays_is_the_fewest_that_reach_the_mass(scale: float, dtype: torch
             assert math.fsum(kept_V[kept_V > floor].tolist()) < mass * (1 + 1e-12)
 
 
-def test_a_floor_has_the_same_bits_in_any_company() -> None:
+def test_a_floor_has_the_same_bits_in_any_company(floors: Floors) -> None:
     weights_NV = torch.rand(6, 10_000, generator=torch.Generator().manual_seed(2)) ** 8
     top_k, top_p = [1, 10_000, 50, 10_000, 4000, 10_000], [0.9, 0.95, 1.0, 1.0, 0.3, 0.1]
     together = floors(weights_NV, top_k, top_p)
@@ -99,7 +127,7 @@ def test_a_floor_has_the_same_bits_in_any_company() -> None:
 
 
 @pytest.mark.parametrize("bad", [math.nan, -math.nan, math.inf])
-def test_a_row_of_no_numbers_ends_and_disturbs_no_other(bad: float) -> None:
+def test_a_row_of_no_numbers_ends_and_disturbs_no_other(floors: Floors, bad: float) -> None:
     """Its floor is worth nothing, as the sampler refuses the row."""
     weights_NV = rows_of(301)[:3]
     expected = floors(weights_NV, [40] * 3, [0.8] * 3)
@@ -110,9 +138,7 @@ def test_a_row_of_no_numbers_ends_and_disturbs_no_other(bad: float) -> None:
         floors(weights_NV, [301] * 3, [0.8] * 3)
 
 
-def test_a_sampler_on_this_kernel_draws_the_same_tokens(monkeypatch: pytest.MonkeyPatch) -> None:
-    from llama2.kernels.cuda import sampling
-
+def test_a_sampler_draws_the_same_tokens(floor: Floor, monkeypatch: pytest.MonkeyPatch) -> None:
     filters: list[dict[str, Any]] = [
         {"temperature": 0.0},
         {"top_p": 1.0},
@@ -121,11 +147,9 @@ def test_a_sampler_on_this_kernel_draws_the_same_tokens(monkeypatch: pytest.Monk
         {"top_k": 100, "top_p": 0.8, "min_p": 0.01},
         {"temperature": 2.0, "top_p": 0.999},
     ]
-    logits_RV = 3 * torch.randn(24, 3000, generator=torch.Generator().manual_seed(3))
-    sequences = [
-        Sequence.of(Request(request_id=str(row), prompt_ids=(1,), params=SamplingParams(**filters[row % 6])), row)
-        for row in range(24)
-    ]
+    logits_RV = make_logits(24, 3000)
+    sequences = [make_sequence(row, **filters[row % 6]) for row in range(24)]
+    monkeypatch.setattr(sampler_module, "nucleus_floor", plain_nucleus_floor)
     expected = Sampler(0).sample(logits_RV, sequences).read()
-    monkeypatch.setattr(sampler_module, "nucleus_floor", sampling.nucleus_floor)
-    assert Sampler(0).sample(logits_RV.to(DEVICE), sequences).read() == expected
+    monkeypatch.setattr(sampler_module, "nucleus_floor", floor)
+    assert Sampler(0).sample(logits_RV, sequences).read() == expected
