@@ -68,7 +68,7 @@ class Engine:
         self._sampler = Sampler(config.seed)
         self._detokenizer = Detokenizer(tokenizer, config.max_seq_len)
         self._looks_ahead = looks_ahead
-        # Of the latest step: who gains a token, and the choice of them, until it is read.
+        # The sequences that gain a token by the latest step, and the choice of these tokens, until it is read.
         self._unread: tuple[list[Sequence], Choice] | None = None
         self._arrivals = 0
         self._last_step_at: float | None = None

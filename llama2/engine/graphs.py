@@ -1,9 +1,9 @@
 """Owns passes without launches: recorded once per size, and replayed with other contents of the same tensors.
 
-Passes of one token per sequence are recorded for some batch sizes, and passes that hold pieces of prompts too for some
-numbers of tokens. A smaller pass is filled up: with rows that belong to no sequence and write into the cache's scratch
-block, and with sequences that have no row. What a recording reads and writes lies at fixed addresses: its inputs, which
-a replay overwrites first, and the logits, which the next replay overwrites.
+Passes that only decode are recorded for some batch sizes, and passes with chunks of prompts for some numbers of tokens.
+A smaller pass is padded: with rows that belong to no sequence and write into the cache's scratch block, and with
+sequences that have no row. What a recording reads and writes is at fixed addresses: its inputs, which a replay
+overwrites first, and the logits, which the next replay overwrites.
 
 How something is recorded is a `Record`: on a GPU CUDA graphs, anywhere else whatever runs the same function again.
 """
@@ -40,13 +40,13 @@ Record = Callable[[Callable[[], None]], Recording]
 
 
 def batch_sizes(max_batch_size: int) -> tuple[int, ...]:
-    """Of passes that only decode: 1, 2, 4, 8, then multiples of 8, as far as they are below the largest; and that."""
+    """Of recorded passes that only decode: 1, 2, 4, 8, the multiples of 8 below the largest, and the largest."""
     sizes = (1, 2, 4, *range(8, max_batch_size, 8))
     return (*(size for size in sizes if size < max_batch_size), max_batch_size)
 
 
 def token_sizes(largest: int) -> tuple[int, ...]:
-    """Tokens of passes that hold prompts, as far as they are below the largest; and that."""
+    """Numbers of tokens of recorded passes with prompts: some below the largest, and the largest."""
     return (*(size for size in (32, 64, 128, 256, 384) if size < largest), largest)
 
 
@@ -75,7 +75,7 @@ class PassGraphs:
             shape = (config.max_batch_size, model.args.vocab_size)
             self._logits_RV = torch.empty(shape, dtype=torch.float32, device=device)
         most, blocks = config.max_batch_size, config.blocks_per_sequence
-        # By whether it may hold prompts, and its tokens.
+        # The key is whether a pass may hold prompts, and its number of tokens.
         sizes = {
             (True, size): Sizes(tokens=size, sequences=most, rows=most, blocks=blocks) for size in self._token_sizes
         }
@@ -83,9 +83,9 @@ class PassGraphs:
             sizes[False, size] = Sizes(tokens=size, sequences=size, rows=size, blocks=blocks)
         self._inputs: dict[tuple[bool, int], Inputs] = {}
         self._recordings: dict[tuple[bool, int], Recording] = {}
-        # A process group must outlive what is recorded of it: at the end of the process, too.
+        # A process group must outlive the recordings of its calls, also when the process ends.
         self.close = weakref.finalize(self, _reset, self._recordings)
-        # The largest first: the others find room in the memory that it took.
+        # The largest first: the others reuse its memory.
         order = sorted(sizes, key=lambda key: (key[1], key[0]), reverse=True)
         for key in progress(order, desc="record passes", unit="size", delay=2, disable=not leads):
             self._inputs[key] = Inputs(sizes[key], device)

@@ -20,7 +20,7 @@ from llama2.kv_cache import KVCache
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Sizes:
-    """Of one step: its tokens T, sequences S, rows R whose logits are asked for, and blocks N of the longest table."""
+    """Of one step: T tokens, S sequences, R rows whose logits are wanted, and N blocks of the longest block table."""
 
     tokens: int
     sequences: int
@@ -47,7 +47,7 @@ class Inputs:
         self.tables_SN = tables.view(sizes.sequences, sizes.blocks)
 
     def fill(self, chunks: Items[Chunk], rows: Items[int], cache: KVCache) -> None:
-        """Write what `chunks` bring, one after the other, and the rows whose logits are asked for; on the host.
+        """Write what `chunks` bring, one after the other, and the rows whose logits are wanted; on the host.
 
         There may be less of it than there is room: the rest are tokens of no sequence, which write into the cache's
         scratch block, sequences without a token, and rows that nobody reads.

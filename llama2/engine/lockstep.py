@@ -10,11 +10,10 @@ from collections.abc import Callable
 from typing import Any, Concatenate, NamedTuple, ParamSpec, TypeVar
 
 import torch
-import torch.distributed as dist
 
 from llama2.engine.runner import Runner
 from llama2.parallel.collectives import Collectives
-from llama2.parallel.process_group import LockstepError
+from llama2.parallel.process_group import LockstepError, gather_objects
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -91,8 +90,7 @@ def agree(settings: object, count: Callable[[], int]) -> int:
         mine = count()
     except ValueError as error:
         mine = error  # alone this rank would leave, and the others wait for it
-    answers: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(answers, (settings, mine))
+    answers = gather_objects((settings, mine))
     for rank, (theirs, _) in enumerate(answers):
         if theirs != answers[0][0]:
             raise LockstepError(f"rank {rank} was started with {theirs}, but rank 0 with {answers[0][0]}")

@@ -13,7 +13,7 @@ from llama2.engine.transfer import upload
 
 
 class PromptScores:
-    """Of one prompt. If it starts again at position 0, after a preemption, it is collected anew."""
+    """The scores of one prompt. If it starts again at position 0, after a preemption, they are collected anew."""
 
     def __init__(self, request: Request) -> None:
         self._request = request

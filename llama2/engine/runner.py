@@ -40,14 +40,14 @@ class Runner:
 
     @torch.inference_mode()
     def warm_up(self, config: EngineConfig) -> None:
-        """Run a pass as large as they become, on blocks that no sequence has yet.
+        """Run a pass of the largest size, on blocks that no sequence has yet.
 
-        What compiles and loads with it, no request waits for.
+        So no request waits until kernels are compiled and loaded.
         """
         free = iter(range(self._cache.num_blocks))
         chunks: list[Chunk] = []
         left = config.max_step_tokens
-        # Where there are several, the first one decodes and the others bring prompts: every kernel has its share.
+        # Where there are several sequences, the first one decodes and the others bring prompts: so every kernel runs.
         decoding = min(1, config.max_batch_size - 1)
         for length in (*[1] * decoding, *[config.max_seq_len] * (config.max_batch_size - decoding)):
             length = min(length, left)

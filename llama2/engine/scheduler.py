@@ -90,11 +90,11 @@ class Scheduler:
         # Both by arrival, oldest first.
         self._running: dict[int, Sequence] = {}
         self._waiting: OrderedDict[int, Sequence] = OrderedDict()
-        # Of each live request those replies that have not ended.
+        # The replies of each live request that have not ended.
         self._by_request_id: dict[str, list[Sequence]] = {}
         self._last_arrival = -1
         self._free_places = list(range(config.max_batch_size))  # of the token pool
-        # Of all sequences that were started: their tokens by then, and those of them that were in the cache already.
+        # Over all sequences that were started: their tokens at that time, and how many of these were in the cache.
         self.num_prompt_tokens = 0
         self.num_cached_tokens = 0
 

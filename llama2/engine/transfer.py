@@ -1,4 +1,4 @@
-"""Owns how small numbers get to the device and back, without the host waiting before it wants to know them.
+"""Owns copies of small tensors to the device and back: the host waits for nothing but what it reads.
 
 Knows no model. On a CPU nothing moves.
 """

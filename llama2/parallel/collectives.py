@@ -15,6 +15,7 @@ from typing import Any, Protocol
 import torch
 import torch.distributed as dist
 
+from llama2.parallel.process_group import gather_objects
 from llama2.parallel.shared_memory import Shared, SharedMemory
 from llama2.parallel.symmetric_memory import SymmetricMemory
 
@@ -106,8 +107,7 @@ def connect(device: torch.device, *, symm_mem_all_reduce: bool = False) -> Colle
     """
     if dist.get_world_size() == 1:
         return SingleRank()
-    hosts: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(hosts, (socket.gethostname(), platform.machine()))
+    hosts = gather_objects((socket.gethostname(), platform.machine()))
     one_host = len(set(hosts)) == 1 and platform.machine() in ("x86_64", "AMD64")
     shared = None
     if one_host:

@@ -18,6 +18,13 @@ class LockstepError(RuntimeError):
     """A rank is not where the others are: it made another call, or none."""
 
 
+def gather_objects(mine: Any) -> list[Any]:
+    """What every rank of the default group passes here, in rank order."""
+    everyone: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(everyone, mine)
+    return everyone
+
+
 def choose_device(device: str | torch.device | None = None) -> torch.device:
     """The device of this rank: as asked, else its own GPU where every rank of the host has one, else the CPU.
 
@@ -63,9 +70,8 @@ def init_process_group(device: torch.device) -> None:
     else:
         dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
     if device.type == "cuda" and dist.get_world_size() > 1:
-        gpus: list[Any] = [None] * dist.get_world_size()
-        dist.all_gather_object(gpus, (socket.gethostname(), f"GPU-{torch.cuda.get_device_properties(device).uuid}"))
-        check_own_gpus(gpus)
+        uuid = torch.cuda.get_device_properties(device).uuid
+        check_own_gpus(gather_objects((socket.gethostname(), f"GPU-{uuid}")))
 
 
 def check_own_gpus(gpus: Sequence[tuple[str, str]]) -> None:

@@ -128,11 +128,11 @@ class SharedMemory:
                 self._contribute(part.contiguous().view(-1))
             return None
         whole = rows.new_empty(rows.shape[0], sum(sizes), dtype=torch.float32)
+        whole[:, : sizes[0]] = rows
         for some in whole.split(step):
             slots = self._exchange(None).view(x.dtype)
             for columns, slot in zip(some.split(sizes, dim=-1)[1:], slots[1:], strict=True):
                 columns.copy_(slot[: columns.numel()].view(columns.shape))
-        whole[:, : sizes[0]] = rows
         return whole.view(*x.shape[:-1], sum(sizes))
 
     def broadcast_object(self, message: Any = None) -> Any:

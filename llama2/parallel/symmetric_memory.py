@@ -16,6 +16,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from llama2.parallel.process_group import gather_objects
+
 logger = logging.getLogger(__name__)
 
 BUFFER_BYTES = 8 << 20
@@ -23,7 +25,7 @@ BUFFER_BYTES = 8 << 20
 ONE_SHOT_BYTES = 256 << 10
 # The slowest rank has that long to come to the meeting, and the first sums to end.
 PATIENCE_SECONDS = 60.0
-# What the name of a socket may be long (sun_path of unix(7)), the end of the string included.
+# The longest name of a socket (sun_path of unix(7)), with the zero that ends it.
 _SOCKET_NAME_BYTES = 108
 
 
@@ -68,7 +70,7 @@ class SymmetricMemory:
                 has_multicast = _meet(buffer, group)
         if attempt.succeeded:
             # Where one GPU has none, the others' would wait for it.
-            memory = cls(buffer, group.group_name, has_multicast=all(_gather(has_multicast)))
+            memory = cls(buffer, group.group_name, has_multicast=all(gather_objects(has_multicast)))
             with _Attempt() as attempt:
                 memory._try_out(device)
         if attempt.succeeded:
@@ -94,7 +96,7 @@ class SymmetricMemory:
         return x.copy_(shared)
 
     def _try_out(self, device: torch.device) -> None:
-        """Compare sums of every kind with what they must be: a fault of the machine shows here, or never is understood.
+        """Compare sums of every kind with what they must be: a fault of the machine must show here, where it is named.
 
         Raises:
             RuntimeError: one is wrong.
@@ -152,17 +154,11 @@ class _Attempt:
         if isinstance(error, TimeoutError) or not isinstance(error, (Exception, type(None))):
             return False
         # Whatever it was, the other ranks must hear of it.
-        answers = _gather(None if error is None else (str(error) or type(error).__name__).splitlines()[0])
+        answers = gather_objects(None if error is None else (str(error) or type(error).__name__).splitlines()[0])
         self.reason = next(
             (f"rank {rank}: {answer}" for rank, answer in enumerate(answers) if answer is not None), None
         )
         return True
-
-
-def _gather(answer: object) -> list[Any]:
-    answers: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(answers, answer)
-    return answers
 
 
 def _allocate(device: torch.device) -> torch.Tensor:
