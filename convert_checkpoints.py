@@ -91,7 +91,7 @@ def main() -> None:
     logging.basicConfig(level=logging.INFO if first else logging.WARNING, format="%(message)s")
     status = 0
     with _process_group():
-        # Not before: a process that waits for its group is in C++, where only the system's own handler is heard.
+        # Not earlier: a process that waits for its group is in C++, where only the default handler works.
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, _stop)
         try:
@@ -107,13 +107,13 @@ def main() -> None:
                 print(f"error: {error}", file=sys.stderr)
         except fire.core.FireExit as usage:
             status = usage.code
-    # Rank 0 speaks for all: one failure in torchrun's summary, and no process stopped while it leaves.
+    # Rank 0 reports for all: one failure in torchrun's summary, and no process stopped while it leaves.
     sys.exit(status if first else 0)
 
 
 @contextlib.contextmanager
 def _process_group() -> Iterator[None]:
-    """The group that torchrun asks for, if any. None leaves before all are done, lest torchrun stop the others."""
+    """The group that torchrun asks for, if any. None leaves before all are done: torchrun would stop the others."""
     if "RANK" not in os.environ:
         yield
         return

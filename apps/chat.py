@@ -1,4 +1,4 @@
-"""Owns `make chat`: a page in the browser that talks with the served model. Knows the page, not how a reply is got.
+"""Owns `make chat`: a page in the browser that talks with the served model. Knows the page, not how replies are made.
 
 It is served on this machine only, and neither the page nor its server connects to anything but the model's server.
 """

@@ -1,4 +1,4 @@
-"""Owns the talk with an OpenAI-compatible server: a conversation in, a growing reply out, and errors in plain words.
+"""Owns the client of an OpenAI-compatible server: a conversation in, a growing reply out, and errors in plain words.
 
 Knows no page, and of the server only what the `openai` client tells: nothing of this project's own packages.
 """
@@ -65,7 +65,7 @@ class Server:
         self._model: str | None = None
 
     async def model(self) -> str:
-        """The name of the model that is served; what it raises, `explain` has words for."""
+        """The name of the served model. `explain` has words for the errors that it raises."""
         if self._model is None:
             models = await self._client.models.list()
             self._model = models.data[0].id

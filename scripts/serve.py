@@ -1,6 +1,6 @@
 """Owns `make serve` and `make stop`: a real model from Meta's shard format to its first replies over HTTP.
 
-Every step is skipped whose result is there already. All that is made lies in build/.
+A step whose result exists is skipped. Everything is made in build/.
 """
 
 from __future__ import annotations

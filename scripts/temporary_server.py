@@ -1,6 +1,6 @@
-"""Owns a server that lives as long as a `with` block: its archive, free ports, and a folder that is gone in the end.
+"""Owns a server that lives as long as a `with` block: its archive, free ports, and a folder that is removed at the end.
 
-Knows nothing of what is asked of it.
+Knows nothing of the requests that it gets.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ MODEL = "llama"
 def temporary_server(
     checkpoint: Path, config: Mapping[str, Any], environ: Mapping[str, str] | None = None, *, timeout: float = 120
 ) -> Iterator[TorchServe]:
-    """Archive `checkpoint` with the settings `config` (of a model-config.yaml), serve it, and stop it in the end.
+    """Archive `checkpoint` with the settings `config` (of a model-config.yaml), serve it, and stop it at the end.
 
     Raises:
         ServerError: the archive was refused (its words are on stderr), or the server not READY in `timeout` seconds.

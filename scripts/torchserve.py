@@ -29,7 +29,7 @@ from handler.torchserve.gpu_mask import set_aside
 from scripts.java import find_java_home
 
 _JAVA_MAIN = "org.pytorch.serve.ModelServer"
-_REFUSED = "the model cannot be served: "  # how LlamaHandler begins what it cannot get over
+_REFUSED = "the model cannot be served: "  # how LlamaHandler reports that a start is hopeless
 
 
 class ServerError(RuntimeError):
