@@ -21,7 +21,8 @@ import fire
 import yaml
 from fire.decorators import SetParseFns
 
-from handler.config import PATH_KEYS, HandlerConfig
+from handler.config import PATH_KEYS
+from handler.torchserve.model_config import read_model_config
 from llama2.config import ModelArgs
 from llama2.parallel.splits import mesh_shape
 from llama2.text.tokenizer import load_tokenizer
@@ -86,7 +87,7 @@ def _settle(config: Path, checkpoint: str | None) -> dict[str, Any]:
         if not Path(checkpoint).exists():
             raise ValueError(f"--checkpoint {checkpoint} does not exist: convert_checkpoints.py makes it")
         settings["handler"]["converted_ckpt_dir"] = str(Path(checkpoint).resolve())
-    checked = HandlerConfig.from_settings(settings, base=config.resolve().parent)
+    checked = read_model_config(settings, base=config.resolve().parent)
     if not (checked.converted_ckpt_dir / ".metadata").is_file():
         raise ValueError(f"{checked.converted_ckpt_dir} is no converted checkpoint: convert_checkpoints.py makes one")
     args = ModelArgs.load(checked.model_args_path or checked.converted_ckpt_dir)

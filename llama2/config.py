@@ -13,6 +13,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from llama2.errors import InvalidValue, shown
+
 MODEL_ARGS_FILE = "model_args.json"
 
 
@@ -201,7 +203,7 @@ class EngineConfig:
     """The options of an engine, declared here alone: the keywords of `LLM` and the keys of model-config.yaml follow.
 
     Raises:
-        ValueError: an option is out of range; the message names it, its value and what is allowed.
+        InvalidValue: an option is out of range.
     """
 
     max_seq_len: int = _option(2048, "prompt and reply together, in tokens")
@@ -226,22 +228,22 @@ class EngineConfig:
         for name in ("max_seq_len", "max_batch_size", "block_size", "max_step_tokens"):
             value = getattr(self, name)
             if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-                raise ValueError(f"{name} must be a positive integer, got {value!r}")
+                raise InvalidValue(name, f"must be a positive integer, got {shown(value)}")
         if self.max_step_tokens < self.max_batch_size:
-            raise ValueError(
-                f"max_step_tokens must be at least max_batch_size={self.max_batch_size}, got {self.max_step_tokens}"
+            raise InvalidValue(
+                "max_step_tokens", f"must be at least max_batch_size={self.max_batch_size}, got {self.max_step_tokens}"
             )
         for name in ("prefix_cache", "cuda_graphs", "symm_mem_all_reduce"):
             value = getattr(self, name)
             if not isinstance(value, bool):
-                raise ValueError(f"{name} must be true or false, got {value!r}")
+                raise InvalidValue(name, f"must be true or false, got {shown(value)}")
         fraction = self.kv_memory_fraction
         if fraction is not None:
             is_number = isinstance(fraction, (int, float)) and not isinstance(fraction, bool)
             if not is_number or not 0 < fraction <= 1:
-                raise ValueError(f"kv_memory_fraction must be in (0, 1], got {fraction!r}")
+                raise InvalidValue("kv_memory_fraction", f"must be in (0, 1], got {shown(fraction)}")
         if self.seed is not None and (not isinstance(self.seed, int) or isinstance(self.seed, bool)):
-            raise ValueError(f"seed must be an integer, got {self.seed!r}")
+            raise InvalidValue("seed", f"must be an integer, got {shown(self.seed)}")
 
     @property
     def recorded_tokens(self) -> int:

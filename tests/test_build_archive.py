@@ -7,7 +7,7 @@ import pytest
 import yaml
 
 from build_archive import build_archive, main
-from handler.config import HandlerConfig
+from handler.torchserve.model_config import read_model_config
 from tests.handler.support import ROOT, byte_tokenizer, settings
 from tests.support.weights import tiny_args
 
@@ -41,7 +41,7 @@ def test_the_archive_holds_the_packages_and_a_yaml_that_finds_the_weights_from_a
     sources = {path.relative_to(ROOT) for package in packages for path in package.rglob("*.py")}
     assert sources <= {path.relative_to(archive) for path in archive.rglob("*.py")}
     archived = yaml.safe_load((archive / "model-config.yaml").read_text())
-    assert HandlerConfig.from_settings(archived, base=Path("/")).converted_ckpt_dir == project / "converted_checkpoints"
+    assert read_model_config(archived, base=Path("/")).converted_ckpt_dir == project / "converted_checkpoints"
     manifest = json.loads((archive / "MAR-INF" / "MANIFEST.json").read_text())["model"]
     assert (manifest["modelName"], manifest["modelVersion"], manifest["handler"], manifest["configFile"]) == (
         *("llama", "1.0", "llama_handler.py", "model-config.yaml"),

@@ -57,15 +57,15 @@ class LlamaHandler:
         # CUDA reads its mask once, at the first question.
         gpu_mask.restore(os.environ)
 
-        from handler.config import HandlerConfig
         from handler.service import Service
         from handler.torchserve.metrics import EngineMetrics
+        from handler.torchserve.model_config import read_model_config
         from handler.torchserve.transport import Transport
         from handler.torchserve.wire import read_in_large_pieces
 
         read_in_large_pieces()
         folder = Path(context.system_properties["model_dir"])
-        config = HandlerConfig.from_settings(context.model_yaml_config, base=folder, environ=os.environ)
+        config = read_model_config(context.model_yaml_config, base=folder, environ=os.environ)
         self._service = Service.load(config, names=(context.model_name, "llama"), on_failure=_end_process)
         if self._service.loop.engine.rank == 0:
             self._transport = Transport(self._service)

@@ -11,6 +11,7 @@ import yaml
 from tokenizers import decoders, models, pre_tokenizers
 
 from handler.config import HandlerConfig
+from handler.torchserve.model_config import read_model_config
 from llama2.text.tokenizer import Tokenizer, load_tokenizer
 
 ROOT = Path(__file__).parents[2]
@@ -44,4 +45,4 @@ def settings(
 
 
 def config(base: Path, **handler: Any) -> HandlerConfig:
-    return HandlerConfig.from_settings(settings(converted_ckpt_dir=".", **handler), base=base)
+    return read_model_config(settings(converted_ckpt_dir=".", **handler), base=base)

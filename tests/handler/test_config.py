@@ -1,9 +1,11 @@
+import dataclasses
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from handler.config import HandlerConfig
+from handler.torchserve.model_config import read_model_config
+from llama2.config import EngineConfig
 from tests.handler.support import config
 from tests.handler.support import settings as shipped
 
@@ -19,7 +21,7 @@ def base(tmp_path: Path) -> Path:
 
 def test_the_shipped_file_has_every_key_of_torchserves_example_and_is_valid(base: Path) -> None:
     settings = shipped()
-    config = HandlerConfig.from_settings(settings, base=base)
+    config = read_model_config(settings, base=base)
     assert config.converted_ckpt_dir == base / "converted_checkpoints"
     top = {
         "minWorkers",
@@ -45,11 +47,6 @@ def test_the_shipped_file_has_every_key_of_torchserves_example_and_is_valid(base
         ("tokenizer_path", "tokenizer.model", lambda config: config.tokenizer_path.name),
         ("model_args_path", "args.json", lambda config: config.model_args_path.name),
         ("dtype", "float32", lambda config: config.dtype),
-        ("max_seq_len", 99, lambda config: config.engine.max_seq_len),
-        ("max_batch_size", 3, lambda config: config.engine.max_batch_size),
-        ("max_step_tokens", 77, lambda config: config.engine.max_step_tokens),
-        ("kv_memory_fraction", 0.5, lambda config: config.engine.kv_memory_fraction),
-        ("symm_mem_all_reduce", False, lambda config: config.engine.symm_mem_all_reduce),
         ("max_input_token_length", 44, lambda config: config.max_input_tokens),
         ("truncation", "left", lambda config: config.truncation),
         ("special_tags", "encode", lambda config: config.special_tags),
@@ -57,69 +54,79 @@ def test_the_shipped_file_has_every_key_of_torchserves_example_and_is_valid(base
         ("max_new_tokens", 12, lambda config: config.sampling.max_new_tokens),
         ("temperature", 0.25, lambda config: config.sampling.temperature),
         ("top_p", 0.75, lambda config: config.sampling.top_p),
-        ("manual_seed", 1234, lambda config: config.engine.seed),
     ],
 )
 def test_each_handler_key_takes_effect(base: Path, key: str, value: Any, seen: Any) -> None:
-    assert seen(HandlerConfig.from_settings(shipped(**{key: value}), base=base)) == value
+    assert seen(read_model_config(shipped(**{key: value}), base=base)) == value
+
+
+@pytest.mark.parametrize("option", dataclasses.fields(EngineConfig), ids=lambda option: option.name)
+def test_each_option_of_the_engine_is_a_key(base: Path, option: dataclasses.Field[Any]) -> None:
+    key: str = option.metadata.get("key", option.name)
+    default: Any = option.default
+    value: Any = {"kv_memory_fraction": 0.5, "seed": 1234}.get(option.name)
+    if value is None:
+        value = not default if isinstance(default, bool) else default + 1
+    config = read_model_config(shipped(None, None, **{key: value}), base=base)
+    assert getattr(config.engine, option.name) == value
+    with pytest.raises(ValueError, match=rf"handler: {key} must be .*, got \[5\]"):
+        read_model_config(shipped(None, None, **{key: [5]}), base=base)
 
 
 def test_device_type_cpu_keeps_off_the_gpu_and_gpu_takes_the_best_there_is(base: Path) -> None:
-    assert HandlerConfig.from_settings(shipped({"deviceType": "cpu"}), base=base).device == "cpu"
-    assert HandlerConfig.from_settings(shipped({"deviceType": "gpu"}), base=base).device is None
+    assert read_model_config(shipped({"deviceType": "cpu"}), base=base).device == "cpu"
+    assert read_model_config(shipped({"deviceType": "gpu"}), base=base).device is None
 
 
 def test_a_large_batch_brings_its_own_step_size(base: Path) -> None:
     settings = shipped(max_batch_size=4000)
     del settings["handler"]["max_step_tokens"]
-    assert HandlerConfig.from_settings(settings, base=base).engine.max_step_tokens == 4000
+    assert read_model_config(settings, base=base).engine.max_step_tokens == 4000
 
 
 def test_absolute_paths_are_kept_and_relative_ones_start_at_the_given_folder(base: Path, tmp_path: Path) -> None:
-    absolute = HandlerConfig.from_settings(shipped(converted_ckpt_dir=str(base / "other")), base=Path("/"))
+    absolute = read_model_config(shipped(converted_ckpt_dir=str(base / "other")), base=Path("/"))
     assert absolute.converted_ckpt_dir == base / "other"
     with pytest.raises(ValueError, match=r"converted_ckpt_dir is 'other', but /other does not exist"):
-        HandlerConfig.from_settings(shipped(converted_ckpt_dir="other"), base=Path("/"))
+        read_model_config(shipped(converted_ckpt_dir="other"), base=Path("/"))
 
 
 def test_environment_variables_win_over_the_file_and_an_empty_one_does_not_count(base: Path) -> None:
     environ = {"MAX_INPUT_TOKEN_LENGTH": "17", "MAX_NEW_TOKENS": "9"}
-    config = HandlerConfig.from_settings(
-        shipped(max_input_token_length=5, max_new_tokens=6), base=base, environ=environ
-    )
+    config = read_model_config(shipped(max_input_token_length=5, max_new_tokens=6), base=base, environ=environ)
     assert (config.max_input_tokens, config.sampling.max_new_tokens) == (17, 9)
-    config = HandlerConfig.from_settings(shipped(max_new_tokens=6), base=base, environ={"MAX_NEW_TOKENS": ""})
+    config = read_model_config(shipped(max_new_tokens=6), base=base, environ={"MAX_NEW_TOKENS": ""})
     assert (config.max_input_tokens, config.sampling.max_new_tokens) == (511, 6)
 
 
 @pytest.mark.parametrize("text", ["abc", "0", "-3", "1.5", " "])
 def test_a_bad_environment_variable_is_an_error_that_names_it(base: Path, text: str) -> None:
     with pytest.raises(ValueError, match="environment variable MAX_NEW_TOKENS must be"):
-        HandlerConfig.from_settings(shipped(), base=base, environ={"MAX_NEW_TOKENS": text})
+        read_model_config(shipped(), base=base, environ={"MAX_NEW_TOKENS": text})
 
 
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        (shipped(max_new_token=5), "unknown key 'max_new_token' in handler:; did you mean 'max_new_tokens'?"),
+        (shipped(max_new_token=5), "unknown key 'max_new_token' under handler:; did you mean 'max_new_tokens'?"),
         (
             shipped({"responseTimeOut": 5}),
             "unknown key 'responseTimeOut' at the top level; did you mean 'responseTimeout'?",
         ),
         (
             shipped(torchrun={"nproc_per_node": 2}),
-            "unknown key 'nproc_per_node' in torchrun:; did you mean 'nproc-per-node'?",
+            "unknown key 'nproc_per_node' under torchrun:; did you mean 'nproc-per-node'?",
         ),
         (shipped({"max_seq_len": 5}), "'max_seq_len' stands at the top level, but belongs under handler:"),
-        (shipped(batchSize=5), "'batchSize' stands in handler:, but belongs at the top level"),
+        (shipped(batchSize=5), "'batchSize' stands under handler:, but belongs at the top level"),
         (shipped({"handler": None}), "the section handler: is missing"),
         (shipped({"parallelType": "pp"}), "parallelType must be tp, got pp"),
         (shipped({"continuousBatching": False}), "continuousBatching must be true, got false"),
         (shipped({"asyncCommunication": True}), "asyncCommunication cannot be used here"),
         (shipped({"clientTimeoutInMills": 10}), "clientTimeoutInMills cannot be used here"),
         (shipped({"deviceType": "tpu"}), "deviceType must be cpu or gpu, got tpu"),
-        (shipped({"maxWorkers": None}), "maxWorkers must be an integer, got null"),
-        (shipped({"responseTimeout": "5"}), "responseTimeout must be an integer"),
+        (shipped({"maxWorkers": None}), "maxWorkers must be a positive integer, got null"),
+        (shipped({"responseTimeout": "5"}), "responseTimeout must be a positive integer"),
         (shipped(torchrun={"nproc-per-node": 0}), "nproc-per-node must be a positive integer, got 0"),
         (shipped(converted_ckpt_dir=None), "converted_ckpt_dir is missing"),
         (shipped(tokenizer_path=5), "tokenizer_path must be a path, got 5"),
@@ -134,7 +141,7 @@ def test_a_bad_environment_variable_is_an_error_that_names_it(base: Path, text: 
 )
 def test_a_mistake_is_refused_in_words_that_name_it(base: Path, settings: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError) as caught:
-        HandlerConfig.from_settings(settings, base=base)
+        read_model_config(settings, base=base)
     assert message in str(caught.value)
     assert str(caught.value).startswith("model-config.yaml: ")
 

@@ -6,7 +6,7 @@ import pytest
 import yaml
 
 from build_archive import PACKAGES
-from handler.config import HandlerConfig
+from handler.torchserve.model_config import read_model_config
 from scripts import serve
 
 
@@ -33,7 +33,7 @@ def test_each_rank_gets_a_gpu_of_its_own_or_all_share_the_cpu(
     monkeypatch.setattr(serve, "_count_gpus", lambda: gpus)
     settings = yaml.safe_load(serve._write_config(tp, build).read_text())
     assert (settings["torchrun"]["nproc-per-node"], settings["deviceType"]) == (ranks, device)
-    assert HandlerConfig.from_settings(settings, base=Path("/")).converted_ckpt_dir == build
+    assert read_model_config(settings, base=Path("/")).converted_ckpt_dir == build
 
 
 LISTED = """\

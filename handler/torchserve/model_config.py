@@ -1,0 +1,94 @@
+"""Owns `model-config.yaml` as TorchServe reads it: its own keys, those of torchrun, and the environment's overrides.
+
+Knows no key of the section `handler`. Starts nothing: `build_archive.py` checks a file with it before a server does.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping
+from pathlib import Path
+from typing import Any
+
+from handler.config import KEYS, HandlerConfig, nearest, positive
+
+# What TorchServe 0.12 itself reads (org.pytorch.serve.archive.model.ModelConfig), as far as it can work here.
+_POSITIVE = {"batchSize", "maxBatchDelay", "responseTimeout", "startupTimeout", "jobQueueSize", "maxRetryTimeoutInSec"}
+_IMPOSSIBLE = {
+    "asyncCommunication": "with torchrun it leaves clients hanging",
+    "clientTimeoutInMills": "a request that expires in the queue leaves its client hanging",
+    "sequenceBatching": "requests are batched by continuousBatching",
+    "useJobTicket": "requests are batched by continuousBatching",
+    "parallelLevel": "the number of ranks is torchrun: nproc-per-node",
+}
+_SECTIONS: dict[str, Collection[str]] = {
+    "": {
+        *_POSITIVE,
+        *_IMPOSSIBLE,
+        *("minWorkers", "maxWorkers", "deviceType", "deviceIds", "parallelType", "continuousBatching", "useVenv"),
+        *("torchrun", "handler"),
+    },
+    "torchrun": {
+        *("nproc-per-node", "nnodes", "node-rank", "rdzv-backend", "rdzv-endpoint", "rdzv-id", "rdzv-conf"),
+        *("monitor-interval", "master-addr", "master-port", "OMP_NUMBER_THREADS"),
+    },
+    "handler": KEYS,
+}
+_VARIABLES = {"MAX_INPUT_TOKEN_LENGTH": "max_input_token_length", "MAX_NEW_TOKENS": "max_new_tokens"}
+
+
+def read_model_config(
+    settings: Mapping[str, Any], *, base: Path, environ: Mapping[str, str] | None = None
+) -> HandlerConfig:
+    """Read the parsed yaml. Relative paths are taken from `base`, the folder that the file stands for.
+
+    `environ` may hold MAX_INPUT_TOKEN_LENGTH and MAX_NEW_TOKENS, which win over the file.
+
+    Raises:
+        ValueError: a key is unknown, missing or impossible here, or a value is out of range.
+    """
+    overrides = {
+        key: positive(f"environment variable {variable}", int(text) if text.isdecimal() else text)
+        for variable, key in _VARIABLES.items()
+        if (text := (environ or {}).get(variable, ""))
+    }
+    try:
+        _check(settings)
+    except ValueError as error:
+        raise ValueError(f"model-config.yaml: {error}") from None
+    try:
+        device = "cpu" if settings.get("deviceType") == "cpu" else None
+        return HandlerConfig.read({**settings["handler"], **overrides}, base=base, device=device)
+    except ValueError as error:
+        raise ValueError(f"model-config.yaml: handler: {error}") from None
+
+
+def _check(settings: Mapping[str, Any]) -> None:
+    for key, reason in _IMPOSSIBLE.items():
+        if settings.get(key):
+            raise ValueError(f"{key} cannot be used here: {reason}")
+    for name in _SECTIONS:
+        section = settings.get(name) if name else settings
+        if not isinstance(section, Mapping):
+            raise ValueError(f"the section {name}: is missing or holds no keys")
+        for key in section:
+            _check_key(str(key), name)
+    if settings.get("parallelType") != "tp":
+        raise ValueError(f"parallelType must be tp, got {settings.get('parallelType')}")
+    if settings.get("continuousBatching") is not True:
+        raise ValueError(f"continuousBatching must be true, got {str(settings.get('continuousBatching')).lower()}")
+    if settings.get("deviceType", "gpu") not in ("cpu", "gpu"):
+        raise ValueError(f"deviceType must be cpu or gpu, got {settings['deviceType']}")
+    for key in ("minWorkers", "maxWorkers", *_POSITIVE & set(settings)):
+        positive(key, settings.get(key))  # TorchServe would only log it and go on
+    positive("torchrun: nproc-per-node", settings["torchrun"].get("nproc-per-node"))
+
+
+def _check_key(key: str, section: str) -> None:
+    def place(name: str) -> str:
+        return f"under {name}:" if name else "at the top level"
+
+    if key not in _SECTIONS[section]:
+        for other, keys in _SECTIONS.items():
+            if key in keys:
+                raise ValueError(f"{key!r} stands {place(section)}, but belongs {place(other)}")
+        raise ValueError(f"unknown key {key!r} {place(section)}; {nearest(key, _SECTIONS[section])}")
