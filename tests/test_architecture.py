@@ -1,0 +1,75 @@
+"""docs/architecture.md names every file that a decoded token passes, and no other: traced through a real request."""
+
+from __future__ import annotations
+
+import re
+import sys
+import threading
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+from tests.handler.support import byte_tokenizer, config
+from tests.support.checkpoints import write_checkpoint
+from tests.support.ranks import run_ranks
+from tests.support.weights import random_weights, tiny_args
+
+ROOT = Path(__file__).parents[1]
+# Which of its files run is the machine's affair.
+KERNELS = "llama2/kernels/"
+
+
+class Trace:
+    """The project's files in which a function is called while it is `recording`."""
+
+    def __init__(self) -> None:
+        self.recording = False
+        self._files: set[str] = set()
+
+    def __call__(self, frame: FrameType, event: str, _: Any) -> None:
+        if self.recording and event == "call":
+            self._files.add(frame.f_code.co_filename)
+
+    def files(self) -> set[str]:
+        paths = [Path(file).relative_to(ROOT).as_posix() for file in self._files if file.startswith(f"{ROOT}/")]
+        rooms = [KERNELS if path.startswith(KERNELS) else path for path in paths]
+        return {path for path in rooms if path.startswith(("llama2/", "handler/"))}
+
+
+def files_of_a_stream(folder: Path) -> set[str]:
+    """On rank 0, between the poll that brings the first token and the one that brings the thirtieth."""
+    from ts.context import Context, RequestProcessor
+
+    from handler.service import Service
+    from handler.torchserve.llama_handler import LlamaHandler
+    from handler.torchserve.transport import Transport
+
+    trace = Trace()
+    threading.setprofile(trace)  # for the engine's thread, which does not run yet
+    service = Service.load(config(folder, max_seq_len=200), names=("tiny",), on_failure=lambda _: None)
+    if service.loop.engine.rank == 0:
+        handler = LlamaHandler()
+        handler._service, handler._transport = service, Transport(service)
+        context = Context("tiny", "", None, 1, None, "0")
+        context.request_ids, context.request_processor = {0: "call"}, [RequestProcessor({})]
+        body = {"prompt": "Hello", "stream": True, "max_new_tokens": 100, "ignore_eos": True}
+        sys.setprofile(trace)
+        tokens = 0
+        while tokens < 30:
+            (text,) = handler.handle([{"body": body}], context)
+            tokens += len(text.splitlines())
+            trace.recording = tokens > 0
+        sys.setprofile(None)
+    service.close()
+    return trace.files()
+
+
+def test_the_files_that_a_decoded_token_passes_are_those_that_the_page_lists(tmp_path: Path) -> None:
+    byte_tokenizer(tmp_path)
+    args = tiny_args(vocab_size=260)
+    write_checkpoint(tmp_path, args, random_weights(args))
+    passed, of_another_rank = run_ranks(2, files_of_a_stream, tmp_path)
+    assert not of_another_rank
+    page = (ROOT / "docs" / "architecture.md").read_text(encoding="utf-8")
+    (table,) = re.findall(r"passes these files.*?\n\n(.*?)\n\n", page, re.DOTALL)
+    assert set(re.findall(r"`((?:llama2|handler)/[\w/]+(?:\.py|/))`", table)) == passed
