@@ -1,7 +1,7 @@
 // Owns the search for the weight at which a nucleus ends: what cuda/sampling.py does on a GPU, in the same steps.
 //
-// A row is computed by one thread, in an order that is always the same: its bits do not depend on the others. A weight is
-// known by its bits, whose order as integers is that of the numbers from 0 to inf.
+// A row is computed by one thread, in an order that is always the same: its bits do not depend on the others. A weight
+// is known by its bits, whose order as integers is that of the numbers from 0 to inf.
 #include <ATen/ATen.h>
 #include <ATen/Parallel.h>
 #include <c10/util/bit_cast.h>
@@ -34,8 +34,8 @@ Split split(const float* row, int64_t size, int32_t middle) {
   return {beyond, below, above};
 }
 
-// The least weight, from `first` on, with less than `limit` beyond it. By halving what is between two bounds, which both
-// move on to a weight that is there: 31 halvings at most.
+// The least weight, from `first` on, with less than `limit` beyond it. By halving what is between two bounds, which
+// both move on to a weight that is there: 31 halvings at most.
 template <bool kSums>
 int32_t least(const float* row, int64_t size, int32_t first, double limit) {
   int32_t last = kInfinity;
