@@ -11,11 +11,11 @@ from llama2.kv_cache import KVCache
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Span:
-    """One sequence's share of a step: rows [row, row + length) are the last `length` of its `context` positions."""
+    """One sequence's share of a step: rows [row, row + length) are the last `length` of its `seq_len` positions."""
 
     row: int
     length: int
-    context: int
+    seq_len: int
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -24,16 +24,17 @@ class Batch:
 
     The `num_single` sequences that bring one token each, as all do that decode, come first; None where only the tensors
     know how many, in a pass that was recorded for any such number. Sequence s has the rows
-    [query_starts_S1[s], query_starts_S1[s + 1]), sees contexts_S[s] positions after the pass, and its blocks are
-    tables_SN[s] (int32, padded with 0). positions_T and slots_T (int64) say where each token stands in its sequence
-    and in the cache. A recorded pass has no `spans`, and may have tokens and sequences that are nobody's.
+    [query_starts_S1[s], query_starts_S1[s + 1]), is seq_lens_S[s] positions long after the pass, and its block table is
+    block_tables_SN[s] (int32, padded with 0). positions_T says where each token is in its sequence, and
+    slot_mapping_T in the cache (int64). A recorded pass has no `spans`, and may have tokens and sequences that are
+    nobody's.
     """
 
     positions_T: torch.Tensor
-    slots_T: torch.Tensor
+    slot_mapping_T: torch.Tensor
     query_starts_S1: torch.Tensor
-    contexts_S: torch.Tensor
-    tables_SN: torch.Tensor
+    seq_lens_S: torch.Tensor
+    block_tables_SN: torch.Tensor
     spans: tuple[Span, ...]
     num_single: int | None
     cache: KVCache

@@ -46,10 +46,10 @@ class KVCache:
         self.keys = [zeros() for _ in range(args.n_layers)]
         self.values = [zeros() for _ in range(args.n_layers)]
 
-    def write(self, layer: int, k_TKD: torch.Tensor, v_TKD: torch.Tensor, slots_T: torch.Tensor) -> None:
-        """Store the keys and values of T tokens at `slots_T` (int64)."""
-        self.keys[layer].flatten(0, 1).index_copy_(0, slots_T, k_TKD)
-        self.values[layer].flatten(0, 1).index_copy_(0, slots_T, v_TKD)
+    def write(self, layer: int, k_TKD: torch.Tensor, v_TKD: torch.Tensor, slot_mapping_T: torch.Tensor) -> None:
+        """Store the keys and values of T tokens at `slot_mapping_T` (int64)."""
+        self.keys[layer].flatten(0, 1).index_copy_(0, slot_mapping_T, k_TKD)
+        self.values[layer].flatten(0, 1).index_copy_(0, slot_mapping_T, v_TKD)
 
     def copy(self, pairs: tuple[tuple[int, int], ...]) -> None:
         """Copy whole blocks, (from, to) each, one after the other."""

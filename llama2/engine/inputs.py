@@ -40,11 +40,11 @@ class Inputs:
         self.sizes = sizes
         self._buffer = torch.empty(8 * sum(wide) + 4 * sum(narrow), dtype=torch.uint8, device=device, pin_memory=pinned)
         wide_bytes, narrow_bytes = self._buffer.split((8 * sum(wide), 4 * sum(narrow)))
-        self.ids_T, self.sources_T, self.positions_T, self.slots_T, self.rows_R = wide_bytes.view(torch.int64).split(
-            wide
-        )
-        self.query_starts_S1, self.contexts_S, tables = narrow_bytes.view(torch.int32).split(narrow)
-        self.tables_SN = tables.view(sizes.sequences, sizes.blocks)
+        self.ids_T, self.sources_T, self.positions_T, self.slot_mapping_T, self.rows_R = wide_bytes.view(
+            torch.int64
+        ).split(wide)
+        self.query_starts_S1, self.seq_lens_S, tables = narrow_bytes.view(torch.int32).split(narrow)
+        self.block_tables_SN = tables.view(sizes.sequences, sizes.blocks)
 
     def fill(self, chunks: Items[Chunk], rows: Items[int], cache: KVCache) -> None:
         """Write what `chunks` bring, one after the other, and the rows whose logits are wanted; on the host.
@@ -59,11 +59,11 @@ class Inputs:
         sequence_T = np.arange(len(chunks)).repeat(lengths_S)
         tokens = len(sequence_T)
         positions_T = np.arange(tokens) + (firsts_S - ends_S + lengths_S)[sequence_T]
-        tables_SN = self.tables_SN.numpy()
-        tables_SN[:] = 0
-        for table_N, chunk in zip(tables_SN, chunks, strict=False):
+        block_tables_SN = self.block_tables_SN.numpy()
+        block_tables_SN[:] = 0
+        for table_N, chunk in zip(block_tables_SN, chunks, strict=False):
             table_N[: len(chunk.block_table)] = chunk.block_table
-        blocks_T = tables_SN[sequence_T, positions_T // block_size].astype(np.int64)
+        blocks_T = block_tables_SN[sequence_T, positions_T // block_size].astype(np.int64)
         ids_T = list(chain.from_iterable((*chunk.token_ids, *[0] * len(chunk.unread)) for chunk in chunks))
         sources_T = np.arange(self.sizes.tokens)
         for chunk, end in zip(chunks, ends_S, strict=True):
@@ -72,10 +72,10 @@ class Inputs:
         _write(self.ids_T, ids_T, 0)
         self.sources_T.numpy()[:] = sources_T
         _write(self.positions_T, positions_T, 0)
-        _write(self.slots_T, blocks_T * block_size + positions_T % block_size, cache.scratch_block * block_size)
+        _write(self.slot_mapping_T, blocks_T * block_size + positions_T % block_size, cache.scratch_block * block_size)
         _write(self.rows_R, rows, 0)
         _write(self.query_starts_S1, [0, *ends_S], tokens)
-        _write(self.contexts_S, firsts_S + lengths_S, 0)
+        _write(self.seq_lens_S, firsts_S + lengths_S, 0)
 
     def copy_(self, host: Inputs) -> Inputs:
         """Take over the contents of inputs of the same sizes; from pinned memory, without waiting for it."""
@@ -86,10 +86,10 @@ class Inputs:
     def batch(self, spans: tuple[Span, ...], num_single: int | None, cache: KVCache) -> Batch:
         return Batch(
             positions_T=self.positions_T,
-            slots_T=self.slots_T,
+            slot_mapping_T=self.slot_mapping_T,
             query_starts_S1=self.query_starts_S1,
-            contexts_S=self.contexts_S,
-            tables_SN=self.tables_SN,
+            seq_lens_S=self.seq_lens_S,
+            block_tables_SN=self.block_tables_SN,
             spans=spans,
             num_single=num_single,
             cache=cache,

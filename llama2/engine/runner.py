@@ -100,7 +100,7 @@ class Runner:
         row_of: dict[int, int] = {}
         row = 0
         for chunk in order:
-            spans.append(Span(row=row, length=chunk.length, context=chunk.end))
+            spans.append(Span(row=row, length=chunk.length, seq_len=chunk.end))
             row_of[chunk.key] = row
             row += chunk.length
         rows: list[int] = []

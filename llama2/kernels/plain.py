@@ -53,7 +53,7 @@ class PlainKernels:
         kv_heads, head_dim = batch.cache.keys[layer].shape[2:]
         heads_THD = qkv_TX.unflatten(-1, (-1, head_dim))
         q_THD, k_TKD, v_TKD = heads_THD.tensor_split((-2 * kv_heads, -kv_heads), dim=1)
-        batch.cache.write(layer, _rotate(k_TKD, rope_TD2), v_TKD, batch.slots_T)
+        batch.cache.write(layer, _rotate(k_TKD, rope_TD2), v_TKD, batch.slot_mapping_T)
         return _rotate(q_THD, rope_TD2)
 
     def attend(self, q_THD: torch.Tensor, batch: Batch, layer: int) -> torch.Tensor:
@@ -82,7 +82,7 @@ def _attend_span(q_THD: torch.Tensor, batch: Batch, layer: int, sequence: int, o
     """
     span, heads, kv_heads = batch.spans[sequence], q_THD.shape[1], batch.cache.keys[layer].shape[2]
     rows = slice(span.row, span.row + span.length)
-    k_LKD, v_LKD = batch.cache.read(layer, batch.tables_SN[sequence], span.context)
+    k_LKD, v_LKD = batch.cache.read(layer, batch.block_tables_SN[sequence], span.seq_len)
     k_K1LD, v_K1LD = k_LKD.transpose(0, 1)[:, None], v_LKD.transpose(0, 1)[:, None]
     q_KGTD = q_THD[rows].unflatten(1, (kv_heads, -1)).permute(1, 2, 0, 3)
     if span.length == 1:
@@ -90,9 +90,9 @@ def _attend_span(q_THD: torch.Tensor, batch: Batch, layer: int, sequence: int, o
     else:
         group = (-1, heads // kv_heads, -1, -1)
         mask_TL = None
-        if span.context > span.length:
-            mask_TL = torch.ones(span.length, span.context, dtype=torch.bool, device=q_THD.device)
-            mask_TL = mask_TL.tril(span.context - span.length)
+        if span.seq_len > span.length:
+            mask_TL = torch.ones(span.length, span.seq_len, dtype=torch.bool, device=q_THD.device)
+            mask_TL = mask_TL.tril(span.seq_len - span.length)
         out_KGTD = functional.scaled_dot_product_attention(
             q_KGTD, k_K1LD.expand(group), v_K1LD.expand(group), mask_TL, is_causal=mask_TL is None
         )

@@ -38,12 +38,12 @@ def ragged_batch(spans: list[tuple[int, int]], cache: KVCache) -> Batch:
     padded = [table + [0] * (width - len(table)) for table in tables]
     return Batch(
         positions_T=torch.tensor([position for position, _ in placed], device=device),
-        slots_T=torch.tensor([slot for _, slot in placed], device=device),
+        slot_mapping_T=torch.tensor([slot for _, slot in placed], device=device),
         query_starts_S1=torch.tensor(starts, dtype=torch.int32, device=device),
-        contexts_S=torch.tensor([context for _, context in spans], dtype=torch.int32, device=device),
-        tables_SN=torch.tensor(padded, dtype=torch.int32, device=device),
+        seq_lens_S=torch.tensor([context for _, context in spans], dtype=torch.int32, device=device),
+        block_tables_SN=torch.tensor(padded, dtype=torch.int32, device=device),
         spans=tuple(
-            Span(row=row, length=length, context=context) for row, (length, context) in zip(starts, spans, strict=False)
+            Span(row=row, length=length, seq_len=seq_len) for row, (length, seq_len) in zip(starts, spans, strict=False)
         ),
         num_single=sum(length == 1 for length, _ in spans),
         cache=cache,

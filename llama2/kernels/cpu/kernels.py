@@ -58,12 +58,12 @@ class CpuKernels(PlainKernels):
                 at_once,
                 x_TC,
                 rope_TD2,
-                batch.slots_T,
+                batch.slot_mapping_T,
                 batch.cache.keys,
                 batch.cache.values,
-                batch.tables_SN,
+                batch.block_tables_SN,
                 batch.query_starts_S1,
-                batch.contexts_S,
+                batch.seq_lens_S,
             )
             return x_TC, branch_TC
 
@@ -79,7 +79,7 @@ class CpuKernels(PlainKernels):
 
     def rotate_and_store(self, qkv_TX: torch.Tensor, rope_TD2: torch.Tensor, batch: Batch, layer: int) -> torch.Tensor:
         cache = batch.cache
-        return self._rotate_and_store(qkv_TX, rope_TD2, batch.slots_T, cache.keys[layer], cache.values[layer])
+        return self._rotate_and_store(qkv_TX, rope_TD2, batch.slot_mapping_T, cache.keys[layer], cache.values[layer])
 
     def attend(self, q_THD: torch.Tensor, batch: Batch, layer: int) -> torch.Tensor:
         cache = batch.cache
@@ -87,9 +87,9 @@ class CpuKernels(PlainKernels):
             q_THD,
             cache.keys[layer],
             cache.values[layer],
-            batch.tables_SN,
+            batch.block_tables_SN,
             batch.query_starts_S1,
-            batch.contexts_S,
+            batch.seq_lens_S,
         )
 
     def silu_mul(self, gate_up_T2F: torch.Tensor) -> torch.Tensor:

@@ -30,8 +30,8 @@ def attend_decode(
     q_THD: torch.Tensor,
     keys: torch.Tensor,
     values: torch.Tensor,
-    tables_SN: torch.Tensor,
-    contexts_S: torch.Tensor,
+    block_tables_SN: torch.Tensor,
+    seq_lens_S: torch.Tensor,
     query_starts_S1: torch.Tensor,
     arrived: torch.Tensor,
     out_THD: torch.Tensor,
@@ -49,8 +49,8 @@ def attend_decode(
     """
     heads, head_dim = q_THD.shape[1:]
     block_size, kv_heads = keys.shape[1:3]
-    sequences, group = len(contexts_S), heads // kv_heads
-    pieces = triton.cdiv(tables_SN.shape[1] * block_size, SPLIT)
+    sequences, group = len(seq_lens_S), heads // kv_heads
+    pieces = triton.cdiv(block_tables_SN.shape[1] * block_size, SPLIT)
     sums = torch.empty(sequences, heads, pieces, head_dim, dtype=torch.float32, device=q_THD.device)
     shares = torch.empty(sequences, heads, pieces, 2, dtype=torch.float32, device=q_THD.device)
     assert arrived.numel() >= sequences * kv_heads
@@ -60,15 +60,15 @@ def attend_decode(
         q_THD,
         keys,
         values,
-        tables_SN,
-        contexts_S,
+        block_tables_SN,
+        seq_lens_S,
         query_starts_S1,
         sums,
         shares,
         arrived,
         out_THD,
         head_dim**-0.5 * LOG2_E,
-        tables_SN.stride(0),
+        block_tables_SN.stride(0),
         pieces,
         GROUP=group,
         M=max(16, triton.next_power_of_2(group)),

@@ -45,31 +45,31 @@ class CudaKernels(PlainKernels):
 
     def rotate_and_store(self, qkv_TX: torch.Tensor, rope_TD2: torch.Tensor, batch: Batch, layer: int) -> torch.Tensor:
         keys, values = batch.cache.keys[layer], batch.cache.values[layer]
-        return pointwise.rotate_and_store(qkv_TX, rope_TD2, batch.slots_T, keys, values, pdl=self._pdl)
+        return pointwise.rotate_and_store(qkv_TX, rope_TD2, batch.slot_mapping_T, keys, values, pdl=self._pdl)
 
     def attend(self, q_THD: torch.Tensor, batch: Batch, layer: int) -> torch.Tensor:
         keys, values, single = batch.cache.keys[layer], batch.cache.values[layer], batch.num_single
-        tables_SN, contexts_S, starts_S1 = batch.tables_SN, batch.contexts_S, batch.query_starts_S1
+        block_tables_SN, seq_lens_S, starts_S1 = batch.block_tables_SN, batch.seq_lens_S, batch.query_starts_S1
         out_THD = torch.empty_like(q_THD)
         if single != 0:
             decode_attention.attend_decode(
                 q_THD,
                 keys,
                 values,
-                tables_SN[:single],
-                contexts_S[:single],
+                block_tables_SN[:single],
+                seq_lens_S[:single],
                 starts_S1 if single is None else starts_S1[: single + 1],
                 self._arrived,
                 out_THD,
                 pdl=self._pdl,
             )
-        if single is None or single < len(contexts_S):
+        if single is None or single < len(seq_lens_S):
             prefill_attention.attend_prefill(
                 q_THD,
                 keys,
                 values,
-                tables_SN[single:],
-                contexts_S[single:],
+                block_tables_SN[single:],
+                seq_lens_S[single:],
                 starts_S1[single:],
                 single or 0,
                 out_THD,

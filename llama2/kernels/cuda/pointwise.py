@@ -42,7 +42,7 @@ def add_rms_norm(
 def rotate_and_store(
     qkv_TX: torch.Tensor,
     rope_TD2: torch.Tensor,
-    slots_T: torch.Tensor,
+    slot_mapping_T: torch.Tensor,
     keys: torch.Tensor,
     values: torch.Tensor,
     *,
@@ -55,7 +55,7 @@ def rotate_and_store(
     _rotate_and_store[(tokens, triton.cdiv(heads + 2 * kv_heads, HEADS))](
         qkv_TX,
         rope_TD2,
-        slots_T,
+        slot_mapping_T,
         keys,
         values,
         q_THD,

@@ -20,8 +20,8 @@ def attend_prefill(
     q_THD: torch.Tensor,
     keys: torch.Tensor,
     values: torch.Tensor,
-    tables_SN: torch.Tensor,
-    contexts_S: torch.Tensor,
+    block_tables_SN: torch.Tensor,
+    seq_lens_S: torch.Tensor,
     query_starts_S1: torch.Tensor,
     first_row: int,
     out_THD: torch.Tensor,
@@ -36,7 +36,7 @@ def attend_prefill(
     """
     tokens, heads, head_dim = q_THD.shape
     block_size, kv_heads = keys.shape[1:3]
-    sequences, group = len(contexts_S), heads // kv_heads
+    sequences, group = len(seq_lens_S), heads // kv_heads
     padded_dim = max(16, triton.next_power_of_2(head_dim))
     shape = {**prefill_tiles(padded_dim, group, keys.dtype, wgmma), **launch}
     tile = shape["M"] // group
@@ -44,12 +44,12 @@ def attend_prefill(
         q_THD,
         keys,
         values,
-        tables_SN,
-        contexts_S,
+        block_tables_SN,
+        seq_lens_S,
         query_starts_S1,
         out_THD,
         head_dim**-0.5 * LOG2_E,
-        tables_SN.stride(0),
+        block_tables_SN.stride(0),
         first_row,
         sequences,
         KV_HEADS=kv_heads,

@@ -251,19 +251,21 @@ def test_inputs_lie_where_the_plan_says() -> None:
     pool.put([1, 0], torch.tensor([10, -1]))
     assert pool.gather(copied).tolist() == [10, 11, 12, 13, 14, 15]
     assert copied.positions_T.tolist() == [4, 0, 1, 7, 8, 9]
-    assert copied.slots_T.tolist() == [32, 20, 21, 11, 12, 13]
+    assert copied.slot_mapping_T.tolist() == [32, 20, 21, 11, 12, 13]
     assert copied.rows_R.tolist() == [0, 5]
     assert copied.query_starts_S1.tolist() == [0, 1, 3, 6]
-    assert copied.contexts_S.tolist() == [5, 2, 10]
-    assert copied.tables_SN.tolist() == [[7, 8, 0], [5, 0, 0], [1, 2, 3]]
+    assert copied.seq_lens_S.tolist() == [5, 2, 10]
+    assert copied.block_tables_SN.tolist() == [[7, 8, 0], [5, 0, 0], [1, 2, 3]]
     roomy = Inputs(Sizes(tokens=8, sequences=5, rows=3, blocks=4), CPU)
     roomy.fill(chunks, [0, 5], small_cache(block_size=4))
     assert roomy.ids_T.tolist() == [0, 11, 12, 13, 14, 15, 0, 0]
     assert pool.gather(roomy).tolist() == [10, 11, 12, 13, 14, 15, 0, 0], "nobody's have an id that exists"
-    assert roomy.slots_T.tolist() == [32, 20, 21, 11, 12, 13, 36, 36], "nobody's write into the scratch block"
+    assert roomy.slot_mapping_T.tolist() == [32, 20, 21, 11, 12, 13, 36, 36], "nobody's write into the scratch block"
     assert roomy.query_starts_S1.tolist() == [0, 1, 3, 6, 6, 6]
-    assert roomy.contexts_S.tolist() == [5, 2, 10, 0, 0]
-    dtypes = {name: getattr(copied, name).dtype for name in ("ids_T", "slots_T", "contexts_S", "tables_SN")}
+    assert roomy.seq_lens_S.tolist() == [5, 2, 10, 0, 0]
+    dtypes = {
+        name: getattr(copied, name).dtype for name in ("ids_T", "slot_mapping_T", "seq_lens_S", "block_tables_SN")
+    }
     assert list(dtypes.values()) == [torch.int64, torch.int64, torch.int32, torch.int32]
 
 

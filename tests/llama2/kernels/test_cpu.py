@@ -188,7 +188,7 @@ def test_attend_gives_a_row_the_same_bits_in_any_company() -> None:
             q[row : row + 1],
             shared.keys[0],
             shared.values[0],
-            steps.tables_SN[sequence : sequence + 1].contiguous(),
+            steps.block_tables_SN[sequence : sequence + 1].contiguous(),
             torch.tensor([0, 1], dtype=torch.int32),
             torch.tensor([context], dtype=torch.int32),
         )

@@ -152,12 +152,12 @@ def test_attend_gives_a_decoding_row_the_same_bits_in_any_company(kernels: CudaK
     q = randn(3, 4, 16, dtype=HALF)
     together = kernels.attend(q, steps, 0)
     for row, span in enumerate(steps.spans):
-        blocks = -(-span.context // BLOCK_SIZE)
+        blocks = -(-span.seq_len // BLOCK_SIZE)
         one = replace(
             steps,
             query_starts_S1=steps.query_starts_S1[:2],
-            contexts_S=steps.contexts_S[row : row + 1],
-            tables_SN=steps.tables_SN[row : row + 1, :blocks],
+            seq_lens_S=steps.seq_lens_S[row : row + 1],
+            block_tables_SN=steps.block_tables_SN[row : row + 1, :blocks],
             spans=(replace(span, row=0),),
             num_single=1,
         )
@@ -192,8 +192,8 @@ def test_a_recorded_pass_attends_as_the_same_pass_unrecorded(
     q = randn(rows + room, 4, 16, dtype=HALF)
     padded = replace(
         batch,
-        tables_SN=functional.pad(batch.tables_SN, (0, 2, 0, room)),
-        contexts_S=functional.pad(batch.contexts_S, (0, room)),
+        block_tables_SN=functional.pad(batch.block_tables_SN, (0, 2, 0, room)),
+        seq_lens_S=functional.pad(batch.seq_lens_S, (0, room)),
         query_starts_S1=functional.pad(batch.query_starts_S1, (0, room), value=rows),
         num_single=sequences + room if batch.num_single == sequences else None,
     )

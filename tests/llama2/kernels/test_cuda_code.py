@@ -84,10 +84,10 @@ def launches_of(name: str, dtype: torch.dtype, hopper: bool) -> frozenset[Launch
         tokens, sequences = sum(lengths), len(lengths)
         return Batch(
             positions_T=torch.empty(tokens, dtype=torch.int64, device=META),
-            slots_T=torch.empty(tokens, dtype=torch.int64, device=META),
+            slot_mapping_T=torch.empty(tokens, dtype=torch.int64, device=META),
             query_starts_S1=torch.empty(sequences + 1, dtype=torch.int32, device=META),
-            contexts_S=torch.empty(sequences, dtype=torch.int32, device=META),
-            tables_SN=torch.empty(sequences, 256, dtype=torch.int32, device=META),
+            seq_lens_S=torch.empty(sequences, dtype=torch.int32, device=META),
+            block_tables_SN=torch.empty(sequences, 256, dtype=torch.int32, device=META),
             spans=(),
             num_single=num_single,
             cache=kv_cache,
@@ -96,7 +96,7 @@ def launches_of(name: str, dtype: torch.dtype, hopper: bool) -> frozenset[Launch
     with noted_launches() as launches, torch.inference_mode():
         for steps in (batch([1], 1), batch([1, 1], 2), batch([1] * 8, 8), batch([1, 511], 1), batch([1, 511], None)):
             tokens_T = torch.empty(len(steps.positions_T), dtype=torch.int64, device=META)
-            rows_R = torch.empty(len(steps.contexts_S), dtype=torch.int64, device=META)
+            rows_R = torch.empty(len(steps.seq_lens_S), dtype=torch.int64, device=META)
             model(tokens_T, steps, rows_R)
     return frozenset(launches)
 
