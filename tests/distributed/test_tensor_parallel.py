@@ -11,6 +11,7 @@ import torch.distributed as dist
 from llama2 import LLM, Completion, SamplingParams
 from llama2.engine import loading
 from llama2.engine.lockstep import agree
+from llama2.engine.runner import Runner
 from llama2.parallel.collectives import ProcessGroupCollectives
 from tests.support.checkpoints import write_checkpoint
 from tests.support.ranks import run_ranks
@@ -79,6 +80,27 @@ def miss_a_step(folder: str) -> None:
 def test_a_rank_that_missed_a_step_ends_the_group_and_says_where(tmp_path: Path) -> None:
     with pytest.raises(RuntimeError, match="rank 1 is out of step: it ran step 7 last, and rank 0 sends step 1"):
         run_ranks(2, miss_a_step, str(write(tmp_path)))
+
+
+def note(runner: Runner, text: str) -> str:
+    """Stands for a method of the runner that runs no plan."""
+    raise NotImplementedError
+
+
+def do_something_else_between_steps(folder: str) -> list[str]:
+    llm, noted = LLM(folder, max_seq_len=64), list[str]()
+    group = llm._engine._group
+    group._runner.note = lambda text: noted.append(f"{text} on {group.rank} at {group.steps}")  # type: ignore[attr-defined]
+    llm.score([5, 6, 7])
+    if group.rank == 0:
+        group.call(note, "done")
+    llm.score([5, 6, 7])
+    return noted
+
+
+def test_whatever_all_ranks_must_do_is_a_call_like_that_of_a_plan(tmp_path: Path) -> None:
+    replies = run_ranks(2, do_something_else_between_steps, str(write(tmp_path)))
+    assert replies == [["done on 0 at 2"], ["done on 1 at 2"]]
 
 
 def start_differently(folder: str) -> None:
