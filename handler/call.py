@@ -14,6 +14,10 @@ from typing import Protocol, cast
 from handler.errors import RequestError
 from llama2.engine.sequence import FinishReason, Output, Request, TokenLogprobs
 
+_LEFT_GRAMMAR = (
+    "the reply was given up: what it is held to is so ambiguous that the next token would take too long to find"
+)
+
 
 @dataclass(slots=True, kw_only=True)
 class Progress:
@@ -31,6 +35,8 @@ class Progress:
         return len(self.token_ids)
 
     def take(self, output: Output) -> None:
+        if output.finish_reason == "error":
+            raise RequestError(_LEFT_GRAMMAR, code="invalid_value")
         self.text += output.text
         self.token_ids += output.token_ids
         self.logprobs += output.logprobs

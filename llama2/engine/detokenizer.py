@@ -39,6 +39,8 @@ class Detokenizer:
             reason = "stop"
         elif sequence.is_complete(self._max_seq_len):
             reason = "length"
+        if sequence.matcher is not None and sequence.matcher.failed:
+            reason = "error"
         if reason is not None and not stream.stopped:
             text += stream.finish()
         is_first, scores = sequence.num_generated == 1, sequence.prompt_scores

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 from llama2.errors import InvalidValue, shown
 
-FinishReason = Literal["stop", "length", "abort"]
+FinishReason = Literal["stop", "length", "abort", "error"]
 
 MAX_LOGPROBS = 20
 
@@ -93,7 +93,10 @@ def _check_number(name: str, value: Any, *, low: float, high: float, open_low: b
 
 
 class Matcher(Protocol):
-    """One reply's way through a grammar."""
+    """One reply's way through a grammar. `failed`: it could not be followed to its end, so that the reply is none."""
+
+    @property
+    def failed(self) -> bool: ...
 
     def mask_W(self) -> Any:
         """What can follow now, some token always: int32 words (a tensor on the CPU), a bit for each of 32 ids, the
@@ -156,7 +159,8 @@ class TokenLogprobs:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Output:
-    """What reply `index` of a request gained since its last Output. `finish_reason` is set on its last one, once.
+    """What reply `index` of a request gained since its last Output. `finish_reason` is set on its last one, once;
+    "error" says that the reply could not be held to its grammar.
 
     `prompt_logprobs`, where they were asked for, come whole with the first Output of reply 0: one for each position of
     the prompt, None for the first, before which there is nothing. So do `cached_tokens`: how many of its tokens did not

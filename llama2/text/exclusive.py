@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-TYPES = ("object", "array", "string", "number", "integer", "boolean", "null")
+_TYPES = frozenset(("object", "array", "string", "number", "boolean", "null"))
 
 
 @dataclass(frozen=True, slots=True)
@@ -21,30 +21,27 @@ class Kind:
     types: frozenset[str]
     constants: Mapping[str, frozenset[str]]
 
+    @classmethod
+    def of(cls, schema: Any, follow: Callable[[Any], Any]) -> Kind:
+        """What is plain of `schema`; `follow` leads from a reference to its target."""
+        schema = follow(schema)
+        if not isinstance(schema, Mapping) or schema.keys() & {"anyOf", "oneOf", "allOf"}:
+            return cls(_TYPES, {})
+        properties = schema.get("properties", {})
+        constants = {f"/{name}": _constants(follow(properties.get(name))) for name in schema.get("required", ())}
+        constants[""] = _constants(schema)
+        types = schema.get("type", _TYPES)
+        types = [types] if isinstance(types, str) else types
+        return cls(
+            frozenset("number" if name == "integer" else name for name in types),
+            {key: values for key, values in constants.items() if values is not None},
+        )
+
     def excludes(self, other: Kind) -> bool:
         types = self.types & other.types
         shared = self.constants.keys() & other.constants.keys()
         apart = [key for key in shared if not self.constants[key] & other.constants[key]]
         return not types or "" in apart or (types == {"object"} and bool(apart))
-
-
-def kind_of(schema: Any, resolve: Callable[[Any], Any]) -> Kind:
-    """What is plain of `schema`; `resolve` follows its references."""
-    schema = resolve(schema)
-    if not isinstance(schema, Mapping) or schema.keys() & {"anyOf", "oneOf", "allOf"}:
-        return Kind(frozenset(TYPES) - {"integer"}, {})
-    constants = {"": _constants(schema)}
-    properties, required = schema.get("properties"), schema.get("required")
-    if isinstance(properties, Mapping) and isinstance(required, list):
-        constants |= {
-            f"/{name}": _constants(resolve(properties.get(name))) for name in required if isinstance(name, str)
-        }
-    types = schema.get("type", list(TYPES))
-    types = [types] if isinstance(types, str) else types
-    return Kind(
-        frozenset("number" if name == "integer" else name for name in types),
-        {key: values for key, values in constants.items() if values is not None},
-    )
 
 
 def _constants(schema: Any) -> frozenset[str] | None:

@@ -123,8 +123,8 @@ class CompiledGrammar:
 class GrammarMatcher:
     """One reply's way through a grammar: `Matcher` of `engine.sequence`.
 
-    Where nothing can follow, the reply ends. So it does, with a warning in the log, where a step would cost more than
-    it may: then it is not what the grammar says.
+    Where nothing can follow, the reply ends. Where a step would cost more than it may, the matcher has `failed`, and
+    the reply can only end.
     """
 
     def __init__(self, matcher: Any, vocabulary: _Vocabulary, first_mask_W: Tensor | None) -> None:
@@ -133,14 +133,14 @@ class GrammarMatcher:
         self._vocabulary = vocabulary
         self._mask_W = vocabulary.empty_mask()
         self._first_mask_W = first_mask_W
-        self._failed = False
+        self.failed = False
 
     def mask_W(self) -> Tensor:
         if self._first_mask_W is not None:
             return self._first_mask_W
         _fill(self._mask_W, self._matcher)
-        if not self._failed and self._matcher.is_error():
-            self._failed = True
+        if not self.failed and self._matcher.is_error():
+            self.failed = True
             logger.warning("a reply leaves its grammar: %s", _reason(self._matcher.get_error()))
         return self._mask_W
 

@@ -3,12 +3,9 @@
 from __future__ import annotations
 
 import itertools
-import json
-from typing import Any, Literal
+from typing import Any
 
-import openai
 import pytest
-from pydantic import BaseModel
 
 from tests.clients.conftest import Asker
 
@@ -263,113 +260,3 @@ def test_vllms_own_fields_pass_as_extra_body(ask: Asker) -> None:
     assert choice.choices[0].message.content in ("London", "Rome")
     found = ask("chat.completions.create", **fields, extra_body={"guided_regex": "[0-9]{3}-[0-9]{2}"})
     assert len(found.choices[0].message.content) == 6
-
-
-# ---- constrained replies and tools
-
-
-class City(BaseModel):
-    """Bounded in every field, so that no model can ramble."""
-
-    country: Literal["France", "Italy", "Spain"]
-    inhabitants: Literal[1, 2, 5, 10]
-    is_capital: bool
-
-
-WEATHER = {
-    "type": "function",
-    "function": {
-        "name": "get_weather",
-        "description": "The weather in a city",
-        "parameters": {
-            "type": "object",
-            "properties": {
-                "city": {"type": "string", "enum": ["Paris", "Rome"]},
-                "unit": {"type": "string", "enum": ["celsius", "fahrenheit"]},
-            },
-            "required": ["city", "unit"],
-            "additionalProperties": False,
-        },
-    },
-}
-
-
-@pytest.mark.parametrize("temperature", [0, 1])
-def test_parse_returns_an_object_of_the_class_that_was_asked_for(ask: Asker, temperature: float) -> None:
-    reply = ask(
-        "chat.completions.parse", messages=QUESTION, response_format=City, temperature=temperature, max_tokens=80
-    )
-    assert isinstance(reply.choices[0].message.parsed, City)
-    assert reply.choices[0].finish_reason == "stop"
-
-
-def test_json_object_is_json_or_says_that_it_was_cut(ask: Asker) -> None:
-    messages = [{"role": "user", "content": 'Answer in JSON, like {"capital": "Rome"}: the capital of France?'}]
-    reply = ask(
-        "chat.completions.create",
-        messages=messages,
-        temperature=0,
-        max_tokens=64,
-        response_format={"type": "json_object"},
-    )
-    (choice,) = reply.choices
-    assert choice.message.content.lstrip().startswith("{")
-    if choice.finish_reason != "length":
-        assert isinstance(json.loads(choice.message.content), dict)
-
-
-def test_a_reply_that_is_cut_is_told_from_one_that_parses(ask: Asker) -> None:
-    with pytest.raises(openai.LengthFinishReasonError):
-        ask("chat.completions.parse", messages=QUESTION, response_format=City, temperature=0, max_tokens=4)
-
-
-@pytest.mark.parametrize("choice", ["required", {"type": "function", "function": {"name": "get_weather"}}])
-def test_a_forced_tool_call_has_arguments_of_its_schema(ask: Asker, choice: Any) -> None:
-    fields: dict[str, Any] = {
-        "messages": [{"role": "user", "content": "How warm is it in Rome?"}],
-        "tools": [WEATHER],
-        "tool_choice": choice,
-        "temperature": 0,
-        "max_tokens": 80,
-    }
-    reply = ask("chat.completions.create", **fields)
-    (call,) = reply.choices[0].message.tool_calls
-    assert (call.type, call.function.name) == ("function", "get_weather")
-    assert call.id
-    arguments = json.loads(call.function.arguments)
-    assert set(arguments) == {"city", "unit"}
-    assert arguments["city"] in ("Paris", "Rome")
-    assert reply.choices[0].finish_reason == "tool_calls"
-
-    chunks = ask("chat.completions.create", **fields, stream=True)
-    deltas = [
-        delta
-        for chunk in chunks
-        for choice in chunk.choices
-        for delta in choice.delta.tool_calls or []
-        if delta.function
-    ]
-    assert [delta.function.name for delta in deltas if delta.function.name] == ["get_weather"]
-    assert "".join(delta.function.arguments or "" for delta in deltas) == call.function.arguments
-    assert {delta.index for delta in deltas} == {0}
-
-
-def test_tool_choice_none_gives_text(ask: Asker) -> None:
-    reply = ask(
-        "chat.completions.create", messages=QUESTION, tools=[WEATHER], tool_choice="none", temperature=0, max_tokens=20
-    )
-    assert not reply.choices[0].message.tool_calls
-    assert reply.choices[0].message.content
-
-
-def test_a_reply_can_be_sent_back_as_it_came(ask: Asker) -> None:
-    """What everybody does: the client's own message objects become part of the next request."""
-    fields: dict[str, Any] = {"tools": [WEATHER], "temperature": 0, "max_tokens": 40}
-    asked = {"role": "user", "content": "How warm is it in Rome?"}
-    called = ask("chat.completions.create", messages=[asked], **fields, tool_choice="required").choices[0].message
-    result = {"role": "tool", "tool_call_id": called.tool_calls[0].id, "content": "31 degrees"}
-    history = [asked, called, result]
-    told = ask("chat.completions.create", messages=history, **fields, tool_choice="none").choices[0].message
-    assert told.content
-    history += [told, QUESTION[0]]
-    assert ask("chat.completions.create", messages=history, **fields, tool_choice="none").choices[0].message.content

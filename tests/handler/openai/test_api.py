@@ -134,3 +134,9 @@ def test_a_failure_under_way_ends_a_stream_as_openai_does(server: Server, stream
     event, *rest = told.removesuffix("\n").split("\n\n")
     assert json.loads(event.removeprefix("data: "))["error"]["message"] == "it broke"
     assert rest == (["data: [DONE]\n"] if stream else [])
+
+
+@pytest.mark.parametrize("stream", [True, False])
+def test_a_reply_that_left_its_grammar_is_an_error(server: Server, stream: bool) -> None:
+    with pytest.raises(RequestError, match="the reply was given up: what it is held to is so ambiguous"):
+        (server.stream if stream else server.say)("v1/completions", "x", prompt="a", finish_reason="error")

@@ -160,6 +160,8 @@ def test_a_logit_bias_makes_and_forbids_tokens(folder: Path) -> None:
 class Exactly:
     """A grammar of one sentence, in token ids; then EOS."""
 
+    failed = False
+
     def __init__(self, token_ids: Sequence[int]) -> None:
         self.token_ids = list(token_ids)
 
@@ -172,6 +174,23 @@ class Exactly:
 
     def accept(self, token_id: int) -> None:
         assert token_id == self.token_ids.pop(0)
+
+
+class GivenUp(Exactly):
+    """A grammar that is too costly to follow to the end of the sentence: then EOS is all that is left."""
+
+    def matcher(self, *, continues_prompt: bool) -> GivenUp:
+        return GivenUp(self.token_ids)
+
+    def mask_W(self) -> torch.Tensor:
+        self.failed = len(self.token_ids) == 1
+        return super().mask_W()
+
+
+def test_a_reply_that_could_not_be_held_to_its_grammar_is_an_error(folder: Path) -> None:
+    request = Request(request_id="r", prompt_ids=PROMPT, params=PARAMS, grammar=GivenUp([100, 101, 2]))
+    outputs = run(make(folder), request)["r", 0]
+    assert [output.finish_reason for output in outputs] == [None, None, "error"]
 
 
 def test_a_grammar_is_kept_by_every_reply_also_after_preemption(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:

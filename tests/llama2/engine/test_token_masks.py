@@ -49,6 +49,8 @@ def test_a_gpu_forbids_what_a_cpu_forbids() -> None:
 class Only:
     """A grammar's matcher that lets one token through."""
 
+    failed = False
+
     def __init__(self, token_id: int, vocab_size: int) -> None:
         self._mask_W = torch.zeros(-(-vocab_size // 32), dtype=torch.int32)
         self._mask_W[token_id // 32] = 1 << token_id % 32

@@ -3,11 +3,8 @@
 from __future__ import annotations
 
 import datetime
-import importlib.util
 import json
 import re
-import subprocess
-import sys
 import time
 import uuid
 from typing import Annotated, Any, Literal
@@ -18,9 +15,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from pydantic import BaseModel, ConfigDict, Field
 
-import llama2.text.grammar
 from llama2.engine.token_masks import forbid
-from llama2.text.grammar import MAX_CHOICES, GrammarCompiler
+from llama2.text.grammar import GrammarCompiler
 from llama2.text.tokenizer import Tokenizer, load_tokenizer
 from tests.support.replies import PADDING, follows, random_reply, restrict
 from tests.support.tokenizer_json import smollm2_tokenizer
@@ -301,56 +297,3 @@ def test_restricting_costs_little_beside_a_step(bpe: Both) -> None:
     for row in rows:
         restrict(matcher, row)
     assert (time.process_time() - start) / len(rows) < 0.005
-
-
-# ---- What is no grammar
-
-
-def test_what_cannot_be_written_is_refused(bpe: Both, sp: Both) -> None:
-    """SmolLM2's vocabulary has no token for some control characters, so no reply could have them."""
-    assert bpe[1].choice(["a"])
-    for refused in (
-        lambda: bpe[1].choice(["a\x04"]),
-        lambda: bpe[1].json_schema({"const": "\U00040000"}),
-        lambda: bpe[1].regex("\x04+"),
-        lambda: bpe[1].regex("a\x04"),
-        lambda: sp[1].choice(["\ud800"]),
-    ):
-        with pytest.raises(ValueError, match=r"cannot write|can write"):
-            refused()
-
-
-@pytest.mark.parametrize("texts", [[], ["a"] * (MAX_CHOICES + 1), ["a", 1], ["a" * 30_000]])
-def test_choices_have_limits(sp: Both, texts: list[Any]) -> None:
-    with pytest.raises(ValueError, match=r"^it"):
-        sp[1].choice(texts)
-
-
-def test_a_model_that_never_ends_cannot_be_held_to_a_grammar(sp: Both) -> None:
-    class Endless:
-        def __getattr__(self, name: str) -> Any:
-            return frozenset() if name == "eos_ids" else getattr(sp[0], name)
-
-    with pytest.raises(ValueError, match="no end-of-text token"):
-        GrammarCompiler(Endless(), 600).json_object()  # type: ignore[arg-type]
-
-
-def test_without_llguidance_only_grammars_are_missing(sp: Both, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The module is imported all the same, and whoever asks for a grammar is told what to install."""
-    monkeypatch.setitem(sys.modules, "llguidance", None)
-    spec = importlib.util.spec_from_file_location("fresh_grammar", llama2.text.grammar.__file__)
-    assert spec is not None
-    assert spec.loader is not None
-    fresh = importlib.util.module_from_spec(spec)
-    monkeypatch.setitem(sys.modules, "fresh_grammar", fresh)
-    spec.loader.exec_module(fresh)
-    compiler = fresh.GrammarCompiler(sp[0], sp[0].vocab_size)
-    with pytest.raises(ValueError, match=r"^constrained output needs llguidance, which is not installed"):
-        compiler.json_object()
-
-
-@pytest.mark.integration
-def test_a_server_starts_without_llguidance() -> None:
-    """It is imported when the first grammar is asked for."""
-    code = "import sys, llama2.text.grammar, llama2.text.json_schema; assert 'llguidance' not in sys.modules"
-    assert subprocess.run([sys.executable, "-c", code]).returncode == 0

@@ -12,7 +12,8 @@ from typing import Any
 import pytest
 
 from llama2.text.grammar import GrammarCompiler
-from llama2.text.json_schema import MAX_CASES, MAX_COMBINED_PATTERNS, MAX_DEPTH, MAX_LENGTH, MAX_LEVELS, MAX_OPTIONAL
+from llama2.text.json_schema import MAX_CASES, MAX_COMBINED_PATTERNS, MAX_LENGTH, MAX_OPTIONAL
+from llama2.text.schema_parts import MAX_DEPTH, MAX_LEVELS
 from llama2.text.tokenizer import Tokenizer
 from tests.support.replies import PADDING, random_reply
 
@@ -130,5 +131,6 @@ def test_a_reply_that_would_cost_too_much_ends_and_the_log_says_so(
         last_W = matcher.mask_W()
     ends = [index for index in range(bpe.vocab_size) if int(last_W[index // 32]) >> index % 32 & 1]
     assert ends == sorted(bpe.eos_ids)
+    assert matcher.failed
     (record,) = caplog.records
     assert record.getMessage().startswith("a reply leaves its grammar: Parser Error: Current row has")
