@@ -63,13 +63,17 @@ void sum(const Ranks& ranks, int64_t operation, T* to, int64_t count) {
 
 }  // namespace
 
-// x, contiguous, becomes the sum of all ranks'. Throws when a rank does not come in `patience` seconds, or brings another
-// size.
+// x, contiguous, becomes the sum of all ranks'. Throws when a rank does not come in `patience` seconds, or brings
+// another size.
 void all_reduce(at::Tensor x, at::Tensor mapping, int64_t rank, int64_t world_size, int64_t slot_bytes,
                 double patience) {
   auto* memory = mapping.mutable_data_ptr<uint8_t>();
-  const Ranks ranks{reinterpret_cast<int64_t*>(memory), memory + world_size * kLine * sizeof(int64_t), rank, world_size,
-                    slot_bytes, std::chrono::duration<double>(patience)};
+  const Ranks ranks{reinterpret_cast<int64_t*>(memory),
+                    memory + world_size * kLine * sizeof(int64_t),
+                    rank,
+                    world_size,
+                    slot_bytes,
+                    std::chrono::duration<double>(patience)};
   LLAMA2_DISPATCH(x.scalar_type(), "all_reduce", [&] {
     auto* values = x.mutable_data_ptr<scalar_t>();
     const int64_t step = slot_bytes / sizeof(scalar_t);

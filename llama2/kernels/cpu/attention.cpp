@@ -1,8 +1,8 @@
 // Owns attention over keys and values where they lie in the paged cache, for decoding and prefill alike.
 //
 // The context is cut into parts of a fixed length, each with a softmax of its own, and the parts are merged
-// (FlashDecoding, https://crfm.stanford.edu/2023/10/12/flashdecoding.html). The cuts depend on nothing else, and neither
-// does the order of any sum: a row gets the same bits in whatever company and with however many threads.
+// (FlashDecoding, https://crfm.stanford.edu/2023/10/12/flashdecoding.html). The cuts depend on nothing else, and
+// neither does the order of any sum: a row gets the same bits in whatever company and with however many threads.
 #include <torch/library.h>
 
 #include "attention.h"
@@ -147,8 +147,8 @@ void attend(const Problem<T>& problem, const Part& part, const Part* next, float
     else
       count_ahead = next ? find(*next, next->begin, ahead) : 0;
     for (int64_t p = 0; p < std::max(count, count_ahead); p += 4) {
-      // A head's rows lie apart from each other, which processors do not foresee: ask for those of the next run, as many
-      // at once as are on their way at once.
+      // A head's rows lie apart from each other, which processors do not foresee: ask for those of the next run, as
+      // many at once as are on their way at once.
       problem.prefetch(ahead + p, std::clamp<int64_t>(count_ahead - p, 0, 4));
       if (p >= count) continue;
       const T* keys[4];  // the last one again where fewer are left: what comes of it is not looked at

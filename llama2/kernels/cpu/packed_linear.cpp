@@ -1,5 +1,6 @@
-// Owns the product of bf16 rows with a packed weight: the layout, and how it is gone through. Memory is read in the order
-// of its addresses, which every processor does at its best rate, and no lane of a register waits for another's sum.
+// Owns the product of bf16 rows with a packed weight: the layout, and how it is gone through. Memory is read in the
+// order of its addresses, which every processor does at its best rate, and no lane of a register waits for another's
+// sum.
 //
 // A weight (outputs, inputs) is cut into blocks of kOutputs outputs, the last one as narrow as it must be. A block lies
 // where its outputs lay, by pairs of inputs: two inputs of its first output, the same two of its second, and so on. The
@@ -41,8 +42,8 @@ C10_ALWAYS_INLINE void add(__m512 (&sums)[R][2], __m512bh low, __m512bh high, co
   }
 }
 
-// y[m] = block · x[m] for R rows; outputs is the distance between rows of y. Left to itself, the compiler unrolls no loop
-// of so many instructions, and the sums go through memory.
+// y[m] = block · x[m] for R rows; outputs is the distance between rows of y. Left to itself, the compiler unrolls no
+// loop of so many instructions, and the sums go through memory.
 template <int R>
 void tile(const Block& block, const BFloat16* x, BFloat16* y, int64_t outputs) {
   const auto low = first(std::min(block.outputs, kLanes)), high = first(std::max(block.outputs - kLanes, 0));

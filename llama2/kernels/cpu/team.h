@@ -13,8 +13,8 @@ namespace llama2 {
 // One thread's place among those that do the same work.
 class Team {
  public:
-  // Calls `work(team)` on all of torch's threads, or on this one alone where the others are not worth waking, and throws
-  // what a step of it threw.
+  // Calls `work(team)` on all of torch's threads, or on this one alone where the others are not worth waking, and
+  // throws what a step of it threw.
   template <typename Work>
   static void run(bool is_worth_waking, const Work& work) {
     std::exception_ptr error;  // must not leave a thread by itself
