@@ -25,13 +25,9 @@ class RequestError(ValueError):
         self.code = code
 
     @classmethod
-    def of(
-        cls, error: ValueError, *, param: str | None = None, status: int = 400, code: str | None = None
-    ) -> RequestError:
-        """A refusal for what a check below the server has found: of the field that it names, else of `param`."""
-        if isinstance(error, InvalidValue):
-            param = error.field
-        return cls(str(error), param=param, status=status, code=code)
+    def of(cls, error: InvalidValue, *, status: int = 400, code: str | None = None) -> RequestError:
+        """A refusal for what a check below the server has found."""
+        return cls(str(error), param=error.field, status=status, code=code)
 
     def as_json(self) -> str:
         kind = "server_error" if self.status >= 500 else _KINDS.get(self.status, "invalid_request_error")

@@ -21,13 +21,14 @@ import dataclasses
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal, get_args
 
 from handler.call import Progress
-from handler.config import HandlerConfig, nearest
+from handler.config import HandlerConfig, Mode, nearest
 from handler.errors import RequestError
 from handler.prompt import Prompt, fit
 from llama2.engine.sequence import Output, Request, SamplingParams, TokenLogprobs
+from llama2.errors import InvalidValue, shown
 from llama2.text.chat import encode_dialog
 from llama2.text.tokenizer import Tokenizer
 
@@ -119,38 +120,32 @@ class NativeApi:
         """A whole body is refused for one fault in it: nothing of it has run by then.
 
         Raises:
-            RequestError: a field is unknown, missing, of a wrong type or out of range, or a prompt is too long.
+            InvalidValue: a field is unknown, missing, of a wrong type or out of range.
+            RequestError: a prompt is too long.
         """
         fields = {"prompt": body} if isinstance(body, str) else body
-        for name in fields:
-            if name not in _FIELDS:
-                raise RequestError(f"unknown field {name!r}: {nearest(name, _FIELDS)}", param=name)
+        for name in fields.keys() - _FIELDS:
+            raise InvalidValue(name, f"is an unknown field: {nearest(name, _FIELDS)}")
         if ("prompt" in fields) == ("dialog" in fields):
-            raise RequestError("the body must have either 'prompt' or 'dialog'", param="prompt")
+            raise InvalidValue("prompt", "or dialog must be in the body, and not both")
+        shape: Literal["prompt", "dialog"] = "dialog" if "dialog" in fields else "prompt"
+        mode: Any = fields.get("mode", "chat" if shape == "dialog" else self._config.mode)
+        if mode not in get_args(Mode) or (shape == "dialog" and mode != "chat"):
+            allowed = "'chat' for a dialog" if shape == "dialog" else "'text_completion' or 'chat'"
+            raise InvalidValue("mode", f"must be {allowed}, got {shown(mode)}")
+        stream = fields.get("stream", False)
+        if not isinstance(stream, bool):
+            raise InvalidValue("stream", f"must be true or false, got {shown(stream)}")
         params = self._params(fields)
-        shape = "dialog" if "dialog" in fields else "prompt"
-        chat = self._is_chat(fields)
-        items, is_list = _items(shape, fields[shape])
-        prompts = []
-        for index, item in enumerate(items):
-            place = f"{shape}[{index}]" if is_list else shape
-            ids = self._encode(place, item, chat=chat)
-            prompts.append(
-                fit(
-                    ids,
-                    place=place,
-                    config=self._config,
-                    bos_id=self._tokenizer.bos_id,
-                    max_new_tokens=params.max_new_tokens,
-                )
-            )
+        items = _items(shape, fields[shape])
+        encoded = {place: self._encode(place, item, mode) for place, item in items.items()}
         return NativeFormat(
             tokenizer=self._tokenizer,
-            prompts=tuple(prompts),
+            prompts=tuple(self._fit(place, ids, params) for place, ids in encoded.items()),
             params=params,
-            chat=chat,
-            is_list=is_list,
-            stream=_boolean("stream", fields.get("stream", False)),
+            chat=mode == "chat",
+            is_list=shape not in items,
+            stream=stream,
         )
 
     def _params(self, fields: Mapping[str, Any]) -> SamplingParams:
@@ -160,59 +155,44 @@ class NativeApi:
         for name, allowed in (("stop", "a string or a list of strings"), ("stop_token_ids", "a list of token ids")):
             if name in changes:
                 if not isinstance(changes[name], list):
-                    raise RequestError(f"{name} must be {allowed}, got {changes[name]!r}", param=name)
+                    raise InvalidValue(name, f"must be {allowed}, got {shown(changes[name])}")
                 changes[name] = tuple(changes[name])
-        try:
-            return dataclasses.replace(self._config.sampling, **changes)
-        except ValueError as error:
-            raise RequestError.of(error) from None
+        return dataclasses.replace(self._config.sampling, **changes)
 
-    def _is_chat(self, fields: Mapping[str, Any]) -> bool:
-        """A dialog is a chat. A bare prompt is what `mode` says: a text to go on with, or a user's one message."""
-        mode = fields.get("mode", "chat" if "dialog" in fields else self._config.mode)
-        if mode not in ("text_completion", "chat"):
-            raise RequestError(f"mode must be 'text_completion' or 'chat', got {mode!r}", param="mode")
-        if mode == "text_completion" and "dialog" in fields:
-            raise RequestError("mode is 'text_completion', but a dialog needs mode 'chat'", param="mode")
-        return mode == "chat"
-
-    def _encode(self, place: str, item: Any, *, chat: bool) -> list[int]:
+    def _encode(self, place: str, item: Any, mode: Mode) -> list[int]:
+        """A dialog is a chat. A prompt is what `mode` says: a text to go on with, or a user's one message."""
         try:
-            if not chat:
+            if mode == "text_completion":
                 return self._tokenizer.encode_prompt(item)
             dialog = [{"role": "user", "content": item}] if isinstance(item, str) else item
             return encode_dialog(self._tokenizer, dialog, special_tags=self._config.special_tags)
+        except InvalidValue as error:
+            inside = "" if isinstance(item, str) else error.field.removeprefix("messages")
+            raise InvalidValue(place + inside, error.problem) from None
         except ValueError as error:
-            raise RequestError(f"{place}: {error}", param=place) from None
+            raise InvalidValue(place, f"cannot be encoded: {error}") from None
+
+    def _fit(self, place: str, ids: list[int], params: SamplingParams) -> Prompt:
+        return fit(
+            ids,
+            place=place,
+            config=self._config,
+            bos_id=self._tokenizer.bos_id,
+            max_new_tokens=params.max_new_tokens,
+        )
 
 
-def _items(shape: str, value: Any) -> tuple[list[Any], bool]:
-    """The prompts or dialogs of a body, and whether it is a list of them."""
-    one = "a string" if shape == "prompt" else "a list of messages"
-    if shape == "prompt" and isinstance(value, str):
-        return [value], False
+def _items(shape: Literal["prompt", "dialog"], value: Any) -> dict[str, Any]:
+    """The prompts or dialogs of a body, by the path to each: one, which may stand alone, or a list of them."""
+    kind, one = (str, "a string") if shape == "prompt" else (list, "a list of messages")
+    if isinstance(value, kind) and (shape == "prompt" or (value and isinstance(value[0], dict))):
+        return {shape: value}
     if not isinstance(value, list):
-        raise RequestError(f"{shape} must be {one} or a list of these, got {_kind(value)}", param=shape)
-    if not value:
-        raise RequestError(f"{shape} must not be empty", param=shape)
-    if shape == "dialog" and isinstance(value[0], dict):
-        return [value], False
-    if len(value) > MAX_PROMPTS:
-        raise RequestError(f"{shape} may hold at most {MAX_PROMPTS} at once, got {len(value)}", param=shape)
-    wanted = str if shape == "prompt" else list
-    for index, item in enumerate(value):
-        if not isinstance(item, wanted):
-            raise RequestError(f"{shape}[{index}] must be {one}, got {_kind(item)}", param=f"{shape}[{index}]")
-    return value, True
-
-
-def _boolean(name: str, value: Any) -> bool:
-    if not isinstance(value, bool):
-        raise RequestError(f"{name} must be true or false, got {value!r}", param=name)
-    return value
-
-
-def _kind(value: Any) -> str:
-    """The type of a JSON value, in JSON's words."""
-    names = {type(None): "null", bool: "a boolean", str: "a string", list: "a list", dict: "an object"}
-    return names.get(type(value), "a number")
+        raise InvalidValue(shape, f"must be {one} or a list of these, got {shown(value)}")
+    if not 1 <= len(value) <= MAX_PROMPTS:
+        raise InvalidValue(shape, f"must hold from 1 to {MAX_PROMPTS} at once, got {len(value)}")
+    items = {f"{shape}[{index}]": item for index, item in enumerate(value)}
+    for place, item in items.items():
+        if not isinstance(item, kind):
+            raise InvalidValue(place, f"must be {one}, got {shown(item)}")
+    return items

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 
 from handler.config import HandlerConfig
 from handler.errors import RequestError
+from llama2.errors import InvalidValue
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -31,11 +32,12 @@ def fit(
     long as half of max_seq_len stays with the prompt.
 
     Raises:
-        RequestError: it is empty or too long; `place` is the field that it came in.
+        InvalidValue: it is empty; `place` is the field that it came in.
+        RequestError: it is too long.
     """
     limit = config.max_input_tokens
     if not ids:
-        raise RequestError(f"{place} must not be empty", param=place)
+        raise InvalidValue(place, "must not be empty")
     if len(ids) <= limit:
         return Prompt(ids=tuple(ids))
     if config.truncation == "error":
