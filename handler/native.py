@@ -68,37 +68,33 @@ class NativeFormat:
         if not output.text and not output.logprobs and not output.finish_reason:
             return ""
         line: dict[str, Any] = {"index": index} if self.is_list else {}
-        line["text"] = output.text
-        if self.params.logprobs is not None:
-            line["logprobs"] = [self._logprobs(entry) for entry in output.logprobs]
-        if output.finish_reason:
-            line["finish_reason"] = output.finish_reason
-            line["usage"] = self._usage(self.prompts[index], progress)
+        line |= {"text": output.text} | self._about(index, output.logprobs, progress)
         return json.dumps(line, ensure_ascii=False) + "\n"
 
     def whole(self, progress: Sequence[Progress]) -> str:
         if self.stream:
             return ""
-        replies = [self._reply(prompt, done) for prompt, done in zip(self.prompts, progress, strict=True)]
+        texts = [{"role": "assistant", "content": done.text} if self.chat else done.text for done in progress]
+        replies = [
+            {"generation": texts[index]} | self._about(index, done.logprobs, done)
+            for index, done in enumerate(progress)
+        ]
         return json.dumps(replies if self.is_list else replies[0], ensure_ascii=False) + "\n"
 
     def failure(self, error: RequestError) -> str:
         return error.as_json()
 
-    def _reply(self, prompt: Prompt, progress: Progress) -> dict[str, Any]:
-        text = progress.text
-        reply: dict[str, Any] = {
-            "generation": {"role": "assistant", "content": text} if self.chat else text,
-            "finish_reason": progress.finish_reason,
-            "usage": self._usage(prompt, progress),
-        }
+    def _about(self, index: int, logprobs: Sequence[TokenLogprobs], progress: Progress) -> dict[str, Any]:
+        """What goes with a text, and at its end with all of it."""
+        about: dict[str, Any] = {}
         if self.params.logprobs is not None:
-            reply["logprobs"] = [self._logprobs(entry) for entry in progress.logprobs]
-        return reply
-
-    def _usage(self, prompt: Prompt, progress: Progress) -> dict[str, int]:
-        usage = {"prompt_tokens": len(prompt.ids), "completion_tokens": progress.num_tokens}
-        return usage | ({"truncated_tokens": prompt.truncated} if prompt.truncated else {})
+            about["logprobs"] = [self._logprobs(entry) for entry in logprobs]
+        if progress.finish_reason:
+            prompt = self.prompts[index]
+            usage = {"prompt_tokens": len(prompt.ids), "completion_tokens": progress.num_tokens}
+            usage |= {"truncated_tokens": prompt.truncated} if prompt.truncated else {}
+            about |= {"finish_reason": progress.finish_reason, "usage": usage}
+        return about
 
     def _logprobs(self, entry: TokenLogprobs) -> dict[str, Any]:
         top = [self._token(token_id, logprob) for token_id, logprob in entry.top]

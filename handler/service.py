@@ -131,22 +131,19 @@ class Service:
                 call.prepare()
             with self._lock:
                 requests = call.begin()
-                self._check_room(call)
+                live = sum(other.num_replies for other in self._running.values())
+                if live and live + call.num_replies > MAX_REPLIES:
+                    raise RequestError(
+                        f"the server has {live} replies to make and takes at most {MAX_REPLIES}: try again later",
+                        status=429,
+                        code="rate_limit_exceeded",
+                    )
                 if requests:
                     self._running[call.call_id] = call
                 for request in requests:
                     self.loop.add(request)
         except Exception as error:
             self.abort(call, _as_request_error(error))
-
-    def _check_room(self, call: Call) -> None:
-        live = sum(other.num_replies for other in self._running.values())
-        if live and live + call.num_replies > MAX_REPLIES:
-            raise RequestError(
-                f"the server has {live} replies to make and takes at most {MAX_REPLIES}: try again later",
-                status=429,
-                code="rate_limit_exceeded",
-            )
 
 
 def _apis(loop: ServiceLoop, config: HandlerConfig, names: Sequence[str]) -> Read:
