@@ -14,9 +14,7 @@ from typing import Protocol, cast
 from handler.errors import RequestError
 from llama2.engine.sequence import FinishReason, Output, Request, TokenLogprobs
 
-_LEFT_GRAMMAR = (
-    "the reply was given up: what it is held to is so ambiguous that the next token would take too long to find"
-)
+_LEFT_GRAMMAR = "the reply could not be held to its grammar, which is too ambiguous, or not in this model's vocabulary"
 
 
 @dataclass(slots=True, kw_only=True)

@@ -11,17 +11,20 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 from handler.call import Format
 from handler.config import HandlerConfig
 from handler.errors import RequestError
 from handler.openai import chat, completions, tokenization
-from handler.openai.constraints import Grammars
 from handler.openai.generation import Model, Served
 from handler.openai.responses import Immediate
+from handler.openai.sampling import Grammars
 from llama2.errors import InvalidValue
 from llama2.text.tokenizer import Tokenizer
+
+if TYPE_CHECKING:
+    from llama2.engine.engine import EngineStats
 
 STALL_SECONDS = 60.0
 _READERS: dict[str, Callable[[Model, Any], Format]] = {
@@ -30,22 +33,6 @@ _READERS: dict[str, Callable[[Model, Any], Format]] = {
     "tokenize": tokenization.tokenize,
     "detokenize": tokenization.detokenize,
 }
-
-
-class Stats(Protocol):
-    """What is asked of the engine's statistics."""
-
-    @property
-    def running(self) -> int: ...
-
-    @property
-    def waiting(self) -> int: ...
-
-    @property
-    def steps(self) -> int: ...
-
-    @property
-    def seconds_since_step(self) -> float | None: ...
 
 
 class OpenAiApi:
@@ -59,7 +46,7 @@ class OpenAiApi:
         vocab_size: int,
         served: Served,
         grammars: Grammars,
-        stats: Callable[[], Stats],
+        stats: Callable[[], EngineStats],
     ) -> None:
         """`vocab_size` is the model's, which may have more ids than the tokenizer."""
         self._model = Model(served=served, config=config, tokenizer=tokenizer, vocab_size=vocab_size, grammars=grammars)

@@ -17,7 +17,7 @@ from handler.openai.inspector import Inspector, inspected
 from handler.openai.logprobs import chat_logprobs
 from handler.openai.messages import AUDIO, FUNCTIONS, Messages, NamedTool, ToolChoice, Tools, typed_tools
 from handler.openai.responses import GenerationFormat
-from llama2.engine.sequence import MAX_LOGPROBS, FinishReason, Output, Request, TokenLogprobs
+from llama2.engine.sequence import MAX_LOGPROBS, Output, Request, TokenLogprobs
 from llama2.errors import InvalidValue
 from llama2.text.dialog import Tool
 from llama2.text.tools import CallDelta, ToolStream, call_schema
@@ -122,7 +122,7 @@ class ChatFormat(GenerationFormat):
     def request(self, **common: Any) -> Request:
         return Request(**common, continues_prompt=False)
 
-    def news(self, index: int, news: Output) -> Iterator[dict[str, Any]]:
+    def news(self, index: int, news: Output | Progress) -> Iterator[dict[str, Any]]:
         """Role, content or calls as they come, and at the end the reason."""
         if index not in self._streams:
             self._streams[index] = ToolStream(self._tool_names, forced=self._forced)
@@ -139,28 +139,29 @@ class ChatFormat(GenerationFormat):
         if calls:
             yield _delta({"tool_calls": calls})
         if news.finish_reason is not None:
-            yield _delta({}, finish_reason=_reason(stream, news.finish_reason))
+            is_call = stream.calls > 0 and news.finish_reason == "stop"
+            yield _delta({}, finish_reason="tool_calls" if is_call else news.finish_reason)
 
     def choices(self, progress: Sequence[Progress]) -> list[dict[str, Any]]:
-        return [self._choice(reply) for reply in progress]
+        return [self._choice(index, reply) for index, reply in enumerate(progress)]
 
-    def _choice(self, reply: Progress) -> dict[str, Any]:
-        stream = ToolStream(self._tool_names, forced=self._forced)
-        stream.push(reply.text)
-        stream.finish()
-        message: dict[str, Any] = {"role": "assistant", "content": stream.content, "refusal": None}
-        if stream.calls:
-            message["content"] = stream.content or None
-            message["tool_calls"] = [
-                {"id": call.id, "type": "function", "function": {"name": call.name, "arguments": call.arguments}}
-                for index, call in enumerate(stream.calls)
-                if self._shows(index)
-            ]
-        assert reply.finish_reason is not None
+    def _choice(self, index: int, reply: Progress) -> dict[str, Any]:
+        """What the deltas of the whole reply add up to."""
+        message: dict[str, Any] = {"role": "assistant", "content": "", "refusal": None}
+        calls: list[dict[str, Any]] = []
+        for choice in self.news(index, reply):
+            message["content"] += choice["delta"].get("content", "")
+            for call in choice["delta"].get("tool_calls", ()):
+                if "id" in call:
+                    calls.append({name: value for name, value in call.items() if name != "index"})
+                else:
+                    calls[-1]["function"]["arguments"] += call["function"]["arguments"]
+        if calls:
+            message |= {"content": message["content"] or None, "tool_calls": calls}
         return {
             "message": message,
             "logprobs": self._logprobs(reply.logprobs),
-            "finish_reason": _reason(stream, reply.finish_reason),
+            "finish_reason": choice["finish_reason"],
         }
 
     def _logprobs(self, entries: Sequence[TokenLogprobs]) -> dict[str, Any] | None:
@@ -181,7 +182,3 @@ def _call_delta(call: CallDelta) -> dict[str, Any]:
         return {"index": call.index, "function": {"arguments": call.arguments}}
     function = {"name": call.name, "arguments": call.arguments}
     return {"index": call.index, "id": call.id, "type": "function", "function": function}
-
-
-def _reason(stream: ToolStream, reason: FinishReason) -> str:
-    return "tool_calls" if stream.calls and reason == "stop" else reason

@@ -47,6 +47,7 @@ _WORDS = {
 _KINDS = {str: "text", int: "id", list: "list", dict: "object"}
 
 TokenId = Annotated[int, Field(ge=0)]
+Name = Annotated[str, Field(pattern=r"^[a-zA-Z0-9_-]{1,64}$")]
 
 
 class Body(BaseModel):

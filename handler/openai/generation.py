@@ -14,11 +14,10 @@ from pydantic import Field
 
 from handler.config import HandlerConfig
 from handler.errors import RequestError
-from handler.openai.constraints import ConstraintFields, Grammars
 from handler.openai.fields import Body, only
 from handler.openai.logprobs import TokenNames
 from handler.openai.prompts import Encoded, PromptReader
-from handler.openai.sampling import SamplingFields
+from handler.openai.sampling import ConstraintFields, Grammars, SamplingFields
 from handler.prompt import Prompt
 from llama2.engine.sequence import Grammar, SamplingParams
 from llama2.errors import InvalidValue

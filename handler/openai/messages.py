@@ -10,8 +10,7 @@ from typing import Annotated, Any, Literal
 from pydantic import AfterValidator, Field, Json, Tag
 from pydantic_core import PydanticCustomError
 
-from handler.openai.constraints import Name
-from handler.openai.fields import Body, by_kind, only
+from handler.openai.fields import Body, Name, by_kind, only
 from llama2.errors import InvalidValue
 from llama2.text import dialog
 

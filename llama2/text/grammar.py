@@ -95,9 +95,8 @@ class CompiledGrammar:
         self._source = source
         self._vocabulary = vocabulary
         self._beginning = vocabulary.follow(source, vocabulary.tokens)
-        mask_W = vocabulary.empty_mask()
-        _fill(mask_W, self._beginning)
-        if not self._beginning.is_accepting() and torch.equal(mask_W, vocabulary.ends_mask_W):
+        _fill(vocabulary.empty_mask(), self._beginning)
+        if self._beginning.is_error():
             reason = _reason(self._beginning.get_error())
             allows_nothing = reason == "NoExtensionBias"
             raise ValueError(
@@ -155,7 +154,7 @@ class _Vocabulary:
     """What each id writes, as llguidance's `tokens`.
 
     Where the space of a first word is dropped, `first_tokens` are the same for a first token, and `first_spellings`
-    other ids that write what is left of one whose space is dropped. `ends_mask_W` is the mask of what ends a text.
+    other ids that write what is left of one whose space is dropped.
     """
 
     size: int
@@ -163,7 +162,6 @@ class _Vocabulary:
     tokens: Any
     first_tokens: Any
     first_spellings: dict[int, list[int]]
-    ends_mask_W: Tensor
 
     @classmethod
     def of(cls, tokenizer: Tokenizer, size: int) -> _Vocabulary:
@@ -178,15 +176,12 @@ class _Vocabulary:
             if piece not in (b"", first):
                 spelling = _spell(tokenizer, first)
                 first_pieces[index], spellings[index] = first if spelling else b"", spelling
-        ends_V = torch.zeros(-(-size // 32) * 32, dtype=torch.bool)
-        ends_V[end_ids] = True
         return cls(
             size=size,
             tokenizer=tokenizer,
             tokens=_as_tokens(tokenizer, pieces, end_ids),
             first_tokens=_as_tokens(tokenizer, first_pieces, end_ids) if spellings else None,
             first_spellings=spellings,
-            ends_mask_W=_pack(ends_V),
         )
 
     def empty_mask(self) -> Tensor:
@@ -233,12 +228,6 @@ def _spell(tokenizer: Tokenizer, text: str | bytes) -> list[int]:
 
 def _fill(mask_W: Tensor, matcher: Any) -> None:
     matcher.unsafe_compute_mask_ptr(mask_W.data_ptr(), mask_W.nbytes)
-
-
-def _pack(allowed_V: Tensor) -> Tensor:
-    """A bit for each id, 32 in a word, the lowest first."""
-    bits = allowed_V.unflatten(0, (-1, 32)).long() << torch.arange(32)
-    return bits.sum(dim=-1).to(torch.int32)  # the highest bit becomes the sign
 
 
 def _reason(message: str) -> str:

@@ -8,10 +8,10 @@ of grammars.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from typing import Any
 
-from llama2.text.exclusive import Kind
 from llama2.text.schema_parts import COMBINING, CONSTRAINING, MAX_DEPTH, NUMBERS, Part, escape, find_parts
 
 MAX_LENGTH = 100_000
@@ -29,6 +29,8 @@ MAX_DIGITS = 15
 _STEP = 1e-6
 _COARSE = 1e9
 
+# What can exclude each other.
+_TYPES = frozenset(("object", "array", "string", "number", "boolean", "null"))
 _NAMES = ("$id", "id", "$anchor", "$dynamicAnchor", "$recursiveAnchor")
 
 _DATE = "[0-9]{3}[1-9]-(0[1-9]|1[0-2])-(0[1-9]|1[0-9]|2[0-8])"
@@ -72,6 +74,53 @@ def prepare(source: str, check_text: Callable[[str, str], None]) -> dict[str, An
     return schema
 
 
+# ---- values that cannot be
+
+
+@dataclass(frozen=True, slots=True)
+class _Kind:
+    """The types that a schema allows, and the values, as JSON, that it allows for a required property (by "/name"), or
+    for itself (by "")."""
+
+    types: frozenset[str]
+    constants: Mapping[str, frozenset[str]]
+
+    @classmethod
+    def of(cls, schema: Any, follow: Callable[[Any], Any]) -> _Kind:
+        """What is plain of `schema`; `follow` leads from a reference to its target."""
+        schema = follow(schema)
+        if not isinstance(schema, Mapping) or schema.keys() & {"anyOf", "oneOf", "allOf"}:
+            return cls(_TYPES, {})
+        properties = schema.get("properties", {})
+        constants = {f"/{name}": _constants(follow(properties.get(name))) for name in schema.get("required", ())}
+        constants[""] = _constants(schema)
+        types = schema.get("type", _TYPES)
+        types = [types] if isinstance(types, str) else types
+        return cls(
+            frozenset("number" if name == "integer" else name for name in types),
+            {key: values for key, values in constants.items() if values is not None},
+        )
+
+    def excludes(self, other: _Kind) -> bool:
+        types = self.types & other.types
+        shared = self.constants.keys() & other.constants.keys()
+        apart = [key for key in shared if not self.constants[key] & other.constants[key]]
+        return not types or "" in apart or (types == {"object"} and bool(apart))
+
+
+def _constants(schema: Any) -> frozenset[str] | None:
+    """The values that an enum or const allows, as JSON; None where there is neither."""
+    if not isinstance(schema, Mapping) or not ("const" in schema or isinstance(schema.get("enum"), list)):
+        return None
+    values = [schema["const"]] if "const" in schema else schema["enum"]
+    return frozenset(map(_canonical, values))
+
+
+def _canonical(value: Any) -> str:
+    whole = isinstance(value, float) and value.is_integer()
+    return json.dumps(int(value) if whole else value, sort_keys=True)
+
+
 def _check_exclusive(parts: list[Part]) -> None:
     """oneOf forbids what two cases allow: it must be plain that there is no such value."""
     part_of = {id(part.schema): part for part in parts}
@@ -84,7 +133,7 @@ def _check_exclusive(parts: list[Part]) -> None:
         return True
 
     for part in parts:
-        kinds = [Kind.of(case, follow) for case in part.schema.get("oneOf", ())]
+        kinds = [_Kind.of(case, follow) for case in part.schema.get("oneOf", ())]
         for index, kind in enumerate(kinds):
             if not all(kind.excludes(other) for other in kinds[:index]):
                 raise ValueError(

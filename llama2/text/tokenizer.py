@@ -128,10 +128,6 @@ class Tokenizer(ABC):
         piece = self._pieces[token_id] if 0 <= token_id < self.vocab_size else b""
         return piece[1:] if first and token_id in self._word_starts else piece
 
-    def token_id(self, piece: str) -> int | None:
-        """The id of a special token by its spelling; None where there is no such special token."""
-        return self.special_tokens.get(piece)
-
     def spell(self, data: bytes) -> list[int]:
         """`data` with a token for each character, or for each of its bytes: never a piece that joins characters."""
         ids = []

@@ -58,15 +58,6 @@ class ToolDelta:
     calls: tuple[CallDelta, ...] = ()
 
 
-@dataclass(slots=True, kw_only=True)
-class ToolCall:
-    """One whole call; `arguments` is JSON, as far as it was generated."""
-
-    id: str
-    name: str
-    arguments: str
-
-
 class ToolStream:
     """Reads one reply as it grows: content or calls of tools.
 
@@ -74,69 +65,63 @@ class ToolStream:
     such objects, or such objects in <tool_call> tags. It is held back as long as it can be that, and flows at once when
     it cannot. A forced call needs no proof: its arguments flow as they come.
 
-    `content` and `calls` are all that came so far, so that a reply that is not streamed is `push(text)`, `finish()` and
-    these two. A reply with `calls` has the finish_reason "tool_calls", unless it was cut.
+    `calls` is the number of calls so far. A reply with any has the finish_reason "tool_calls", unless it was cut.
     """
 
     def __init__(self, names: Collection[str], *, forced: bool = False) -> None:
         """`names`: the tools that may be called; without any, all is content."""
-        self.content = ""
-        self.calls: list[ToolCall] = []
+        self.calls = 0
         self._names = names
         self._forced = forced
-        self._text = ""  # all of it, as long as it may be a call
+        self._arguments = ""  # of a forced call, so far
         self._held = ""
         self._decided: Literal["content", "call"] | None = None if names else "content"
 
     def push(self, text: str) -> ToolDelta:
         """Take the next piece of the reply; returns what is certain now."""
-        if self._decided == "content":
-            return self._as_content(text)
-        self._text += text
         self._held += text
+        if self._decided == "content":
+            return self._as_content()
         if self._forced:
             return self._as_arguments()
         if self._decided is None:
-            self._decided = _look(self._text, self._names)
-        return self._as_content(self._held) if self._decided == "content" else ToolDelta()
+            self._decided = _look(self._held, self._names)
+        return self._as_content() if self._decided == "content" else ToolDelta()
 
     def finish(self) -> ToolDelta:
         """The reply has ended: what was held back is a call, or content after all."""
-        if self._decided == "content":
-            return ToolDelta()
         if self._forced and self.calls:
-            return self._argue("" if _is_json(self.calls[0].arguments) else self._held.rstrip())
-        found = _parse_calls(self._text, self._names)
+            return self._argue("" if _is_json(self._arguments) else self._held.rstrip())
+        found = None if self._decided == "content" else _parse_calls(self._held, self._names)
         if found is None:
-            return self._as_content(self._held)
-        self.calls = [ToolCall(id=_new_id(), name=name, arguments=arguments) for name, arguments in found]
-        deltas = (
-            CallDelta(index=index, id=call.id, name=call.name, arguments=call.arguments)
-            for index, call in enumerate(self.calls)
+            return self._as_content()
+        self.calls = len(found)
+        return ToolDelta(
+            calls=tuple(
+                CallDelta(index=index, id=_new_id(), name=name, arguments=arguments)
+                for index, (name, arguments) in enumerate(found)
+            )
         )
-        return ToolDelta(calls=tuple(deltas))
 
-    def _as_content(self, text: str) -> ToolDelta:
-        self._held = ""
-        self.content += text
-        return ToolDelta(content=text)
+    def _as_content(self) -> ToolDelta:
+        held, self._held = self._held, ""
+        return ToolDelta(content=held)
 
     def _as_arguments(self) -> ToolDelta:
         """The object around the arguments is ours to take off: its end is held back until more comes."""
-        if self.calls:
-            return self._argue(self._held[: _ending(self._held)])
-        opening = _OPENING.match(self._held)
-        if opening is None:
-            return ToolDelta()
-        call = ToolCall(id=_new_id(), name=opening[1], arguments="")
-        self.calls.append(call)
-        self._held = self._held[opening.end() :]
-        first = CallDelta(index=0, id=call.id, name=call.name)
-        return ToolDelta(calls=(first, *self._argue(self._held[: _ending(self._held)]).calls))
+        first: tuple[CallDelta, ...] = ()
+        if not self.calls:
+            opening = _OPENING.match(self._held)
+            if opening is None:
+                return ToolDelta()
+            self.calls = 1
+            self._held = self._held[opening.end() :]
+            first = (CallDelta(index=0, id=_new_id(), name=opening[1]),)
+        return ToolDelta(calls=(*first, *self._argue(self._held[: _ending(self._held)]).calls))
 
     def _argue(self, arguments: str) -> ToolDelta:
         self._held = self._held[len(arguments) :]
-        self.calls[0].arguments += arguments
+        self._arguments += arguments
         return ToolDelta(calls=(CallDelta(index=0, arguments=arguments),) if arguments else ())
 
 

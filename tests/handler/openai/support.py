@@ -6,13 +6,14 @@ import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
 
 from handler.call import Call, Format
 from handler.errors import RequestError
 from handler.openai.api import OpenAiApi, Served
+from llama2.engine.engine import EngineStats
 from llama2.engine.sequence import Output, Request, TokenLogprobs
 from llama2.text.tokenizer import Tokenizer
 from tests.handler.support import byte_tokenizer, config
@@ -179,6 +180,6 @@ def make_server(folder: Path, *, tokenizer: Tokenizer | None = None, add_bos: bo
         vocab_size=tokenizer.vocab_size,
         served=Served(names=("smol", "llama"), system_fingerprint="fp_1"),
         grammars=FakeGrammars(),
-        stats=lambda: stats,
+        stats=lambda: cast(EngineStats, stats),
     )
     return Server(tokenizer=tokenizer, api=api, stats=stats)
