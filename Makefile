@@ -55,7 +55,7 @@ lint: $(READY)  ## format, lint and types
 
 # Whoever writes a test that takes longer than these seconds marks it `integration`.
 check: lint  ## lint, types and the fast tests: within a minute
-	$(BIN)/python -m pytest --quiet -m 'not integration' --timeout 10
+	$(BIN)/python -m pytest --quiet -m 'not integration' --timeout 30
 
 test: lint  ## lint, types, and all tests: unit, distributed, end to end
 	$(BIN)/python -m pytest

@@ -20,6 +20,8 @@ from benchmarks.peers.registry import find_peers
 from scripts import flags
 from tests.support.ranks import run_ranks
 
+pytestmark = pytest.mark.integration
+
 
 @pytest.fixture(scope="module")
 def quick() -> Iterator[None]:
@@ -132,7 +134,6 @@ def test_the_file_says_what_ran_where_and_a_plot_lies_beside_it(result: tuple[st
     assert result[1].with_suffix(".png").read_bytes().startswith(b"\x89PNG")
 
 
-@pytest.mark.integration
 def test_it_runs_on_two_ranks_and_one_of_them_writes(tmp_path: Path) -> None:
     path = tmp_path / "two.json"
     printed = run_ranks(2, _run_on_a_rank, path)
