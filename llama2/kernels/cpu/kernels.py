@@ -24,8 +24,6 @@ class CpuKernels(PlainKernels):
     def __init__(self) -> None:
         operators = torch.ops.llama2_cpu
         # `.default` spares a choice among overloads at every call.
-        self._run_layers = operators.run_layers.default
-        self._linear = operators.linear.default
         self._add_rms_norm = operators.add_rms_norm.default
         self._rotate_and_store = operators.rotate_and_store.default
         self._paged_attention = operators.paged_attention.default
@@ -49,13 +47,12 @@ class CpuKernels(PlainKernels):
             return one_by_one
         norms = [norm for layer in layers for norm in (layer.attention_norm, layer.ffn_norm)]
         at_once = torch.ops.llama2_cpu.make_layers(norms, linears, layers[0].eps, *shared)
-        max_rows = at_once.max_rows()
+        run_at_once, max_rows = at_once.run, at_once.max_rows()
 
         def run(x_TC: torch.Tensor, rope_TD2: torch.Tensor, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
             if x_TC.shape[0] > max_rows:
                 return one_by_one(x_TC, rope_TD2, batch)
-            branch_TC = self._run_layers(
-                at_once,
+            branch_TC = run_at_once(
                 x_TC,
                 rope_TD2,
                 batch.slot_mapping_T,
@@ -70,7 +67,7 @@ class CpuKernels(PlainKernels):
         return run
 
     def linear(self, x: torch.Tensor, weight: Any) -> torch.Tensor:
-        return self._linear(x, weight) if _is_linear(weight) else super().linear(x, weight)
+        return weight.product(x) if _is_linear(weight) else super().linear(x, weight)
 
     def add_rms_norm(
         self, x_TC: torch.Tensor, branch_TC: torch.Tensor | None, weight_C: torch.Tensor, eps: float

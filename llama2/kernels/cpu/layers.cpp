@@ -117,9 +117,8 @@ at::Tensor run_layers(const c10::intrusive_ptr<Layers>& layers, at::Tensor x, co
 
 TORCH_LIBRARY_FRAGMENT(llama2_cpu, library) {
   define_linear(library);
-  library.class_<Layers>("Layers").def("max_rows", &Layers::max_rows);
+  library.class_<Layers>("Layers").def("max_rows", &Layers::max_rows).def("run", &run_layers);
   library.def("make_layers", &make_layers);
-  library.def("run_layers", &run_layers);
 }
 
 }  // namespace llama2

@@ -46,7 +46,7 @@ c10::intrusive_ptr<Linear> prepare_bf16(at::Tensor w) {
 }
 
 // x (rows, inputs) times w (outputs, inputs), transposed.
-at::Tensor linear_op(const at::Tensor& x, const c10::intrusive_ptr<Linear>& w) {
+at::Tensor product(const c10::intrusive_ptr<Linear>& w, const at::Tensor& x) {
   TORCH_CHECK(x.scalar_type() == at::kBFloat16 && x.is_contiguous(), "linear takes contiguous bf16 rows");
   TORCH_CHECK(x.dim() == 2 && x.size(1) == w->inputs, "linear: shapes do not fit");
   if (x.size(0) > w->max_rows) return w->many_rows(x);
@@ -60,10 +60,10 @@ at::Tensor linear_op(const at::Tensor& x, const c10::intrusive_ptr<Linear>& w) {
 }  // namespace
 
 void define_linear(torch::Library& library) {
-  library.class_<Linear>("Linear");
+  // A method, since an operator that takes objects looks at each of its arguments in Python, before every call.
+  library.class_<Linear>("Linear").def("product", &product);
   library.def("packs_weights() -> bool", [] { return kPacks; });
   library.def("prepare_bf16", &prepare_bf16);
-  library.def("linear", &linear_op);
 }
 
 }  // namespace llama2

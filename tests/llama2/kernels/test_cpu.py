@@ -125,7 +125,7 @@ def test_linear_refuses_what_it_cannot_compute() -> None:
     linear = torch.ops.llama2_cpu.prepare_bf16(weight.clone())
     for wrong in [x.float(), x[:, :4], x[0], torch.randn(8, 2).bfloat16().t()]:
         with pytest.raises(RuntimeError, match="linear"):
-            torch.ops.llama2_cpu.linear(wrong, linear)
+            linear.product(wrong)
     for wrong_weight in [weight.float(), weight.t(), weight.flatten()]:
         with pytest.raises(RuntimeError, match="linear"):
             torch.ops.llama2_cpu.prepare_bf16(wrong_weight)
@@ -266,7 +266,7 @@ torch.manual_seed(0)
 x, weight = torch.randn(6, 70).bfloat16(), torch.randn(9, 70).bfloat16()
 expected = x @ weight.t()
 linear = torch.ops.llama2_cpu.prepare_bf16(weight)
-torch.testing.assert_close(torch.ops.llama2_cpu.linear(x, linear), expected, atol=0.1, rtol=0.02)
+torch.testing.assert_close(linear.product(x), expected, atol=0.1, rtol=0.02)
 """
 
 
