@@ -1,6 +1,6 @@
 // Owns the sum over the ranks of one host, through memory that they share.
 //
-// The protocol is that of llama2/parallel/shared_memory.py, which describes it.
+// The protocol is described in llama2/parallel/shared_memory.py.
 #include <ATen/ATen.h>
 #include <sched.h>
 #include <torch/library.h>
@@ -25,7 +25,7 @@ struct Ranks {
   int64_t& flag(int64_t of) const { return header[of * kLine]; }
   int64_t& bytes(int64_t operation, int64_t of) const { return header[of * kLine + 1 + operation % 2]; }
 
-  // Waits until every rank has contributed to `operation`; one that has no processor of its own lets others run.
+  // Waits until every rank has contributed to `operation`; yields, for ranks that share a processor.
   void wait(int64_t operation) const {
     const auto deadline = std::chrono::steady_clock::now() + patience;
     for (int64_t other = 0; other < world_size; other++)
@@ -63,8 +63,8 @@ void sum(const Ranks& ranks, int64_t operation, T* to, int64_t count) {
 
 }  // namespace
 
-// x, contiguous, becomes the sum of all ranks'. Throws when a rank does not come in `patience` seconds, or brings
-// another size.
+// x, contiguous, becomes the sum of all ranks'. Throws if a rank does not arrive in `patience` seconds, or its size
+// differs.
 void all_reduce(at::Tensor x, at::Tensor mapping, int64_t rank, int64_t world_size, int64_t slot_bytes,
                 double patience) {
   auto* memory = mapping.mutable_data_ptr<uint8_t>();

@@ -2,7 +2,7 @@
 //
 // The context is cut into parts of a fixed length, each with a softmax of its own, and the parts are merged
 // (FlashDecoding, https://crfm.stanford.edu/2023/10/12/flashdecoding.html). The cuts depend on nothing else, and
-// neither does the order of any sum: a row gets the same bits in whatever company and with however many threads.
+// neither does the order of any sum: a row gets the same bits in any batch and with any number of threads.
 #include <torch/library.h>
 
 #include "attention.h"
@@ -12,9 +12,9 @@ namespace llama2 {
 namespace {
 
 constexpr int64_t kPart = 256;    // positions with a softmax of their own
-constexpr int64_t kRun = 32;      // positions whose scores are at hand at once: whole registers
-constexpr int64_t kAlone = 4096;  // scores that one thread has sooner than it has woken another
-constexpr int64_t kQueries = 12;  // queries that share what is read of a key head; at most, where a group is not larger
+constexpr int64_t kRun = 32;      // positions whose scores are computed together: whole registers
+constexpr int64_t kAlone = 4096;  // up to this many scores, one thread is faster than waking another
+constexpr int64_t kQueries = 12;  // at most this many queries share the reads of a key head
 
 // What the tasks of one call have in common. queries (T, H, D), caches (blocks, block size, K, D), tables (S, N).
 template <typename T>
@@ -23,7 +23,7 @@ struct Problem {
   const int32_t* tables;
   int64_t table_width, block_size, heads, kv_heads, head_dim;
 
-  // Where `count` positions of a sequence, `first` and those after it, have their keys and values.
+  // The offsets of the keys and values of `count` positions of a sequence, from `first` on.
   void locate(int64_t sequence, int64_t first, int64_t count, int64_t kv_head, int64_t* offsets) const {
     const auto* block = tables + sequence * table_width + first / block_size;
     int64_t slot = first % block_size;
@@ -56,7 +56,7 @@ inline void score(const T* const (&queries)[N], const T* const (&keys)[4], int64
   for (int n = 0; n < N; n++) store4(scores[n] + p, L::totals(sums[n][0], sums[n][1], sums[n][2], sums[n][3]));
 }
 
-// out[n] = out[n] * shrink[n] + the weighted sum of the values, for N queries; C registers of features at a time.
+// out[n] = out[n] * shrink[n] + the weighted sum of the values, for N queries and C registers of features.
 template <int N, int C, typename T, typename... Lanes>
 inline void add_values(const float (*weights)[kRun], const float* shrink, const T* values, const int64_t* offsets,
                        int64_t count, int64_t dim, float* out, Lanes... lanes) {
@@ -83,7 +83,7 @@ inline void add_values(const float (*weights)[kRun], const float* shrink, const 
   if (d < dim) add_values<N, 1>(weights, shrink, values + d, offsets, count, dim, out + d, dim - d);
 }
 
-// Calls `step(first, N)` with N as a constant: fours, then what is left.
+// Calls `step(first, N)` with N as a constant: fours, then the remainder.
 template <typename Step>
 inline void by_four(int64_t size, const Step& step) {
   int64_t i = 0;
@@ -147,11 +147,11 @@ void attend(const Problem<T>& problem, const Part& part, const Part* next, float
     else
       count_ahead = next ? find(*next, next->begin, ahead) : 0;
     for (int64_t p = 0; p < std::max(count, count_ahead); p += 4) {
-      // A head's rows lie apart from each other, which processors do not foresee: ask for those of the next run, as
-      // many at once as are on their way at once.
+      // A head's rows are not contiguous, which hardware prefetchers do not follow: prefetch those of the next run, as
+      // many at once as can be in flight.
       problem.prefetch(ahead + p, std::clamp<int64_t>(count_ahead - p, 0, 4));
       if (p >= count) continue;
-      const T* keys[4];  // the last one again where fewer are left: what comes of it is not looked at
+      const T* keys[4];  // the last one again where fewer are left: its result is not used
       for (int i = 0; i < 4; i++) keys[i] = problem.keys + offsets[std::min(p + i, count - 1)];
       by_four(part.queries(), [&](int64_t q, auto n) {
         const T* queries[n];
@@ -167,7 +167,7 @@ void attend(const Problem<T>& problem, const Part& part, const Part* next, float
   }
 }
 
-// Merges the `count` parts of one query into `to` (D); from one part to the next it is `stride` queries.
+// Merges the `count` parts of one query into `to` (D); the parts are `stride` queries apart.
 template <typename T>
 void merge(const float* outs, const Softmax* softmaxes, int64_t count, int64_t stride, int64_t dim, T* to) {
   Softmax all;
@@ -228,13 +228,13 @@ void Attention::run(const Team& team, const T* queries, const T* keys, const T* 
   auto* out = outs_.mutable_data_ptr<float>();
   auto finish = [&](int64_t tile) {
     const auto& [part, first, count] = tiles_[tile];
-    // Every cut of a tile has the same slices: the next one's queries are as far as those of all slices together.
+    // Every part of a tile has the same slices, so its next part is the queries of all slices further on.
     const int64_t stride = part.rows * heads;
     for (int64_t q = 0; q < part.queries(); q++)
       merge(out + (place_[first] + q) * dim, &softmaxes_[place_[first] + q], count, stride, dim,
             result + ((part.row + q / part.heads) * heads + part.head + q % part.heads) * dim);
   };
-  const bool is_cut = parts_.size() > tiles_.size();  // if not, a part is a tile
+  const bool is_cut = parts_.size() > tiles_.size();  // if not, each tile is one part
   team.share(parts_.size(), [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; i++) {
       attend(problem, parts_[i], i + 1 < end ? &parts_[i + 1] : nullptr, out + place_[i] * dim, &softmaxes_[place_[i]]);

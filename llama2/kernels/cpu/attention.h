@@ -1,4 +1,4 @@
-// Attention of a batch: where its parts lie, and what is known of them. Described in attention.cpp.
+// Attention of a batch: its parts and their state. Described in attention.cpp.
 #pragma once
 
 #include <ATen/ATen.h>
@@ -17,8 +17,8 @@ struct Heads {
   int64_t heads, kv_heads, dim;
 };
 
-// Rows [row, row + rows) of a sequence, of which the first sees `context` positions and each next one more; of them the
-// heads [head, head + heads), which share a key head; and of their contexts the positions [begin, end).
+// Rows [row, row + rows) of a sequence, of which the first sees `context` positions and each next row one more; their
+// heads [head, head + heads), which share a key head; and the positions [begin, end) of their contexts.
 struct Part {
   int64_t sequence, row, rows, context, head, heads, begin, end;
 
@@ -29,7 +29,7 @@ struct Part {
 struct Softmax {
   float highest = -std::numeric_limits<float>::infinity(), weights = 0.f;
 
-  // The factor for what was summed so far, now that a score of `other` has been seen.
+  // Takes in a score of `other`; returns the factor for what was summed so far.
   float raise(float other) {
     const float before = highest;
     highest = std::max(highest, other);
@@ -37,7 +37,7 @@ struct Softmax {
   }
 };
 
-// The same for every layer: made once, then run with the layer's queries and caches.
+// The same for every layer: built once per batch, then run with each layer's queries and caches.
 class Attention {
  public:
   // tables (S, N), contexts (S) and starts (S + 1), int32: sequence s has the rows [starts[s], starts[s + 1]), sees
@@ -52,8 +52,8 @@ class Attention {
   void run(const Team& team, const T* queries, const T* keys, const T* values, T* result);
 
  private:
-  // The rows and heads of a part. Its parts lie one after the other; heads innermost: key heads lie side by side, so
-  // that a thread finds the cache lines of the next fetched already.
+  // The rows and heads of a part, over the whole context. Heads are innermost in the order of parts: key heads are
+  // adjacent in memory, so that a thread finds the next one's cache lines already fetched.
   struct Tile {
     Part first;
     int64_t part, count;
@@ -64,7 +64,7 @@ class Attention {
   const int32_t* tables_;
   std::vector<Tile> tiles_;
   std::vector<Part> parts_;
-  std::vector<int64_t> place_{0};  // of each part's first query among all of them, and the end
+  std::vector<int64_t> place_{0};  // index of each part's first query among all queries, and the end
   std::vector<Softmax> softmaxes_;
   at::Tensor outs_;  // (queries of all parts, D)
 };

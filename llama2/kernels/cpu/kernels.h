@@ -1,4 +1,4 @@
-// The steps that a team shares, for the operator that is made of them. Each is described where it is defined.
+// The steps that a team shares, for the operator made of them. Each is described at its definition.
 #pragma once
 
 #include <ATen/ATen.h>
@@ -9,21 +9,21 @@
 #include "team.h"
 
 // Weights are packed where bf16 products are vector instructions. Where they are matrix instructions (AMX), oneDNN has
-// many rows several times sooner, and it takes no such layout; nor is it known to help where there are neither.
+// is several times faster at many rows, and does not take this layout; without either, packing is not known to help.
 #if defined(__AVX512BF16__) && !defined(__AMX_BF16__)
 #define LLAMA2_PACKS_WEIGHTS
 #endif
 
 namespace llama2 {
 
-// The weight of a linear layer, laid out for its product. A format of weights, or another layout, is one more of these.
+// The weight of a linear layer, laid out for its product. Another format or layout is another subclass.
 struct Linear : torch::CustomClassHolder {
-  const int64_t inputs, outputs, max_rows;  // of more rows `many_rows` makes the product
+  const int64_t inputs, outputs, max_rows;  // beyond max_rows, `many_rows` computes the product
 
   Linear(int64_t inputs, int64_t outputs, int64_t max_rows) : inputs(inputs), outputs(outputs), max_rows(max_rows) {}
 
-  // y (rows, outputs) becomes x (rows, inputs) times the weight, transposed, summed in fp32. A row's result is the same
-  // bits in whatever company it comes.
+  // y (rows, outputs) becomes x (rows, inputs) times the weight, transposed, summed in fp32. A row's result has the
+  // same bits in any batch.
   virtual void run(const Team& team, const at::BFloat16* x, at::BFloat16* y, int64_t rows) const = 0;
 
   // The same by PyTorch, outside of a team.
@@ -39,7 +39,7 @@ void pack(at::BFloat16* w, int64_t outputs, int64_t inputs);
 #endif
 
 // x (rows, inputs), w (outputs, inputs), packed if need be; y (rows, outputs) becomes x wᵀ, summed in fp32. A row's
-// result is the same bits in whatever company it comes.
+// result has the same bits in any batch.
 void linear(const Team& team, const at::BFloat16* x, const at::BFloat16* w, at::BFloat16* y, int64_t rows,
             int64_t inputs, int64_t outputs);
 

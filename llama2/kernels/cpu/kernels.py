@@ -23,7 +23,7 @@ class CpuKernels(PlainKernels):
 
     def __init__(self) -> None:
         operators = torch.ops.llama2_cpu
-        # `.default` spares a choice among overloads at every call.
+        # `.default` skips overload resolution at every call.
         self._add_rms_norm = operators.add_rms_norm.default
         self._rotate_and_store = operators.rotate_and_store.default
         self._paged_attention = operators.paged_attention.default
@@ -31,7 +31,7 @@ class CpuKernels(PlainKernels):
 
     def prepare(self, weights: Mapping[str, Weight], *, threads: int) -> dict[str, Any]:
         bf16 = {name: weight for name, weight in weights.items() if weight.format == Plain(torch.bfloat16)}
-        # The largest first: the last one may keep a single thread.
+        # The largest first: the last one may run on a single thread alone.
         largest_first = sorted(bf16, key=lambda name: bf16[name].parts["weight"].numel(), reverse=True)
         with ThreadPoolExecutor(threads) as pool:
             linears = pool.map(
@@ -94,5 +94,5 @@ class CpuKernels(PlainKernels):
 
 
 def _is_linear(weight: Any) -> bool:
-    """Whether it is an object of the operators'. Other formats are left to plain PyTorch."""
+    """Whether the operators prepared `weight`. Plain PyTorch takes other formats."""
     return isinstance(weight, torch.ScriptObject)

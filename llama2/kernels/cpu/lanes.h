@@ -44,7 +44,7 @@ inline void store(BFloat16* to, const Floats& values, int64_t count = kFloats) {
   at::vec::convert_from_float<BFloat16>(values, values).store(to, count);
 }
 
-// Calls `step(i)` for every whole register below `size`, then `step(i, count)` for what is left.
+// Calls `step(i)` for every whole register below `size`, then `step(i, count)` for the remainder.
 template <typename Step>
 inline void for_lanes(int64_t size, const Step& step) {
   int64_t i = 0;
@@ -52,7 +52,7 @@ inline void for_lanes(int64_t size, const Step& step) {
   if (i < size) step(i, size - i);
 }
 
-// Four values, rounded as the type rounds.
+// Stores four values, rounded to the type.
 inline void store4(float* to, const std::array<float, 4>& values) { std::copy(values.begin(), values.end(), to); }
 inline void store4(BFloat16* to, const std::array<float, 4>& values) {
 #ifdef __AVX512BF16__

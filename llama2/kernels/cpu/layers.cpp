@@ -1,5 +1,5 @@
 // Owns all layers of the model for a few rows: the steps that Layer in llama2/model.py names, one after the other,
-// without Python in between and by threads that come together once. Of a small model's step that is a tenth.
+// without Python in between and with one parallel region. That saves a tenth of a small model's step.
 #include <torch/library.h>
 
 #include <functional>
@@ -17,7 +17,7 @@ struct Layer {
   c10::intrusive_ptr<Linear> wqkv, wo, w13, w2;
 };
 
-// Made once, of the weights as their products have them laid out.
+// Built once, from the weights in the layout of their products.
 struct Layers : torch::CustomClassHolder {
   std::vector<Layer> all;
   float eps;
@@ -31,8 +31,8 @@ struct Layers : torch::CustomClassHolder {
   }
 };
 
-// norms are those of all layers: attention_norm, ffn_norm; and linears: wqkv, wo, w13, w2. With a mapping every branch
-// is summed over the ranks, as all_reduce does.
+// norms has attention_norm and ffn_norm of every layer, linears wqkv, wo, w13 and w2. With a mapping, all_reduce sums
+// every branch over the ranks.
 c10::intrusive_ptr<Layers> make_layers(const std::vector<at::Tensor>& norms,
                                        const std::vector<c10::intrusive_ptr<Linear>>& linears, double eps,
                                        const std::optional<at::Tensor>& mapping, int64_t rank, int64_t world_size,
@@ -58,8 +58,8 @@ c10::intrusive_ptr<Layers> make_layers(const std::vector<at::Tensor>& norms,
   return layers;
 }
 
-// x (T, C) takes up every branch but the last; returns that (T, C), which the next norm adds. keys and values hold a
-// layer's cache each.
+// Adds every branch but the last to x (T, C); returns the last (T, C), which the next norm adds. keys and values have
+// one cache per layer.
 at::Tensor run_layers(const c10::intrusive_ptr<Layers>& layers, at::Tensor x, const at::Tensor& rope,
                       const at::Tensor& slots, const std::vector<at::Tensor>& keys,
                       const std::vector<at::Tensor>& values, const at::Tensor& tables, const at::Tensor& starts,

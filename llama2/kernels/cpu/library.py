@@ -2,8 +2,8 @@
 
     python -m llama2.kernels.cpu.library
 
-compiles ahead of the first start. Where it cannot be done, plain PyTorch does the work, slower. For tests,
-LLAMA_CPU_SANITIZE=address,undefined compiles another library that has these sanitizers in it (`make test-sanitizers`).
+compiles them before the first start. Where that fails, plain PyTorch does the work, slower. For tests,
+LLAMA_CPU_SANITIZE=address,undefined compiles another library with these sanitizers (`make test-sanitizers`).
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ NAME = "llama2_cpu"
 
 @functools.cache
 def load_library() -> bool:
-    """Load the operators into this process, compiled before if need be. False, with a warning, if that fails."""
+    """Load the operators into this process, compiling them if needed. False, with a warning, if that fails."""
     if not sys.platform.startswith("linux"):
         return False
     try:
@@ -44,9 +44,9 @@ def load_library() -> bool:
 
 
 def _compiled() -> Path:
-    """The library for this processor, this torch and these sources; ranks that come together wait for the first."""
+    """The library for this processor, this torch and these sources; ranks that start together wait for the first."""
     capability = torch.backends.cpu.get_cpu_capability()
-    # Nobody reads floating-point exceptions, and to keep them sums under a condition would not be vectorized.
+    # Nobody reads floating-point exceptions, and keeping them would prevent vectorizing conditional sums.
     flags = ["-O3", "-march=native", "-fopenmp", "-fno-trapping-math"]
     flags += [f"-DCPU_CAPABILITY={capability}", f"-DCPU_CAPABILITY_{capability}"]
     if sanitizers := os.environ.get("LLAMA_CPU_SANITIZE"):
@@ -75,9 +75,9 @@ def _compiled() -> Path:
 def _compile(sources: list[str], flags: list[str], build: str) -> None:
     from torch.utils import cpp_extension
 
-    # ninja is found beside the interpreter also where no virtual environment is activated.
+    # So that ninja is found beside the interpreter even if no virtual environment is activated.
     os.environ["PATH"] = os.pathsep.join((str(Path(sys.executable).parent), os.environ.get("PATH", "")))
-    preloaded = os.environ.pop("LD_PRELOAD", None)  # a sanitizer's runtime: for this process, not for the compiler
+    preloaded = os.environ.pop("LD_PRELOAD", None)  # a sanitizer's runtime, for this process, not the compiler
     try:
         with redirect_stdout(sys.stderr):
             cpp_extension.load(

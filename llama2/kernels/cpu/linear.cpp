@@ -12,13 +12,13 @@ namespace {
 
 using at::BFloat16;
 
-constexpr int64_t kAlone = 64;  // outputs that one thread has sooner than it has woken another
+constexpr int64_t kAlone = 64;  // up to this many outputs, one thread is faster than waking another
 
 #ifdef LLAMA2_PACKS_WEIGHTS
 constexpr bool kPacks = true;
 constexpr int64_t kMaxRows = std::numeric_limits<int64_t>::max();
 #else
-// Up to so many rows the weight's way through memory is what counts; beyond, oneDNN's blocked products win.
+// Up to this many rows reading the weight takes most of the time; beyond, oneDNN's blocked products are faster.
 constexpr bool kPacks = false;
 constexpr int64_t kMaxRows = 64;
 #endif
@@ -35,7 +35,7 @@ struct Bf16Linear final : Linear {
   at::Tensor many_rows(const at::Tensor& x) const override { return at::linear(x, weight); }
 };
 
-// w (outputs, inputs) is from now on for the product alone.
+// w (outputs, inputs) may be packed in place: nothing but the product may read it afterwards.
 c10::intrusive_ptr<Linear> prepare_bf16(at::Tensor w) {
   TORCH_CHECK(w.scalar_type() == at::kBFloat16 && w.dim() == 2 && w.is_contiguous(),
               "linear takes contiguous bf16 weights of two axes");

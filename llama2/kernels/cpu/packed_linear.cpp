@@ -1,11 +1,10 @@
-// Owns the product of bf16 rows with a packed weight: the layout, and how it is gone through. Memory is read in the
-// order of its addresses, which every processor does at its best rate, and no lane of a register waits for another's
-// sum.
+// Owns the product of bf16 rows with a packed weight: the layout, and the order of the work. Memory is read
+// sequentially, which is fastest on every processor, and no sum crosses the lanes of a register.
 //
-// A weight (outputs, inputs) is cut into blocks of kOutputs outputs, the last one as narrow as it must be. A block lies
-// where its outputs lay, by pairs of inputs: two inputs of its first output, the same two of its second, and so on. The
-// last of an odd number of inputs lies alone. Every sum runs through the inputs in order, in one register, so that a
-// row's bits are the same in whatever company it comes.
+// A weight (outputs, inputs) is cut into blocks of kOutputs outputs; the last may be narrower. A block takes the place
+// of its outputs, ordered by pairs of inputs: two inputs of its first output, the same two of its second, and so on.
+// The last of an odd number of inputs is stored alone. Every sum takes the inputs in order, in one register, so that a
+// row's bits are the same in any batch.
 #include "kernels.h"
 #include "lanes.h"
 
@@ -18,8 +17,8 @@ namespace llama2 {
 namespace {
 
 constexpr int kLanes = 16, kOutputs = 2 * kLanes;
-constexpr int kRows = 12;  // of a tile: its 24 sums stay in registers, beside two of weights and one of inputs
-constexpr int64_t kAhead = 4096 / sizeof(BFloat16);  // a page: at its end processors stop fetching ahead
+constexpr int kRows = 12;  // of a tile: its 24 sums fit into registers, with two for weights and one for inputs
+constexpr int64_t kAhead = 4096 / sizeof(BFloat16);  // a page: hardware prefetchers stop at its end
 
 struct Block {
   const BFloat16* weights;
@@ -30,7 +29,7 @@ struct Block {
 // A mask of the first `count` lanes.
 __mmask16 first(int64_t count) { return static_cast<__mmask16>((1 << count) - 1); }
 
-// sums[m] += what one pair of inputs of R rows gives for all outputs; `at` finds the pair in a row.
+// sums[m] += the products of one pair of inputs of R rows, for all outputs; `at` finds the pair in a row.
 template <int R, typename At>
 C10_ALWAYS_INLINE void add(__m512 (&sums)[R][2], __m512bh low, __m512bh high, const BFloat16* x, int64_t inputs,
                            const At& at) {
@@ -42,8 +41,8 @@ C10_ALWAYS_INLINE void add(__m512 (&sums)[R][2], __m512bh low, __m512bh high, co
   }
 }
 
-// y[m] = block · x[m] for R rows; outputs is the distance between rows of y. Left to itself, the compiler unrolls no
-// loop of so many instructions, and the sums go through memory.
+// y[m] = block · x[m] for R rows; outputs is the distance between rows of y. Without the pragmas the compiler does not
+// unroll such long loops, and the sums go through memory.
 template <int R>
 void tile(const Block& block, const BFloat16* x, BFloat16* y, int64_t outputs) {
   const auto low = first(std::min(block.outputs, kLanes)), high = first(std::max(block.outputs - kLanes, 0));
@@ -76,7 +75,7 @@ void tile(const Block& block, const BFloat16* x, BFloat16* y, int64_t outputs) {
   }
 }
 
-// Rows become columns. A number's place is its row's four bits and its lane's four: a round turns the eight by one.
+// Rows become columns. A value's index is its row's four bits and its lane's four: a round rotates the eight by one.
 void transpose(__m512i (&square)[kLanes]) {
   const auto low = _mm512_set_epi32(23, 7, 22, 6, 21, 5, 20, 4, 19, 3, 18, 2, 17, 1, 16, 0);
   const auto high = _mm512_add_epi32(low, _mm512_set1_epi32(kLanes / 2));
@@ -102,7 +101,7 @@ constexpr std::array<decltype(&tile<1>), sizeof...(I)> tiles_up_to(std::integer_
 void linear(const Team& team, const BFloat16* x, const BFloat16* w, BFloat16* y, int64_t rows, int64_t inputs,
             int64_t outputs) {
   constexpr auto tiles = tiles_up_to(std::make_integer_sequence<int, kRows>());
-  // Of equal size: a tile of few rows waits for its own sums.
+  // Tiles of equal size: one of few rows waits for its own sums.
   const int64_t count = ceil_div(rows, kRows);
   team.share(ceil_div(outputs, kOutputs) * count, [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; i++) {
@@ -119,7 +118,7 @@ void pack(BFloat16* w, int64_t outputs, int64_t inputs) {
   for (int64_t n = 0; n < outputs; n += kOutputs) {
     auto* block = w + n * inputs;
     const int64_t width = std::min<int64_t>(kOutputs, outputs - n);
-    const auto* next = block + width * inputs;  // rows are read in turns, which processors do not foresee
+    const auto* next = block + width * inputs;  // hardware prefetchers do not follow rows read in turns
     for (int64_t begin = 0; begin < pairs; begin += kLanes)
       for (int64_t o = 0; o < width; o += kLanes) {
         const int64_t wide = std::min<int64_t>(kLanes, width - o), high = std::min<int64_t>(kLanes, pairs - begin);

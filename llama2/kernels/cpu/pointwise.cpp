@@ -9,8 +9,8 @@
 namespace llama2 {
 namespace {
 
-constexpr int64_t kAlone = 16384;  // values that one thread has sooner than it has woken another
-constexpr int64_t kPiece = 256;    // values of a row that stay with one thread
+constexpr int64_t kAlone = 16384;  // up to this many values, one thread is faster than waking another
+constexpr int64_t kPiece = 256;    // values of a row that one thread takes at once
 
 }  // namespace
 
@@ -38,7 +38,7 @@ void add_rms_norm(const Team& team, T* x, const T* branch, const T* weight, floa
   });
 }
 
-// qkv (T, (H + 2 K) D): queries (T, H, D) become its own, rotated; rotated keys and values go to `slots` (T) of the
+// qkv (T, (H + 2 K) D): its queries go, rotated, to queries (T, H, D), rotated keys and values to `slots` (T) of the
 // caches (blocks, block size, K, D). rope (T, D / 2, 2) holds cos and sin for pairs of neighbours.
 template <typename T>
 void rotate_and_store(const Team& team, const T* qkv, const float* rope, const int64_t* slots, T* queries, T* keys,
@@ -96,7 +96,7 @@ template void rotate_and_store(const Team&, const BFloat16*, const float*, const
                                BFloat16*, int64_t, const Heads&);
 template void silu_mul(const Team&, const BFloat16*, BFloat16*, int64_t, int64_t);
 
-// The same for tensors, as operators: each returns its result.
+// The same on tensors, as operators that return their results.
 namespace {
 
 at::Tensor add_rms_norm_op(at::Tensor x, const std::optional<at::Tensor>& branch, const at::Tensor& weight,

@@ -1,7 +1,7 @@
 // Owns the search for the weight at which a nucleus ends: what cuda/sampling.py does on a GPU, in the same steps.
 //
-// A row is computed by one thread, in an order that is always the same: its bits do not depend on the others. A weight
-// is known by its bits, whose order as integers is that of the numbers from 0 to inf.
+// One thread computes a row, always in the same order: its bits do not depend on the other rows. Weights are compared
+// by their bits, whose order as integers is that of the numbers from 0 to inf.
 #include <ATen/ATen.h>
 #include <ATen/Parallel.h>
 #include <c10/util/bit_cast.h>
@@ -14,7 +14,7 @@ namespace {
 
 constexpr int32_t kInfinity = 0x7F800000, kNone = 0x7FFFFFFF;
 
-// How many weights are beyond one, or their sum; the largest up to it, and the least one beyond it.
+// The number of weights above a given one, or their sum; the largest weight up to it, and the smallest above it.
 struct Split {
   double beyond;
   int32_t below, above;
@@ -34,8 +34,8 @@ Split split(const float* row, int64_t size, int32_t middle) {
   return {beyond, below, above};
 }
 
-// The least weight, from `first` on, with less than `limit` beyond it. By halving what is between two bounds, which
-// both move on to a weight that is there: 31 halvings at most.
+// The smallest weight, from `first` on, with less than `limit` above it. Bisection in which both bounds move to weights
+// of the row: 31 steps at most.
 template <bool kSums>
 int32_t least(const float* row, int64_t size, int32_t first, double limit) {
   int32_t last = kInfinity;
@@ -54,7 +54,7 @@ float floor_of(const float* row, int64_t size, int64_t top_k, double top_p) {
   if (top_k < size) found = least<false>(row, size, found, top_k);
   if (top_p < 1) {
     const double total = split<true>(row, size, found - 1).beyond;
-    // However little is asked for, the largest weight stays.
+    // However small top_p is, the largest weight stays.
     found = least<true>(row, size, found, std::max(top_p * total, 1e-300));
   }
   return c10::bit_cast<float>(found);

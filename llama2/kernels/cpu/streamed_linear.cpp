@@ -1,5 +1,5 @@
-// Owns the product of a few bf16 rows with a weight that is not packed: the weight streams through once, as it lies in
-// memory, and what is left of the time goes into the products. Many rows are better off with oneDNN (F.linear).
+// Owns the product of a few bf16 rows with a weight that is not packed: the weight streams through once, in its
+// original layout. For many rows oneDNN (F.linear) is faster.
 #include "kernels.h"
 #include "lanes.h"
 
@@ -10,8 +10,8 @@ namespace {
 constexpr int kOutputs = 4;  // outputs and rows of a tile: its 16 sums stay in registers
 constexpr int kRows = 4;
 
-// y[m][n] = x[m] · w[n] for R rows and kOutputs outputs. The first tile over a weight asks memory for the next one's,
-// in the order of its addresses: in the order in which it will be read, processors see kOutputs short streams.
+// y[m][n] = x[m] · w[n] for R rows and kOutputs outputs. The first tile over a weight prefetches the next one's,
+// sequentially: read by outputs, it would look like kOutputs short streams to the processor.
 template <int R>
 inline void tile(const BFloat16* x, const BFloat16* w, BFloat16* y, int64_t inputs, int64_t outputs, bool is_first) {
   using L = Lanes<BFloat16>;
@@ -43,7 +43,7 @@ inline void all_rows(const BFloat16* x, const BFloat16* w, BFloat16* y, int64_t 
   }
 }
 
-// One output of all rows, where the number of outputs is no multiple of kOutputs.
+// One output of all rows, where the number of outputs is not a multiple of kOutputs.
 inline void one_output(const BFloat16* x, const BFloat16* w, BFloat16* y, int64_t rows, int64_t inputs,
                        int64_t outputs) {
   using L = Lanes<BFloat16>;

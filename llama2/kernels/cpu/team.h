@@ -1,5 +1,5 @@
-// Owns how threads work in step: they come together once for an operator, and then share one step of it after the
-// other, each until all have done their part. Within a step no thread may look at what another one writes.
+// Owns how threads work in step: they are woken once for an operator, and then share its steps one after the other,
+// with a barrier after each. Within a step no thread may read what another writes.
 #pragma once
 
 #include <ATen/Parallel.h>
@@ -14,10 +14,10 @@ namespace llama2 {
 class Team {
  public:
   // Calls `work(team)` on all of torch's threads, or on this one alone where the others are not worth waking, and
-  // throws what a step of it threw.
+  // rethrows what a step threw.
   template <typename Work>
   static void run(bool is_worth_waking, const Work& work) {
-    std::exception_ptr error;  // must not leave a thread by itself
+    std::exception_ptr error;  // must not propagate out of the parallel region
     if (is_worth_waking && at::get_num_threads() > 1) {
 #pragma omp parallel
       work(Team(error, omp_get_thread_num(), omp_get_num_threads()));
@@ -35,7 +35,7 @@ class Team {
     meet();
   }
 
-  // Calls `step()` on the first thread. If it throws, the steps that follow are left out, on all threads.
+  // Calls `step()` on the first thread. If it throws, all threads skip the steps that follow.
   template <typename Step>
   void alone(const Step& step) const {
     if (thread_ == 0 && !error_) {
@@ -51,7 +51,7 @@ class Team {
  private:
   Team(std::exception_ptr& error, int thread, int threads) : error_(error), thread_(thread), threads_(threads) {}
 
-  // Returns when all threads have come here. OpenMP's barrier lets one that waits long sleep, and others run.
+  // Returns when all threads have arrived. In OpenMP's barrier a thread that waits long sleeps and lets others run.
   void meet() const {
     if (threads_ == 1) return;
 #pragma omp barrier
