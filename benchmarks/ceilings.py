@@ -1,5 +1,4 @@
-"""Owns what the machine gives at best, measured now: the bytes of its memory and the operations of a product,
-per second.
+"""Owns the machine's ceilings, measured now: memory bandwidth, and operations per second of a product.
 
 Knows no model.
 """
@@ -19,9 +18,9 @@ from benchmarks.limits import Rates
 
 # Far beyond any cache.
 BUFFER_BYTES = 1 << 30
-# The best size depends on caches: the best of these counts.
+# The best size depends on caches; the best rate of these counts.
 PRODUCT_SIZES = {"cpu": (1024, 2048, 4096), "cuda": (4096, 8192, 16384)}
-# A rate that other work on the machine disturbs is only ever too low: the best of several counts.
+# Other work on the machine can only lower a rate, so the best of several counts.
 SECONDS = 1.0
 
 
@@ -29,7 +28,7 @@ SECONDS = 1.0
 class Ceilings:
     """Rates of all ranks together, measured at the same time.
 
-    A copy counts what it reads and what it writes. `read_bytes_per_second` is a sum of the same bytes: decoding only
+    A copy counts the bytes it reads and writes. `read_bytes_per_second` is of a sum of the same bytes: decoding only
     reads, which some machines do faster.
     """
 
@@ -39,7 +38,7 @@ class Ceilings:
 
     @property
     def rates(self) -> Rates:
-        """What the limits are computed from: the better of copy and read, and the product."""
+        """The rates that limits are computed from: the better of copy and read, and the product."""
         return Rates(
             bytes_per_second=max(self.copy_bytes_per_second, self.read_bytes_per_second),
             flops_per_second=self.flops_per_second,

@@ -2,8 +2,8 @@
 
     python -m benchmarks.convert [--gigabytes 4] [--processes 1] [--rounds 3] [--folder DIR] [--out FILE]
 
-The checkpoint is synthetic: Llama's architecture at Meta's model parallel size 8, in bf16. Both ways start with the
-source in the page cache and nothing waiting for the disk, take turns, and end when all that they wrote is on the disk.
+The checkpoint is synthetic: Llama's architecture at Meta's model parallel size 8, in bf16. Both start with the
+source in the page cache and no pending writes, take turns, and end when all that they wrote is on disk.
 The fastest of the rounds counts for each: other load on the machine disturbs it least. `start_seconds` is what the same
 command takes for a checkpoint of nothing: interpreters, imports, and torchrun's own.
 """
@@ -80,7 +80,7 @@ def benchmark(
         "convert_gb_per_s": size / 1e9 / seconds,
         "cp_gb_per_s": size / 1e9 / copy,
         "ratio": copy / seconds,
-        # Of a small checkpoint nothing is left.
+        # Nothing is left of a small checkpoint's time.
         "ratio_after_start": copy / after_start if after_start > 0 else None,
         "anonymous_bytes": max(memory),
         "interpreter_bytes": interpreter,
@@ -106,7 +106,7 @@ def _as_text(figures: Mapping[str, Any]) -> str:
 
 
 def make_checkpoint(folder: Path, *, nbytes: int) -> ModelArgs:
-    """Write a Llama of about `nbytes`, as wide as leaves it some layers, and a tokenizer."""
+    """Write a Llama of about `nbytes`, narrow enough to have some layers, and a tokenizer."""
     for dim in (8192, 4096, 2048, 1024, 512):
         params = {"dim": dim, "n_layers": 1, "n_heads": dim // 64, "vocab_size": 32000}
         shapes = ModelArgs.from_params(params).parameter_shapes()
@@ -143,7 +143,7 @@ def _command(source: Path, result: Path, processes: int) -> list[str | Path]:
 
 
 def _timed(command: Sequence[str | Path], result: Path) -> tuple[float, int]:
-    """Seconds until the command's output is on the disk, and the most anonymous memory of a process of it."""
+    """Seconds until the command's output is on the disk, and the most anonymous memory of one of its processes."""
     subprocess.run(["sync"], check=True)
     start = time.perf_counter()
     process = psutil.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
@@ -159,7 +159,7 @@ def _timed(command: Sequence[str | Path], result: Path) -> tuple[float, int]:
 
 
 class _MemoryWatch(threading.Thread):
-    """Samples the anonymous memory of a process and its descendants, and keeps the largest of any one."""
+    """Samples the anonymous memory of a process and its descendants, and keeps the largest of any of them."""
 
     def __init__(self, process: psutil.Process, *, interval: float = 0.02) -> None:
         super().__init__(daemon=True)
@@ -193,7 +193,7 @@ def _anonymous(pid: int) -> int:
 
 
 def _idle_memory() -> int:
-    """Anonymous memory of an interpreter that imported torch and DCP, and does nothing."""
+    """Anonymous memory of an idle interpreter that has imported torch and DCP."""
     with subprocess.Popen([sys.executable, "-c", IDLE], stdout=subprocess.PIPE) as process:
         assert process.stdout is not None
         process.stdout.readline()

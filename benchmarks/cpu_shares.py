@@ -1,6 +1,6 @@
-"""Owns where the processors' time goes while a server is loaded: to its engine, its handler, its Java, or to the load.
+"""Owns where processor time goes while a server is under load: its engine, its handler, its Java, or the load.
 
-Knows neither the load's figures nor what is measured by them.
+Knows neither the load's figures nor what they measure.
 """
 
 from __future__ import annotations
@@ -18,17 +18,17 @@ INTERVAL = 0.5  # s
 
 
 class CpuWatch:
-    """Reads the processor time of a server's processes, and of all that this process starts, during its `with` block.
+    """Reads the processor time of a server's processes, and of this process's children, during its `with` block.
 
     `java` is TorchServe's front end. Of its workers, the main threads are the `handler`, which answers polls, and all
-    others the `engine`: its own thread, and those that compute with it. `load` are this process's descendants, and
-    `others` the rest of the machine: if it is much, something disturbed the measurement.
+    others the `engine`: its own thread and its compute threads. `load` are this process's descendants, and
+    `others` the rest of the machine: if that is much, something disturbed the measurement.
     """
 
     def __init__(self, server: Iterable[psutil.Process]) -> None:
         self._server = tuple(server)
-        self._used: dict[tuple[str, psutil.Process], float] = {}  # s; of a process that has ended, what was seen last
-        self._samples: list[tuple[float, ...]] = []  # when, then of each part
+        self._used: dict[tuple[str, psutil.Process], float] = {}  # s; for a process that has ended, the last value seen
+        self._samples: list[tuple[float, ...]] = []  # time, then of each part
         self._done = threading.Event()
         self._thread = threading.Thread(target=self._watch, daemon=True)
 
@@ -69,7 +69,7 @@ class CpuWatch:
 
     def _read(self, process: psutil.Process) -> Iterator[tuple[str, float]]:
         threads = {thread.id: thread.user_time + thread.system_time for thread in process.threads()}
-        times = process.cpu_times()  # of threads that have ended, too
+        times = process.cpu_times()  # including threads that have ended
         total = times.user + times.system
         if process not in self._server:
             yield "load", total

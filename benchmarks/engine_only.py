@@ -1,9 +1,9 @@
-"""Runs the engine with no server before it, as a load runs it through one: what the front's cost is measured by.
+"""Runs the engine with no server in front, on the work of a load: the baseline for the front end's cost.
 
     torchrun --nproc_per_node 2 -m benchmarks.engine_only --checkpoint build/converted_checkpoints --clients 32 …
 
-Rank 0 prints one line of JSON: the tokens/s of `requests` requests of which `clients` are live at any time, and the ms
-to the first token of requests that are alone.
+Rank 0 prints one line of JSON: the tokens/s of `requests` requests, `clients` of them live at any time, and the ms to
+the first token of single requests.
 """
 
 from __future__ import annotations
@@ -41,8 +41,8 @@ def run(
     """Measure, on every rank of the group. The sizes are those of `EngineConfig`; all requests have different prompts.
 
     Args:
-        alone: how many requests are timed that have none beside them.
-        device: cuda or cpu; by default the best there is.
+        alone: how many requests are timed one at a time.
+        device: cuda or cpu; by default the best available.
     """
     config = EngineConfig(max_seq_len=max_seq_len, max_batch_size=max_batch_size, max_step_tokens=max_step_tokens)
     engine = load_engine(checkpoint, device=device, config=config)
@@ -76,7 +76,7 @@ def tokens_per_s(engine: Engine, made: Iterator[Request], *, clients: int, reque
 
 
 def ttft_ms(engine: Engine, request: Request) -> float:
-    """From adding a request of one token, with none beside it, to that token."""
+    """From adding a single request of one token to that token."""
     start = time.perf_counter()
     engine.add(request)
     while engine.has_work:

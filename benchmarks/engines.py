@@ -41,12 +41,12 @@ class Cell:
     context: int
 
     def length(self, new_tokens: int, max_step_tokens: int) -> int:
-        """Positions that the longest sequence takes: the first, which decodes while the other prompts are computed."""
+        """Positions of the longest sequence: the first, which decodes while the other prompts are computed."""
         early = math.ceil(self.batch * self.context / (max_step_tokens - self.batch))
         return self.context + early + new_tokens + 1
 
     def work(self, index: int, *, vocab_size: int, new_tokens: int, seed: int = 0) -> Work:
-        """Round `index`: the same prompts for whoever runs it, and for nothing else."""
+        """Round `index`: the same prompts for every engine, and used nowhere else."""
         generator = np.random.default_rng((seed, self.batch, self.context, index))
         prompts = generator.integers(0, vocab_size, (self.batch, self.context))
         return Work(prompts=prompts.tolist(), new_tokens=new_tokens)
@@ -72,15 +72,15 @@ class MeasuredEngine:
         self._seen: set[tuple[int, int]] = set()
 
     def run(self, work: Work) -> Done:
-        """Do `work` and time it; see `Done`. Work of a size that was not seen before is warmed up first.
+        """Do `work` and time it; see `Done`. Work of a new size is warmed up first.
 
-        The prompts alone come first, each with its first token. Then again, and from where all of them decode, steps
-        are timed. The first replies are then longer than the last: they gained a token in each step of the prefill.
+        First the prompts alone, each with its first token. Then all of it again: steps are timed once all sequences
+        decode. The first replies are then longer than the last: they gained a token in each step of the prefill.
         """
         size = len(work.prompts), len(work.prompts[0])
         if size not in self._seen:
             self._seen.add(size)
-            # At full length: the first product of a size may choose its kernel, and the first kernel of a kind compile.
+            # At full length: the first product of a size may select its kernel, and the first kernel of a kind compile.
             self._add(work, max_new_tokens=3)
             self._finish()
         return self._run(work)
@@ -125,9 +125,9 @@ class MeasuredEngine:
 def fit_memory(
     args: ModelArgs, config: EngineConfig, *, memory_share: float, dtype: torch.dtype, device: torch.device
 ) -> EngineConfig:
-    """`config`, its KV cache cut down to `memory_share` of what loading leaves free, if all of it does not fit.
+    """`config`, with its KV cache cut to `memory_share` of what loading leaves free if it does not fit.
 
-    The process group is up.
+    The process group must be set up.
     """
     ranks = dist.get_world_size()
     weights = (read_parameters(args) + args.vocab_size * args.dim) * dtype.itemsize / ranks
@@ -150,7 +150,7 @@ def random_engine(args: ModelArgs, config: EngineConfig, *, dtype: torch.dtype, 
 
 
 class RandomModel:
-    """A model with random weights, from which engines of several sizes can be made. Made on every rank."""
+    """A model with random weights, from which engines of several sizes can be made. Created on every rank."""
 
     def __init__(self, args: ModelArgs, config: EngineConfig, *, dtype: torch.dtype, device: torch.device) -> None:
         spec = Spec(args=args, dtype=dtype)
@@ -183,7 +183,7 @@ def _draw(weights: Mapping[str, DTensor]) -> None:
 class MadeUpTokenizer(Tokenizer):
     """The 256 bytes, and made-up words up to `vocab_size`: a reply's ids become text, as they do in the server.
 
-    Reads no text, and needs no library that would.
+    It cannot encode text, and needs no tokenizer library.
     """
 
     def __init__(self, vocab_size: int) -> None:

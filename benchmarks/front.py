@@ -1,4 +1,4 @@
-"""Owns what TorchServe and the handler cost: the same work through the server and by the engine alone, side by side."""
+"""Owns the cost of TorchServe and the handler: the same work through the server and by the engine alone, compared."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ WANTED_MS = 15
 
 
 def engine_alone(checkpoint: Path, server: Mapping[str, Any], work: Work) -> dict[str, float]:
-    """tokens/s and ms to the first token with no server, on as many ranks and threads, with the same sizes.
+    """tokens/s and ms to the first token without a server, on the same ranks, threads and sizes.
 
     Args:
         server: the settings of the server to compare with, as in a model-config.yaml.
@@ -56,13 +56,13 @@ def engine_alone(checkpoint: Path, server: Mapping[str, Any], work: Work) -> dic
 def front_cost(
     alone: Sequence[Mapping[str, float]], many: Load, one: Load, cores: Mapping[str, float]
 ) -> dict[str, Any]:
-    """What the front takes away.
+    """What the front end costs.
 
     Args:
-        alone: what the engine did by itself, each time that it was measured; the best of them counts.
+        alone: the engine's own figures, one per measurement; the best counts.
         many: the load of `CLIENTS` clients.
         one: the load of a single client.
-        cores: what kept how many processors busy during the load of `CLIENTS` clients; see cpu_shares.py.
+        cores: how many processors each part kept busy during the load of `CLIENTS` clients; see cpu_shares.py.
     """
     best = {"tokens_per_s": max(run["tokens_per_s"] for run in alone), "ttft_ms": min(run["ttft_ms"] for run in alone)}
     return {

@@ -1,9 +1,9 @@
-"""Measures the GPU's kernels one by one, beside PyTorch's own and beside variants of themselves.
+"""Measures the GPU's kernels one by one, against PyTorch's own and against variants of themselves.
 
     python -m benchmarks.gpu_kernels
 
-What a decoding step costs is the sum of these: they say which kernel to work on, which rows belong into `STREAMED_ROWS`
-of llama2/kernels/cuda/kernels.py, and which numbers are the right ones there. Needs torch, triton and numpy alone.
+A decoding step costs the sum of these: they say which kernel to work on, which rows belong in `STREAMED_ROWS` of
+llama2/kernels/cuda/kernels.py, and which values are right there. Needs only torch, triton and numpy.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from benchmarks.sweeps.bench import Bench
 from llama2.parallel.process_group import choose_device, init_process_group
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
-# What there is comes first, then what could be: time may end before.
+# The engine's own choices first, then variants: time may run out.
 PARTS = (
     products.measure,
     attention.measure,
@@ -90,9 +90,9 @@ def parser() -> argparse.ArgumentParser:
 
 
 def _compile_ahead(arguments: list[str], compilers: int, *, deadline: float) -> None:
-    """Have every kernel compiled by several processes at once, which takes longer than to measure them.
+    """Compile every kernel in several processes at once: compiling takes longer than measuring.
 
-    Triton keeps them on disk. What is not done by `deadline` this process compiles itself.
+    Triton caches them on disk. This process compiles what is not done by `deadline`.
     """
     command = [sys.executable, "-m", "benchmarks.gpu_kernels", *arguments, "--compile"]
     processes = [subprocess.Popen([*command, str(index)]) for index in range(compilers)]

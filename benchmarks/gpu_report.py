@@ -1,7 +1,6 @@
-"""Owns what is known of a GPU after `benchmarks/gpu.sh`: `gpu.json`, written by one step after the other, and the same
-figures as tables in `gpu.txt`.
+"""Owns the results of `benchmarks/gpu.sh`: `gpu.json`, written step by step, and its tables in `gpu.txt`.
 
-Measures nothing. Each step adds sections, and replaces only its own: whatever ends a step, what it has written stays.
+Measures nothing. Each step adds sections, and replaces only its own: however a step ends, what it has written stays.
 """
 
 from __future__ import annotations
@@ -15,18 +14,18 @@ from benchmarks.offline_report import measured_table, peer_table
 from benchmarks.results import save
 from benchmarks.tables import table
 
-# Kernels of a profile that the tables show, and the width of their names; the JSON file has more.
+# How many kernels of a profile the tables show, and the width of their names; the JSON file has more.
 SHOWN_KERNELS, NAME_WIDTH = 8, 60
 
 
 class GpuReport:
-    """The two files in a folder, which need not be there yet."""
+    """The two files in a folder, which need not exist yet."""
 
     def __init__(self, folder: Path | str) -> None:
         self._path = Path(folder, "gpu.json")
 
     def figures(self) -> dict[str, Any]:
-        """All sections that were written so far."""
+        """All sections written so far."""
         figures: dict[str, Any] = self._read().get("figures", {})
         return figures
 
@@ -45,7 +44,7 @@ class GpuReport:
 
 
 def as_text(figures: Mapping[str, Any]) -> str:
-    """Every section as a table. What was run, and how that ended, comes last: there a terminal stands."""
+    """Every section as a table. What ran, and how it ended, comes last, where a terminal shows it."""
     parts = []
     if "kernels" in figures:
         parts.append(_kernels(figures["kernels"]))

@@ -2,7 +2,7 @@
 
     python -m benchmarks.gpu_run --shape 7b --cells 1x128,64x1024 --profiles 1,8,64
 
-Needs torch and numpy alone. The weights are random. Every cell is written to `gpu.json` as soon as it is measured.
+Needs only torch and numpy. The weights are random. Every cell is written to `gpu.json` as soon as it is measured.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from llama2.kv_cache import bytes_per_block
 from llama2.parallel.process_group import choose_device, init_process_group
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
-# Of what the weights leave free: cells need less, and recording needs some.
+# Of the memory that the weights leave free: cells need less, and recording needs some.
 KV_SHARE = 0.6
 PROFILED_STEPS = 3
 
@@ -111,7 +111,7 @@ class _Run:
         self._config = fit_memory(self._args, config, memory_share=KV_SHARE, dtype=self._dtype, device=device)
 
     def start(self) -> None:
-        """Make the model and the engine, which on a GPU records decoding, and note what that took."""
+        """Make the model and the engine, which on a GPU records decoding, and record the time and memory taken."""
         started = time.perf_counter()
         self._model = RandomModel(self._args, self._config, dtype=self._dtype, device=self._device)
         self._wait()
@@ -161,20 +161,20 @@ class _Run:
             try:
                 reason = cell.reason_to_skip(self._engine, settings.new_tokens)
                 figures = {"left_out": reason} if reason else run(cell)
-            except RuntimeError as error:  # a machine may forbid it: the figures that are there count more
+            except RuntimeError as error:  # a machine may forbid profiling; the other figures matter more
                 figures = {"left_out": str(error).splitlines()[0]}
             profiles[f"{what} {cell.batch}x{cell.context}"] = figures
             self._write()
 
     def record_again(self) -> None:
-        """A second, small engine on the same model: what recording costs once every kernel is compiled."""
+        """A second, small engine on the same model: the cost of recording once every kernel is compiled."""
         config = dataclasses.replace(self._config, kv_memory_fraction=None, max_seq_len=64)
         _, memory = self._make_engine(config)
         self._figures["start"] |= {f"again_{name}": value for name, value in memory.items()}
         self._write()
 
     def _make_engine(self, config: EngineConfig) -> tuple[Engine, dict[str, float]]:
-        """An engine, the seconds it took, and the memory it took beside its KV cache: on a GPU that is the graphs'."""
+        """An engine, the seconds it took, and the memory it took besides its KV cache: on a GPU, that of the graphs."""
         before = self._memory()
         started = time.perf_counter()
         engine = self._model.engine(config)
@@ -190,7 +190,7 @@ class _Run:
         }
 
     def _memory(self) -> dict[str, int]:
-        """Bytes of a GPU that tensors hold, that PyTorch holds for them, and that are gone at all."""
+        """Bytes of a GPU that tensors hold, that PyTorch reserves, and that are in use in all."""
         if self._device.type != "cuda":
             return {}
         free, total = torch.cuda.mem_get_info(self._device)

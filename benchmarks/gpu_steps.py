@@ -1,9 +1,9 @@
-"""Runs all that is to be known of a GPU, one step after the other, in less time than a rented machine gives.
+"""Runs all GPU checks and measurements, one step after the other, within the time of a rented machine.
 
     python -m benchmarks.gpu_steps OUT
 
-Needs torch, triton and numpy alone: a step that needs more is left out by name where that is missing. Every step has a
-limit, and what one does not need of its time the next may take. What a step wrote before its end stays.
+Needs only torch, triton and numpy: a step that needs more is named and skipped where that is missing. Every step has a
+time limit, and the next may use what it leaves. What a step wrote before its end stays.
 """
 
 from __future__ import annotations
@@ -25,13 +25,13 @@ from typing import Any
 from benchmarks.gpu_report import GpuReport
 from benchmarks.results import RESULTS, ROOT
 
-# All steps together; a rented machine may give 600, of which its own start and the copying back take some.
+# All steps together; a rented machine may give 600, some of which go to its start and to copying back.
 SECONDS = 525
-# Asked to end, a process has so long before it is killed.
+# How long a process has to end before it is killed.
 GRACE = 4
-# A step that has less is not begun: that is what it takes to import torch.
+# A step with less time left is not started: importing torch takes this long.
 LEAST = 10
-# Named where they are missing: what needs them is left out.
+# Named if missing; steps that need them are skipped.
 OPTIONAL = (
     *("pytest", "hypothesis", "fire", "gguf", "psutil", "tqdm", "tokenizers", "matplotlib", "transformers"),
     *("safetensors", "yaml", "sentencepiece", "llguidance", "pydantic"),
@@ -61,7 +61,7 @@ STEPS = (
     Step(
         name="tests",
         limit=90,
-        # Side by side: most of their time goes into compiling kernels, on one core each.
+        # In parallel: most of their time goes into compiling kernels, on one core each.
         commands=tuple(("-m", "pytest", "-q", "-p", "no:cacheprovider", test) for test in GPU_TESTS),
         needs=("pytest",),
     ),
@@ -109,7 +109,7 @@ def main(arguments: list[str] | None = None, steps: Sequence[Step] = STEPS) -> N
 
 
 def _run(step: Step, out: Path, *, seconds: float, missing: Sequence[str]) -> dict[str, Any]:
-    """Run one step; how that ended, as JSON. The exit status is that of the first command that failed."""
+    """Run one step; returns how it ended, as JSON. The exit status is that of the first command that failed."""
     lacks = [name for name in step.needs if name in missing]
     if lacks or seconds < LEAST:
         reason = f"not installed: {', '.join(lacks)}" if lacks else "no time left"
@@ -123,7 +123,7 @@ def _run(step: Step, out: Path, *, seconds: float, missing: Sequence[str]) -> di
     try:
         for command, log in zip(commands, logs, strict=True):
             with log.open("w") as file:
-                # A session of its own: what it starts ends with it.
+                # In its own session, so that what it starts ends with it.
                 processes.append(
                     subprocess.Popen(
                         [sys.executable, *command], cwd=ROOT, stdout=file, stderr=file, start_new_session=True
@@ -150,7 +150,7 @@ def _run(step: Step, out: Path, *, seconds: float, missing: Sequence[str]) -> di
 
 
 def _end(process: subprocess.Popen[bytes]) -> None:
-    """End a process, if it runs, and all that it has started."""
+    """End a process, if it is running, and all that it has started."""
     for signal_number in (signal.SIGTERM, signal.SIGKILL):
         with contextlib.suppress(ProcessLookupError):
             os.killpg(process.pid, signal_number)
@@ -159,7 +159,7 @@ def _end(process: subprocess.Popen[bytes]) -> None:
 
 
 def _pack(out: Path) -> Path:
-    """The folder as one file beside it."""
+    """Pack the folder into one file beside it."""
     packed = out.with_name(f"{out.name}.tar.gz")
     with tarfile.open(packed, "w:gz") as archive:
         archive.add(out, arcname=out.name)

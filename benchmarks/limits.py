@@ -1,4 +1,4 @@
-"""Owns how fast the hardware would let a model be: the least bytes and operations of a step, over the measured rates.
+"""Owns how fast the hardware lets a model run: the least bytes and operations of a step, over the measured rates.
 
 Knows no torch and no engine. The limit is a roofline (Williams et al., doi:10.1145/1498765.1498785): a step takes at
 least as long as its bytes take, and at least as long as its operations take.
@@ -14,19 +14,19 @@ from llama2.config import ModelArgs
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Rates:
-    """What the hardware gives at best: bytes read per second, and floating-point operations per second."""
+    """The hardware's ceilings: bytes read per second, and floating-point operations per second."""
 
     bytes_per_second: float
     flops_per_second: float
 
 
 def layer_parameters(args: ModelArgs) -> int:
-    """Parameters of all layers: those that every token is multiplied with."""
+    """Parameters of all layers: those that every token is multiplied by."""
     return sum(math.prod(shape) for name, shape in args.parameter_shapes().items() if name.startswith("layers."))
 
 
 def read_parameters(args: ModelArgs) -> int:
-    """Parameters that a decoding step reads: all but the embedding table, of which it looks up a row for each token.
+    """Parameters that a decoding step reads: all but the embedding table, where it looks up one row per token.
 
     A head that is tied to the table is read like any other head.
     """
@@ -61,8 +61,8 @@ def prefill_seconds(
 ) -> float:
     """The least time to compute `batch` prompts of `context` tokens, T: B·(2·N·T + 2·layers·T²·d) / F.
 
-    N are the layers' parameters: the head sees one position of a prompt. Causal attention is half of T². The weights
-    are read once at least, which is what a short prompt waits for.
+    N is the layers' parameters: the head sees one position of a prompt. Causal attention is half of T². The weights
+    are read at least once, which bounds a short prompt.
     """
     weights = read_parameters(args) * itemsize if weight_bytes is None else weight_bytes
     attention = 2 * args.n_layers * context**2 * args.n_heads * args.head_dim

@@ -28,7 +28,7 @@ PERCENTILES = ("p50", "p90", "p99")
 
 
 class LoadError(RuntimeError):
-    """guidellm is missing or failed, in words for the person at the terminal."""
+    """guidellm is missing or failed; the message is for the user."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -43,8 +43,8 @@ class Target:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Work:
-    """The requests of a load: streamed completions of made-up prompts, each of exactly so many tokens. It ends with
-    `requests` of them, or after `seconds`: those that are under way then are cut off."""
+    """The requests of a load: streamed completions of synthetic prompts of exact lengths. It ends after
+    `requests` of them, or after `seconds`: those still in flight are cut off."""
 
     prompt_tokens: int
     output_tokens: int
@@ -54,11 +54,11 @@ class Work:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Load:
-    """What came of one load. A latency holds p50, p90 and p99, in ms, of the requests that were answered; the
+    """The results of one load. A latency holds p50, p90 and p99, in ms, of the requests that were answered; the
     inter-token latency of a request is the mean over its tokens. Empty where none was answered.
 
-    Either `clients` asked, each again as soon as it had its reply, or `offered_per_s` requests were to come by chance
-    (Poisson), and `sent_per_s` came. `unfinished` were cut off at the end, `failed` were refused or broke.
+    Either `clients` sent requests, each as soon as it had its last reply, or `offered_per_s` Poisson arrivals were
+    planned and `sent_per_s` sent. `unfinished` were cut off at the end, `failed` were refused or broke off.
     """
 
     clients: int | None
@@ -87,9 +87,9 @@ def offer(
     """Make one load and return guidellm's report of it.
 
     Args:
-        clients: how many ask at any time, or
-        rate: how many requests come per second, by chance.
-        seed: of the prompts and arrivals. A new one for each load, else the prompts are known from the last one.
+        clients: how many send requests at any time, or
+        rate: requests per second, Poisson arrivals.
+        seed: of the prompts and arrivals. Use a new one for each load, or the prompts are cached from the last one.
         guidellm: the program.
 
     Raises:
@@ -111,7 +111,7 @@ def offer(
         ]
         command = [str(guidellm), "run", "--disable-console"]
         command += [word for name, value in options for word in (f"--{name}", value)]
-        # One process makes some thousand tokens/s of load, and takes few processors from the server beside it.
+        # One process generates some thousand tokens/s of load, and leaves the processors to the server beside it.
         environ = {"GUIDELLM__MAX_WORKER_PROCESSES": "1", **os.environ, "HF_HUB_OFFLINE": "1"}
         done = complete(command, cwd=folder, environ=environ)
         if done.returncode or not report.exists():
@@ -152,13 +152,13 @@ def read_report(
 
 
 def span(report: Mapping[str, Any]) -> tuple[float, float]:
-    """From when to when the load went on whose rates are reported, in seconds since the epoch."""
+    """Start and end of the load whose rates are reported, in seconds since the epoch."""
     (benchmark,) = report["benchmarks"]
     return benchmark["start_time"], benchmark["end_time"]
 
 
 def lateness(report: Mapping[str, Any]) -> float:
-    """Seconds by which the requests were sent later than planned, as a median: then they came in a burst."""
+    """Median delay in seconds of sending the requests; if it is large, they came in a burst."""
     late = [
         request["request_start_time"] - request["info"]["timings"]["targeted_start"]
         for requests in _requests(report).values()
@@ -169,14 +169,14 @@ def lateness(report: Mapping[str, Any]) -> float:
 
 
 def dollars_per_1k_tokens(dollars_per_hour: float | None, tokens_per_s: float) -> float | None:
-    """What 1,000 generated tokens cost on a machine that is paid by the hour; None where nothing is known of that."""
+    """What 1,000 generated tokens cost on a machine paid by the hour; None if its price is unknown."""
     if dollars_per_hour is None or not tokens_per_s:
         return None
     return dollars_per_hour / 3600 / tokens_per_s * 1000
 
 
 def latencies(report: Mapping[str, Any], metric: str) -> list[float]:
-    """ "ttft_ms" or "itl_ms" of every request that was sent, as far as it came; infinite where it did not."""
+    """ "ttft_ms" or "itl_ms" of every request sent; infinite where it has none."""
     name, factor = _METRICS[metric]
     requests = _requests(report)
     begun = [one[name] for one in requests["successful"] + requests["incomplete"]]

@@ -1,10 +1,10 @@
-"""Measures loading: from a converted folder in the page cache to a model that is ready to run, beside `cat` of it.
+"""Measures loading: from a converted folder in the page cache to a model that is ready to run, compared with `cat`.
 
     python -m benchmarks.loading [--checkpoint DIR | --gigabytes 3] [--rounds 5] [--device cpu] [--out FILE]
 
 Without a checkpoint a synthetic one is converted from 8 shards, the hardest case: two weights of a layer, and the
-embedding, lie in the file in slices of rows. The same command runs under torchrun, on as many ranks; the rate is that
-of all. The two take turns. Wanted: at least `WANTED_RATIO` of the rate of `cat`.
+embedding, are stored in slices of rows. The same command runs under torchrun; the rate is that of all ranks
+together. The two take turns. Target: at least `WANTED_RATIO` of the rate of `cat`.
 """
 
 from __future__ import annotations
@@ -46,8 +46,8 @@ def benchmark(
     """Load and `cat` in turns, print the figures, and write them as JSON.
 
     Args:
-        checkpoint: a converted folder; left out, one is made.
-        gigabytes: size of the one that is made, in 1e9 bytes.
+        checkpoint: a converted folder; by default one is made.
+        gigabytes: size of the one made, in 1e9 bytes.
         rounds: how often each is measured.
         device: cpu or cuda; by default a GPU where each rank has one.
         out: the JSON file to write.
@@ -69,7 +69,7 @@ def benchmark(
             loading.append(_load(folder[0], where))
         size = sum(file.stat().st_size for file in Path(folder[0]).glob("*.distcp"))
     if dist.get_rank() == 0:
-        # The first round brings what later ones find: the page cache, and memory that the system has given once.
+        # The first round warms up the page cache, and memory that the system has given once.
         _report(loading[1:], reading[1:], size=size, ranks=dist.get_world_size(), rounds=rounds, out=out)
 
 
@@ -77,7 +77,7 @@ def _convert(source: Path, result: Path, *, nbytes: int) -> None:
     make_checkpoint(source, nbytes=nbytes)
     command: list[str | Path] = [sys.executable, ROOT / "convert_checkpoints.py"]
     command += ["--original_ckpt_dir", source, "--save_checkpoint_dir", result]
-    # It is a process of its own, whatever group this one belongs to.
+    # A separate process, whatever group this one belongs to.
     environ = {name: value for name, value in os.environ.items() if name not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")}
     subprocess.run(command, check=True, stdout=subprocess.DEVNULL, env=environ)
 

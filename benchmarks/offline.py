@@ -1,12 +1,12 @@
-"""Measures the engine alone: prefill and decode by batch and context, beside the machine's limits and beside peers.
+"""Measures the engine alone: prefill and decode by batch and context, against the machine's limits and against peers.
 
     python -m benchmarks.offline --checkpoint build/converted_checkpoints --peer transformers,llama_cpp,vllm
     python -m benchmarks.offline --shape 7b
     torchrun --nproc_per_node 2 -m benchmarks.offline --shape 7b
 
-The ceilings come first: a large copy, a large read, a large product. Each limit is what they allow (see limits.py).
-Prompts are random ids, no two alike; replies are greedy and go on through every end of text. A peer gets the same
-prompts and the same number of tokens, in turns with ours, and sleeps while ours runs.
+The ceilings come first: a large copy, a large read, a large product. Limits follow from them (see limits.py).
+Prompts are random ids, all different; replies are greedy and ignore every end of text. A peer gets the same
+prompts and the same number of tokens, takes turns with ours, and sleeps while ours runs.
 """
 
 from __future__ import annotations
@@ -71,7 +71,7 @@ def benchmark(
         contexts: tokens of each prompt, such as 128,1024,4096.
         new_tokens: decoding steps that are timed, once every sequence decodes.
         rounds: how often each piece of work is measured.
-        peer: whom to measure in turns with ours: transformers (a plain greedy loop), transformers_batching (its own
+        peer: engines to measure in turns with ours: transformers (a plain greedy loop), transformers_batching (its own
             continuous batching), transformers_static (static cache, compiled), llama_cpp, vllm, gpt_fast; several with
             commas. One that is not installed is named with the command that installs it.
         dtype: bf16, fp16 or fp32; of weights, KV cache, and the product of the ceilings.
@@ -182,7 +182,7 @@ def benchmark(
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class _Run:
-    """What all measurements of a run share. Rank 0's alone."""
+    """What all measurements of a run share. On rank 0 only."""
 
     args: ModelArgs
     engine: Engine
@@ -198,7 +198,7 @@ class _Run:
     def measure(
         self, cells: list[Cell], peers: Mapping[str, PeerKind], missing: Mapping[str, PeerKind]
     ) -> dict[str, Any]:
-        """Every cell, and that of every peer which is not `missing`, as JSON: `ceilings`, `rows` and `peers`."""
+        """Every cell, ours and that of each peer not `missing`, as JSON: `ceilings`, `rows` and `peers`."""
         mine = MeasuredEngine(self.engine)
         reasons = {cell: reason for cell in cells if (reason := cell.reason_to_skip(self.engine, self.new_tokens))}
         measured: dict[Cell, list[Done]] = {cell: [] for cell in cells if cell not in reasons}

@@ -1,4 +1,4 @@
-"""Owns what becomes of offline's measurements: figures with limits and ratios, tables on the terminal, and a plot.
+"""Owns the report of offline's measurements: figures with limits and ratios, tables on the terminal, and a plot.
 
 Measures nothing, and knows no torch.
 """
@@ -20,7 +20,7 @@ from llama2.config import ModelArgs
 def measured_row(
     args: ModelArgs, rates: Rates, *, batch: int, context: int, new_tokens: int, itemsize: int, rounds: Sequence[Done]
 ) -> dict[str, Any]:
-    """Rates of one cell, medians over the rounds, beside the limits; and every round. Seconds, tokens per second.
+    """Rates of one cell, medians over the rounds, with the limits; and every round. Seconds, tokens per second.
 
     The decode limit is that of the mean length while decoding, `context` + `new_tokens` / 2.
     """
@@ -49,8 +49,8 @@ def peer_row(
 ) -> dict[str, Any]:
     """Ours over a peer's, for one cell of pairs (ours, theirs) that were measured one after the other.
 
-    A ratio above 1 means that we are faster. `same_first_tokens` is the share of replies that begin alike, which proves
-    that the two did the same work; None where each made up its weights.
+    A ratio above 1 means that we are faster. `same_first_tokens` is the share of replies that begin alike, which shows
+    that the two did the same work; None where each has its own random weights.
     """
     ours, theirs = [pair[0] for pair in pairs], [pair[1] for pair in pairs]
     alike = [
@@ -69,7 +69,7 @@ def peer_row(
 
 
 def measured_table(rows: list[dict[str, Any]]) -> str:
-    """The rows that were measured, and of each other the reason."""
+    """The measured rows, and the reason for each skipped one."""
     return _table(("prefill tok/s", "limit", "%", "TTFT s", "decode tok/s", "limit", "%", "ms/step"), rows, _cells)
 
 
@@ -100,7 +100,7 @@ def peer_table(name: str, peer: dict[str, Any]) -> str:
 def plot(path: Path, title: str, figures: dict[str, Any]) -> Path:
     """Tokens per second by batch, prefill and decode side by side: a line for each context, its limit dashed.
 
-    Peers have a panel of their own: how many times as fast as each of them we decode.
+    Peers have their own panel: how many times as fast as each of them we decode.
     """
     rows = _present(figures["rows"])
     contexts = sorted({row["context"] for row in rows})
@@ -114,7 +114,7 @@ def plot(path: Path, title: str, figures: dict[str, Any]) -> Path:
                 label = f"limit at {context}" if dashed else f"context {context}"
                 ys = [row[f"{what}_{key}"] for row in mine]
                 lines.append(Line(label=label, xs=batches, ys=ys, color=color, dashed=dashed))
-        # Decoding gains most of its rate from the batch, a prompt next to nothing.
+        # Decoding speeds up most with the batch, a prompt hardly at all.
         panels.append(Panel(title=what, x="batch", y="tokens/s", lines=lines, log_x=True, log_y=what == "decode"))
     lines = []
     for name, peer in figures["peers"].items():

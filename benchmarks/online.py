@@ -3,14 +3,14 @@
     python -m benchmarks.online [--concurrency 1,8,32] [--rates 1,2,4] [--slo ttft=500,itl=50] [--front_cost]
         [--tp 2] [--batch_size 32] [--dollars_per_hour 3.81]
 
-It serves `--checkpoint` itself and stops that server whatever happens, or loads the one at `--url` with `--key`. A row
-of the table is one load: so many clients, or so many requests per second that come by chance (Poisson). Offered and
-answered rates stand apart. A latency is of the requests that were answered, the inter-token latency of one the mean
-over its tokens.
+It serves `--checkpoint` itself and always stops that server, or loads the one at `--url` with `--key`. A row of the
+table is one load: a number of clients, or of requests per second with Poisson arrivals. Offered and answered rates are
+reported separately. Latencies are of the requests that were answered; the inter-token latency of one is the mean over
+its tokens.
 
 `--slo` searches for the highest rate at which 90 % of what is sent meets it. `--front_cost` compares with the engine
 alone, on the same ranks and with the same work, before and after: tokens/s at 32 clients, time to first token of one.
-It says too what kept the processors busy meanwhile: on one machine the load and the front take them from the engine.
+It also shows what kept the processors busy: on one machine the load and the front end take them from the engine.
 """
 
 from __future__ import annotations
@@ -57,7 +57,7 @@ _OWN_SERVER = ("tp", "batch_size", "max_seq_len", "max_step_tokens")
 
 
 class Bench:
-    """The loads on one server, each with prompts of its own, and what came of them."""
+    """The loads on one server, each with its own prompts, and their results."""
 
     def __init__(self, target: Target, work: Work, *, guidellm: Path, dollars_per_hour: float | None) -> None:
         self._target = target
@@ -68,21 +68,21 @@ class Bench:
         self.rows: list[dict[str, Any]] = []
 
     def load(self, *, clients: int | None = None, rate: float | None = None) -> Load:
-        """Make one load and keep its figures."""
+        """Run one load and keep its figures."""
         return self._keep(self.offer(clients=clients, rate=rate), clients=clients, rate=rate)
 
     def meets(self, slo: Slo, rate: float) -> bool:
-        """Make a load of this rate that goes on for all of its time, so that what cannot be answered piles up; keep its
-        figures, and say whether it was within the limits."""
+        """Run a load of this rate for its full time, so that what cannot be answered piles up; keep its figures, and
+        return whether it was within the limits."""
         report = self.offer(rate=rate, requests=math.ceil(2 * rate * self._work.seconds))
         self._keep(report, rate=rate)
         return slo.is_met_by(report)
 
     def offer(self, *, clients: int | None = None, rate: float | None = None, **changes: int) -> dict[str, Any]:
-        """Make a load that is not kept, with `changes` to its work; returns guidellm's report.
+        """Run a load without keeping it, with `changes` to its work; returns guidellm's report.
 
         Raises:
-            LoadError: the load could not be made, or only late, and so in a burst, as often as it was tried.
+            LoadError: the load failed, or was sent late, and so in a burst, on every try.
         """
         work = dataclasses.replace(self._work, **changes)
         for _ in range(TRIES):
@@ -130,22 +130,22 @@ def benchmark(
         url: of a running server, such as http://127.0.0.1:8080/predictions/llama/1.0; by default one is started.
         key: its inference key.
         checkpoint: what to serve; also the tokenizer that tokens are counted with.
-        tp: ranks of the server that is started; by default as `make serve` has it.
+        tp: ranks of the server that is started; by default as in `make serve`.
         batch_size: sequences that it computes together; it accepts twice as many at once.
         max_seq_len: prompt and reply together, in tokens.
         max_step_tokens: tokens of one of its forward passes.
-        concurrency: loads of so many clients, each of whom asks again as soon as it has its reply.
-        rates: loads of so many requests per second, which come by chance.
+        concurrency: loads of this many clients, each of which sends its next request once it has its reply.
+        rates: loads of this many requests per second, Poisson arrivals.
         prompt_tokens: of each request.
         output_tokens: of each request.
         requests: of each load, at most; a load of the search for the highest rate ends by time alone.
-        seconds: for which each load goes on, at most.
+        seconds: how long each load runs, at most.
         slo: the limits, in ms, of a search for the highest rate: ttft=500,itl=50, or one of them.
         slo_rounds: loads that the search may make.
-        front_cost: compare with the engine alone; the server must be one that is started here.
+        front_cost: compare with the engine alone; the server must be started here.
         dollars_per_hour: what the machine costs.
         guidellm: the program that makes the loads.
-        out: the JSON file to write; the plot stands beside it as .png.
+        out: the JSON file to write; the plot goes beside it as .png.
     """
     settings = {name: value for name, value in locals().items() if name not in ("url", "key", "guidellm", "out")}
     check_counts(
@@ -171,7 +171,7 @@ def benchmark(
         "max_batch_size": batch_size, "max_seq_len": max_seq_len, "max_step_tokens": max_step_tokens
     }  # fmt: skip
     settings |= {"checkpoint": Path(checkpoint).name, "tp": server["torchrun"]["nproc-per-node"]}
-    if url is not None:  # nothing is known of that server
+    if url is not None:  # unknown for a server not started here
         settings = {name: value for name, value in settings.items() if name not in _OWN_SERVER}
     work = Work(prompt_tokens=prompt_tokens, output_tokens=output_tokens, requests=requests, seconds=seconds)
     figures: dict[str, Any] = {}
@@ -292,7 +292,7 @@ def _say(what: str) -> None:
 
 
 def main() -> None:
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # as Ctrl-C does, it takes the server down too
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # like Ctrl-C, it also stops the server
     run(benchmark, mistakes=(LoadError, ServerError, ValueError))
 
 

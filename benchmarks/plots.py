@@ -1,4 +1,4 @@
-"""Owns how figures become a picture: panels of lines side by side, in one PNG file.
+"""Owns drawing figures: panels of lines side by side, in one PNG file.
 
 Knows no benchmark.
 """
@@ -11,7 +11,7 @@ from pathlib import Path
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Line:
-    """A series of points. Lines of one `color` belong together; a limit or an offer is `dashed`."""
+    """A series of points. Lines of one `color` belong together; a limit or an offered rate is `dashed`."""
 
     label: str
     xs: list[float]
@@ -34,7 +34,7 @@ class Panel:
 
 
 def draw(path: Path | str, title: str, panels: list[Panel]) -> Path:
-    """Write the panels as one PNG file and return its path; folders are made, an earlier file is replaced."""
+    """Write the panels as one PNG file and return its path; creates folders, and replaces an earlier file."""
     from matplotlib.figure import Figure
     from matplotlib.ticker import LogLocator, NullFormatter, ScalarFormatter, StrMethodFormatter
 

@@ -2,9 +2,9 @@
 
     python -m benchmarks.prefix [--checkpoint build/converted_checkpoints] [--prefix_tokens 1000] [--rounds 5]
 
-In each round a new prefix is asked twice, with another end each time, and no other request beside it. The same command
-runs under torchrun, on as many ranks. Wanted: with `WANTED_PREFIX` tokens in common the second time takes at most
-`WANTED_RATIO` of the first.
+In each round a new prefix is sent twice, with a different end each time, and no other request running. The same
+command runs under torchrun. Target: with `WANTED_PREFIX` tokens in common the second time takes at most `WANTED_RATIO`
+of the first.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ SEED = 1
 
 
 def measure(engine: Engine, *, prefix_tokens: int, suffix_tokens: int, rounds: int) -> dict[str, Any]:
-    """Rank 0: ms to the first token of new prefixes and of known ones, and how many tokens the cache gave these."""
+    """Rank 0: ms to the first token for new and cached prefixes, and how many tokens the cache gave the latter."""
     numbers = random.Random(SEED)
 
     def ids(count: int) -> tuple[int, ...]:
@@ -69,11 +69,11 @@ def benchmark(
 
     Args:
         checkpoint: a converted checkpoint.
-        prefix_tokens: what two prompts have in common.
-        suffix_tokens: what follows, and differs.
+        prefix_tokens: tokens that two prompts have in common.
+        suffix_tokens: tokens that follow, and differ.
         rounds: how many prefixes are tried.
         max_step_tokens: tokens of one forward pass.
-        device: cuda or cpu; by default the best there is.
+        device: cuda or cpu; by default the best available.
         out: the JSON file to write.
     """
     check_counts(

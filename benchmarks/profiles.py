@@ -1,6 +1,6 @@
-"""Owns where the time of a step goes: what ran on the device, for how long, and what stood between.
+"""Owns where the time of a step goes: what ran on the device, for how long, and the gaps between.
 
-Knows no engine: it profiles whatever is called. On a CPU the operators take the place of kernels.
+Knows no engine: it profiles any function. On a CPU operators take the place of kernels.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch.profiler import ProfilerActivity
 
-# Of the kernels, and of the gaps between them, so many are kept: those that took longest.
+# How many of the longest kernels, and of the longest gaps between them, are kept.
 KERNELS, GAPS = 25, 10
 _ON_GPU = ("kernel", "gpu_memcpy", "gpu_memset")
 _WAITS = ("cudaEventSynchronize", "cudaStreamSynchronize", "cudaDeviceSynchronize")
@@ -34,7 +34,7 @@ class Span:
 
 
 def profile(step: Callable[[], object], steps: int, device: torch.device) -> dict[str, Any]:
-    """Call `step` so many times under PyTorch's profiler; everything per step, see `summary`."""
+    """Call `step` several times under PyTorch's profiler; everything per step, see `summary`."""
     activities = [ProfilerActivity.CPU]
     if device.type == "cuda":
         activities.append(ProfilerActivity.CUDA)
@@ -56,9 +56,9 @@ def profile(step: Callable[[], object], steps: int, device: torch.device) -> dic
 def summary(events: list[dict[str, Any]], *, steps: int, seconds: float, on_gpu: bool) -> dict[str, Any]:
     """What a trace in Chrome's format says of `steps` steps that took `seconds` together.
 
-    Milliseconds and microseconds are those of one step, but a gap's, which is one gap. `busy` is when anything ran on
-    the device, `idle` what is missing between its first kernel and its last; `host` is when the host did not wait.
-    A profiler takes time itself, mostly the host's: shares count, and the kernels' own times.
+    Times are per step, except a gap's, which is of one gap. `busy` is when anything ran on the device, `idle` the rest
+    between its first kernel and its last; `host` is when the host did not wait. Profiling itself takes time, mostly on
+    the host: trust the shares, and the kernels' own times.
     """
     spans = [
         Span(name=event["name"], start=event["ts"], end=event["ts"] + event["dur"])
@@ -101,7 +101,7 @@ def _totals(spans: list[Span], steps: int) -> list[dict[str, Any]]:
 
 
 def _gaps(spans: list[Span]) -> tuple[float, list[dict[str, Any]]]:
-    """How long anything ran, and when nothing did: between which two, and how long."""
+    """How long anything ran, and the gaps: between which two, and how long."""
     busy, gaps = 0.0, []
     latest: Span | None = None
     for span in spans:
@@ -117,7 +117,7 @@ def _gaps(spans: list[Span]) -> tuple[float, list[dict[str, Any]]]:
 
 
 def _outermost(spans: list[Span]) -> list[Span]:
-    """An operator's own operators are its own time."""
+    """An operator's time includes the operators that it calls."""
     kept: list[Span] = []
     for span in spans:
         if not kept or span.end > kept[-1].end:

@@ -15,8 +15,8 @@ import psutil
 def complete(
     command: Sequence[str | Path], *, cwd: Path | str, environ: Mapping[str, str]
 ) -> subprocess.CompletedProcess[str]:
-    """Run a program to its end, and return what it printed. Whatever interrupts that, SIGTERM's SystemExit too, kills
-    it and all that it has started: `subprocess.run` would kill torchrun, and leave its ranks behind.
+    """Run a program to its end, and return what it printed. Any interruption, including SIGTERM's SystemExit, kills it
+    and all that it has started: `subprocess.run` would kill torchrun, and leave its ranks behind.
     """
     with subprocess.Popen(
         command, cwd=cwd, env=environ, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True

@@ -1,6 +1,6 @@
-"""Owns what every benchmark leaves behind: one JSON file that says what was measured, where, and with which code.
+"""Owns every benchmark's result: one JSON file that says what was measured, where, and with which code.
 
-Knows neither what a benchmark measures nor torch, and nothing that names the machine: only what it is made of.
+Knows neither what a benchmark measures nor torch, and nothing that identifies the machine: only its hardware.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ def machine() -> dict[str, Any]:
 
 
 def versions() -> dict[str, str]:
-    """Python's version and those of the libraries that decide on speed, as far as they are installed."""
+    """Python's version and those of the installed libraries that affect speed."""
     found = {"python": platform.python_version()}
     for name in _LIBRARIES:
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):
@@ -52,7 +52,7 @@ def versions() -> dict[str, str]:
 def commit() -> str:
     """The commit of the code that runs, with "+changes" behind it if files differ from it; "unknown" outside git.
 
-    Earlier results are no change: a second benchmark in a row runs the same code.
+    Result files do not count as changes: a second benchmark in a row runs the same code.
     """
     code = ("-C", str(ROOT))
     head = _said_by("git", *code, "rev-parse", "--short=12", "HEAD").strip()
@@ -61,13 +61,13 @@ def commit() -> str:
 
 
 def save(path: Path | str, kind: str, settings: Mapping[str, Any], figures: Any) -> Path:
-    """Write one result file and return its path; folders are made, an earlier file of that name is replaced.
+    """Write one result file and return its path; creates folders, and replaces an earlier file of that name.
 
     Args:
-        path: where to, by custom below `RESULTS`.
+        path: the file, usually below `RESULTS`.
         kind: the benchmark that measured, such as "offline".
-        settings: what it was asked for: enough to run it again.
-        figures: what came out, units in the keys, every round of it. All of it must be JSON.
+        settings: its options: enough to run it again.
+        figures: the results of every round, with units in the keys. All of it must be JSON.
     """
     path = Path(path)
     content = {
@@ -80,7 +80,7 @@ def save(path: Path | str, kind: str, settings: Mapping[str, Any], figures: Any)
         "figures": figures,
     }
     path.parent.mkdir(parents=True, exist_ok=True)
-    # Whole or not at all: whoever writes after each figure may be killed at any time.
+    # Atomically: a benchmark that writes after each figure may be killed at any time.
     partial = path.with_name(f"{path.name}.partial")
     partial.write_text(json.dumps(content, indent=1, allow_nan=False) + "\n", encoding="utf-8")
     partial.replace(path)

@@ -1,10 +1,10 @@
-"""Measures what a step costs before any model runs: the scheduler's own time, by how many run and how many wait.
+"""Measures what a step costs before any model runs: the scheduler's own time, by running and waiting sequences.
 
     python -m benchmarks.scheduler [--running 1,64,512] [--waiting 0,10000] [--context 1024] [--steps 200]
 
-No torch and no model: sequences of `context` tokens decode, and are given made-up tokens. `schedule` makes the plan,
-`update` books its results, `pickle` is what rank 0 does more where there are other ranks, `unpickle` what each of these
-does. `add` and `abort` are for one request more, at the end of the queue. Medians, in microseconds.
+No torch and no model: sequences of `context` tokens decode made-up tokens. `schedule` makes the plan, `update` records
+its results; with more ranks rank 0 also does `pickle`, and each other rank `unpickle`. `add` and `abort` are for one
+more request at the end of the queue. Medians, in microseconds.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ WARM_UP = 2 * BLOCK_SIZE  # steps
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StepTimes:
-    """Medians in microseconds, with so many requests running and waiting; `plan_bytes` is what the pickled plan has."""
+    """Medians in microseconds, by requests running and waiting; `plan_bytes` is the size of the pickled plan."""
 
     running: int
     waiting: int
@@ -49,7 +49,7 @@ class StepTimes:
 
 
 def measure(*, running: int, waiting: int, context: int, steps: int) -> StepTimes:
-    """The times of `steps` decoding steps of `running` sequences, which have `context` tokens at their beginning."""
+    """The times of `steps` decoding steps of `running` sequences, which start with `context` tokens."""
     scheduler, sequences = _decoding(running, waiting, context, steps)
     arrivals = itertools.count(running + waiting)
     times: dict[str, list[float]] = {name: [] for name in ("schedule", "update", "pickle", "unpickle", "add", "abort")}
@@ -90,8 +90,8 @@ def benchmark(
     steps: int = 200,
     out: str = str(RESULTS / "scheduler.json"),
 ) -> None:
-    """Measure every pair of `running` and `waiting`, and print a row for each. Under torchrun rank 0 does it alone, as
-    it alone schedules.
+    """Measure every pair of `running` and `waiting`, and print a row for each. Under torchrun only rank 0 runs it, as
+    only rank 0 schedules.
 
     Args:
         running: how many sequences decode together.
@@ -139,7 +139,7 @@ def _book(scheduler: Scheduler, plan: Plan, sequences: list[Sequence], token_id:
 
 
 def _sequence(arrival: int, length: int) -> Sequence:
-    """One of its own: no two begin alike, so none takes over another's blocks."""
+    """A new sequence. No two begin alike, so none reuses another's blocks."""
     prompt_ids = (arrival, *range(1, length))
     params = SamplingParams(max_new_tokens=None, temperature=0)
     return Sequence.of(Request(request_id=f"request-{arrival}", prompt_ids=prompt_ids, params=params), arrival)

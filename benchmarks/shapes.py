@@ -31,7 +31,7 @@ SHAPES: dict[str, ModelArgs] = {
     ),
     # Of SmolLM2's size, with heads that 2, 3, 4, 6 or 12 ranks share evenly (JackFram/llama-160m).
     "160m": ModelArgs.from_params({"dim": 768, "n_layers": 12, "n_heads": 12, "hidden_dim": 3072, "vocab_size": 32000}),
-    # For tests and first tries: a step of it takes a few milliseconds.
+    # For tests and first tries: a step takes a few milliseconds.
     "tiny": ModelArgs.from_params(
         {"dim": 64, "n_layers": 2, "n_heads": 4, "n_kv_heads": 2, "multiple_of": 16, "vocab_size": 512}
     ),
@@ -42,7 +42,7 @@ def find_shape(name: str) -> ModelArgs:
     """The architecture called `name`.
 
     Raises:
-        ValueError: there is none of that name.
+        ValueError: the name is unknown.
     """
     if name not in SHAPES:
         raise ValueError(f"shape must be one of {', '.join(SHAPES)}, got {name!r}")

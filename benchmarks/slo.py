@@ -1,6 +1,6 @@
 """Owns what a service level objective is, and the search for the highest request rate that still meets one.
 
-Knows no server: a rate is tried by whoever asks.
+Knows no server: the caller tries a rate.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ class Slo:
         """Read "ttft=500,itl=50", in ms.
 
         Raises:
-            ValueError: it is not of that form.
+            ValueError: it does not have that form.
         """
         limits: dict[str, float] = {}
         for part in text.split(","):
@@ -43,8 +43,8 @@ class Slo:
         return cls(ttft_ms=limits.get("ttft"), itl_ms=limits.get("itl"))
 
     def is_met_by(self, report: Mapping[str, Any]) -> bool:
-        """Does guidellm's report of a load keep within every limit? A request that failed, or waited in vain until the
-        end, has missed them all."""
+        """Is guidellm's report of a load within every limit? A request that failed, or still waited at the end, missed
+        them all."""
         limits = {"ttft_ms": self.ttft_ms, "itl_ms": self.itl_ms}
         return all(
             percentile(latencies(report, metric), PERCENT) <= limit
@@ -70,6 +70,6 @@ def highest_rate(meets: Callable[[float], bool], *, first: float, rounds: int) -
 
 
 def percentile(values: list[float], percent: float) -> float:
-    """The smallest of the values that so many percent of them do not exceed; infinite where there are none."""
+    """The smallest of the values that this percentage of them does not exceed; infinite if there are none."""
     ordered = sorted(values)
     return ordered[max(0, math.ceil(percent / 100 * len(ordered)) - 1)] if ordered else math.inf

@@ -1,6 +1,6 @@
 """Owns what is served and how: reads a user's settings into one frozen object, or refuses them in plain words.
 
-Knows no front, no torch and no file: the settings are those of model-config.yaml's section `handler`, already parsed.
+Knows no front end, no torch and no file: the settings are model-config.yaml's section `handler`, already parsed.
 """
 
 from __future__ import annotations
@@ -39,8 +39,8 @@ KEYS = {*PATH_KEYS, *_CHOICES, *_ENGINE_KEYS, *_SAMPLING_KEYS, "max_input_token_
 class HandlerConfig:
     """The settings of one service.
 
-    `device` None means the best one there is. `max_input_tokens` is the longest prompt that is taken as it stands;
-    `truncation` says what happens to a longer one. `mode` is for bodies whose shape does not say it.
+    `device` None means the best one available. `max_input_tokens` is the longest prompt accepted unchanged;
+    `truncation` says what happens to a longer one. `mode` is for bodies whose shape does not tell.
     """
 
     converted_ckpt_dir: Path
@@ -57,7 +57,7 @@ class HandlerConfig:
 
     @classmethod
     def read(cls, settings: Mapping[str, Any], *, base: Path, device: str | None = None) -> HandlerConfig:
-        """Read settings; a key that is left out or null has its default. Relative paths are taken from `base`.
+        """Read settings; a key that is left out or null has its default. Paths are relative to `base`.
 
         Raises:
             ValueError: a key is unknown or missing, or a value is out of range.
@@ -80,7 +80,7 @@ class HandlerConfig:
         )
 
     def fingerprint(self) -> str:
-        """A short name for weights and settings: where it is the same, so is what a seed gives."""
+        """A short name for weights and settings: while it is the same, a seed gives the same reply."""
         checkpoint = self.converted_ckpt_dir
         model_args = self.model_args_path or checkpoint
         digest = hashlib.sha256(repr((self.engine, self.dtype, self.device)).encode())
@@ -129,13 +129,13 @@ def _choice(key: str, value: Any) -> Any:
 
 
 def positive(name: str, value: Any) -> int:
-    """A positive integer, or a ValueError that says of what."""
+    """`value`, or a ValueError naming `name` if it is not a positive integer."""
     if not isinstance(value, int) or isinstance(value, bool) or value < 1:
         raise ValueError(f"{name} must be a positive integer, got {'null' if value is None else repr(value)}")
     return value
 
 
 def nearest(name: str, known: Collection[str]) -> str:
-    """The end of an error message about an unknown name: the likeliest one meant, or all there are."""
+    """The end of an error message about an unknown name: the closest known one, or all of them."""
     close = difflib.get_close_matches(name, known, n=1, cutoff=0.6)
     return f"did you mean {close[0]!r}?" if close else f"known are {', '.join(sorted(known))}"

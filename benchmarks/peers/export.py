@@ -1,6 +1,6 @@
 """Owns our weights in the formats that peers read: a Hugging Face folder, and a GGUF file.
 
-Knows no peer. What was written once is kept, until the checkpoint changes.
+Knows no peer. Files are kept until the checkpoint changes.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from llama2.config import ModelArgs
 from llama2.progress import Bar, progress
 from llama2.weights.readers.dcp import METADATA_FILE, DcpFolder
 
-# Longer than any prompt that is measured: peers refuse what their config does not allow.
+# Longer than any measured prompt: peers refuse what their config does not allow.
 MAX_POSITIONS = 32768
 _HF_NAMES = {
     "attention.wq": "self_attn.q_proj",
@@ -42,10 +42,10 @@ _GGUF_TYPES = {
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Source:
-    """Weights to write. `key` names them, and changes when they do.
+    """Weights to write. `key` identifies them, and changes when they do.
 
     `read` gives a parameter by Meta's name, its shape at rest (see `ModelArgs.parameter_shapes`). None where values do
-    not matter: a Hugging Face folder then has a config alone, and its reader makes up the weights on its own device.
+    not matter: a Hugging Face folder then has only a config, and its reader makes random weights on its own device.
     """
 
     key: str
@@ -80,7 +80,7 @@ def write_hf(source: Source, cache: Path, dtype: torch.dtype) -> Path:
 
 
 def write_gguf(source: Source, cache: Path, dtype: torch.dtype) -> Path:
-    """A GGUF file without a vocabulary: whoever runs it brings token ids."""
+    """A GGUF file without a vocabulary: its prompts come as token ids."""
 
     def write(path: Path) -> None:
         import gguf
@@ -136,12 +136,12 @@ def _tensors(source: Source) -> Bar:
 
 
 def _flat(name: str, tensor: torch.Tensor) -> torch.Tensor:
-    """Meta's two axes, from those at rest."""
+    """Meta's two axes, from the stored ones."""
     return tensor.flatten(1) if name.endswith("wo.weight") else tensor.flatten(0, -2)
 
 
 def _hf_layout(name: str, tensor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """transformers splits the rotary pairs of wq and wk into halves, where Meta has them side by side."""
+    """transformers splits the rotary pairs of wq and wk into halves, where Meta interleaves them."""
     if name.endswith(("wq.weight", "wk.weight")):
         tensor = tensor.unflatten(-2, (-1, 2)).transpose(-3, -2).flatten(-3, -2)
     return (tensor if tensor.dim() == 1 else _flat(name, tensor)).to(dtype).contiguous()
@@ -172,7 +172,7 @@ def _name(dtype: torch.dtype) -> str:
 
 
 def _cached(target: Path, write: Callable[[Path], None]) -> Path:
-    """`target`, written now unless it is there: whole or not at all."""
+    """`target`, written now, atomically, unless it exists."""
     if not target.exists():
         target.parent.mkdir(parents=True, exist_ok=True)
         partial = target.with_name(f"{target.name}.partial-{os.getpid()}")

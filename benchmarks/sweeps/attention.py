@@ -54,7 +54,7 @@ PROMPT_VARIANTS: tuple[dict[str, Any], ...] = (
 
 
 def measure(bench: Bench, args: ModelArgs) -> None:
-    """What the engine does, and PyTorch's own attention beside it."""
+    """The engine's attention, and PyTorch's own."""
     for sequences, context in DECODING:
         nbytes = _kv_bytes(bench, args, sequences, context)
         prepare = partial(_decode, bench, args, sequences, context)
@@ -140,7 +140,7 @@ def _prompts(
 
 
 def _sdpa(bench: Bench, args: ModelArgs, sequences: int, length: int) -> Calls:
-    """On keys and values that lie in one piece: what a paged cache costs is in the difference."""
+    """On contiguous keys and values: the difference is what a paged cache costs."""
     q = bench.random(sequences, args.n_heads, length, args.head_dim)
     k, v = (bench.random(sequences, args.n_kv_heads, length, args.head_dim) for _ in range(2))
     return [partial(functional.scaled_dot_product_attention, q, k, v, is_causal=True, enable_gqa=k.shape != q.shape)]
@@ -157,7 +157,7 @@ def _flop(args: ModelArgs, sequences: int, length: int) -> int:
 def _caches(
     bench: Bench, args: ModelArgs, sequences: int, context: int, *, heads_apart: bool = False
 ) -> list[tuple[torch.Tensor, torch.Tensor]]:
-    """Keys and values of layers enough to be larger than a GPU's cache, as (blocks, positions, heads, D)."""
+    """Keys and values of enough layers to exceed a GPU's cache, as (blocks, positions, heads, D)."""
     blocks = sequences * -(-context // BLOCK_SIZE)
     shape = (blocks, args.n_kv_heads, BLOCK_SIZE) if heads_apart else (blocks, BLOCK_SIZE, args.n_kv_heads)
 

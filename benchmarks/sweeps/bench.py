@@ -1,7 +1,7 @@
-"""Owns the time of one call on a device, and the row that it becomes.
+"""Owns the time of one call on a device, and its row of results.
 
-On a GPU many calls are recorded as one CUDA graph and replayed: launches cost nothing, as in the engine. Each works on
-other buffers than the one before, as layers do, so that none finds in the cache what it reads. Knows no kernel.
+On a GPU many calls are recorded as one CUDA graph and replayed: launches cost nothing, as in the engine. Each uses
+other buffers than the one before, as layers do, so that none finds its inputs in the cache. Knows no kernel.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from benchmarks.limits import Rates
 
 Calls = Sequence[Callable[[], object]]
 
-# Buffers that take turns are this large together: several times the cache of any GPU.
+# Total size of the buffers that take turns: several times the cache of any GPU.
 SPREAD_BYTES = 256 << 20
 # Calls of one recording, and its replays, of which the median counts.
 CALLS, REPLAYS = 24, 7
@@ -38,7 +38,7 @@ class Bench:
         keep: Callable[[dict[str, Any]], None],
         compiles: tuple[int, int] | None = None,
     ) -> None:
-        """After `deadline`, in time.monotonic's seconds, whatever comes is left out.
+        """After `deadline`, in time.monotonic's seconds, calls are skipped.
 
         `compiles`, share i of n, times nothing: it calls every n-th kernel once, which leaves it in Triton's cache.
         """
@@ -71,14 +71,14 @@ class Bench:
     ) -> None:
         """Time what `prepare` returns: the same work, `nbytes` moved or `flop` done, on one set of buffers each.
 
-        Not `recorded` are calls that wait for their result; theirs is the time on the host's clock. A kernel that
-        cannot run here, with these `settings`, is a row that says why.
+        Calls that wait for their result are not `recorded`; their time is the host's. A kernel that cannot run here
+        with these `settings` gives a row that says why.
         """
         self._index += 1
         if self._compiles:
             share, shares = self._compiles
             if self._index % shares == share:
-                with contextlib.suppress(Exception):  # whoever measures says why
+                with contextlib.suppress(Exception):  # the caller says why
                     prepare()[0]()
             return
         row: dict[str, Any] = {"kernel": _named(kernel, settings)}
@@ -111,7 +111,7 @@ class Bench:
         if self.device.type != "cuda" or not recorded:
             return _on_the_host(calls)
         for call in calls:
-            call()  # compiled, and libraries set up, which a recording cannot hold
+            call()  # compiles it and sets up libraries, which cannot be recorded
         torch.cuda.synchronize(self.device)
         count = max(CALLS, len(calls))
         graph = torch.cuda.CUDAGraph()

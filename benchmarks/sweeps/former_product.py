@@ -1,6 +1,6 @@
-"""The product of few rows as it was at first, with its sums in three axes: what the engine's is measured against.
+"""The product of few rows as it was at first, with its sums in three axes: the baseline for the engine's.
 
-Triton changes the layout of the weights for the third axis, by way of shared memory.
+Triton changes the layout of the weights for the third axis, through shared memory.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """Tries the products of a decoding step: cuBLAS, the engine's own choice, and variants of its Triton kernel.
 
-A product of few rows costs its weight's way through memory: each figure is that of the weight's bytes.
+A product of few rows costs the reading of its weight: each figure counts the weight's bytes.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from benchmarks.sweeps.bench import Bench, Calls
 from llama2.config import ModelArgs
 
 ROWS = (1, 2, 4, 8, 64)
-# Triton's product keeps a sum for each row: beyond these it is no candidate.
+# Triton's product keeps a sum for each row: beyond this many it is not tried.
 STREAMED_ROWS = (1, 2, 4)
 # What `products.linear` is given in place of its own choice: N rows of the weight by K inputs are a tile, and
 # EARLY inputs are fetched before the kernel before has ended, where it may (pdl).
@@ -47,7 +47,7 @@ def weight_shapes(args: ModelArgs) -> dict[str, tuple[int, int]]:
 
 
 def measure(bench: Bench, args: ModelArgs) -> None:
-    """What there is, of every weight and number of rows."""
+    """The existing products, for every weight and number of rows."""
     for name, shape in weight_shapes(args).items():
         nbytes = shape[0] * shape[1] * bench.dtype.itemsize
         for rows in ROWS:

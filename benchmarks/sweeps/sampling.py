@@ -1,4 +1,4 @@
-"""Times the choice of the next token: the engine's Sampler, until the host knows the ids, and what it is made of."""
+"""Times the choice of the next token: the engine's Sampler, until the host has the ids, and its parts."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ def _part(bench: Bench, rows: int, vocab_size: int, part: Any) -> Calls:
 
 
 def _nucleus(bench: Bench, rows: int, vocab_size: int) -> Calls:
-    """What takes a sort's place in the engine."""
+    """The engine's replacement for a sort."""
     from llama2.kernels.cuda.sampling import nucleus_floor
 
     weights = _logits(bench, rows, vocab_size).softmax(dim=-1)
@@ -68,5 +68,5 @@ def _nucleus(bench: Bench, rows: int, vocab_size: int) -> Calls:
 
 
 def _logits(bench: Bench, rows: int, vocab_size: int) -> torch.Tensor:
-    """As wide as a model's: most of the weight is on some tens of tokens."""
+    """As spread as a model's: most of the weight is on some tens of tokens."""
     return 3 * torch.randn(rows, vocab_size, device=bench.device)

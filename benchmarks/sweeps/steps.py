@@ -1,4 +1,4 @@
-"""Times what stands between the products: norms, rotation, the feed-forward's middle. Each is one Triton kernel."""
+"""Times the steps between the products: norms, rotation, the feed-forward's middle. Each is one Triton kernel."""
 
 from __future__ import annotations
 

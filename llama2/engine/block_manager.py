@@ -3,11 +3,11 @@
 A block is a number: the manager knows no tensors, no scheduling order and no model. Blocks leave the free list in
 `_take` and come back in `_give_back`, nowhere else; between them a block counts the sequences that hold it.
 
-Sequences that hold a block together may only read it. Who is about to write into one gets a copy first: `grow` puts
-another block in its place and notes the pair, and whoever runs the next step copies what `take_copies` returns.
+Sequences that share a block may only read it. A sequence about to write into one gets a copy first: `grow` puts
+another block in its place and notes the pair, and the next step first copies what `take_copies` returns.
 
-A full block is known by a digest of all tokens up to its end. It keeps that name, and its content, when it is free,
-until it is taken for something else: those that were freed longest ago go first.
+A full block is named by a digest of all tokens up to its end. It keeps its name and content while it is free, until it
+is taken for something else: least recently freed blocks go first.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ _MAX_NAMED_LEAKS = 5
 
 
 class BlockManager:
-    """Hands out `num_blocks` blocks of `block_size` token positions each; `prefix_cache=False` knows no prefixes.
+    """Hands out `num_blocks` blocks of `block_size` token positions each; `prefix_cache=False` shares no prefixes.
 
     Raises:
         ValueError: a size is not positive.
@@ -37,7 +37,7 @@ class BlockManager:
         self.num_blocks = num_blocks
         self.block_size = block_size
         self._prefix_cache = prefix_cache
-        # In the order in which they will be taken. Those without a name are first: nothing is lost with them.
+        # In the order in which they will be taken, unnamed ones first: they hold nothing to reuse.
         self._free: OrderedDict[int, None] = OrderedDict.fromkeys(range(num_blocks))
         self._num_holders = [0] * num_blocks
         self._block_of: dict[bytes, int] = {}
@@ -70,10 +70,10 @@ class BlockManager:
         return True
 
     def adopt_prefix(self, sequence: Sequence) -> bool:
-        """Give a sequence without blocks those that hold its first tokens already, and count these as computed.
+        """Give a sequence without blocks those that already hold its first tokens, and count these as computed.
 
-        Its last token stays to be computed: its logits are wanted. Returns False, and changes nothing, when the other
-        blocks that all of its tokens need are not free.
+        Its last token is left to compute, for its logits. Returns False, and changes nothing, when too few blocks are
+        free for the rest of its tokens.
         """
         assert not sequence.block_table
         assert not sequence.num_computed
@@ -89,7 +89,7 @@ class BlockManager:
         return True
 
     def name_blocks(self, sequence: Sequence, num_computed_before: int) -> None:
-        """Make known the blocks that the sequence has filled since it had computed `num_computed_before` tokens."""
+        """Name the blocks that the sequence has filled since it had computed `num_computed_before` tokens."""
         if not self._prefix_cache:
             return
         for place in range(num_computed_before // self.block_size, sequence.num_computed // self.block_size):
@@ -104,17 +104,17 @@ class BlockManager:
             self._num_holders[block] += 1
 
     def take_copies(self) -> tuple[tuple[int, int], ...]:
-        """The (from, to) pairs of blocks to copy, in this order, before the next step writes; each is told once."""
+        """The (from, to) pairs of blocks to copy, in this order, before the next step writes; each is returned once."""
         copies, self._copies = tuple(self._copies), []
         return copies
 
     def free(self, sequence: Sequence) -> None:
-        """Take back every block of the sequence, as far as it is concerned, and empty its table."""
-        while sequence.block_table:  # from the end: a prefix is worth more than what follows it
+        """Release the sequence's hold on its blocks, and empty its table."""
+        while sequence.block_table:  # from the end, so that prefixes are evicted last
             self._give_back(sequence.block_table.pop())
 
     def check_integrity(self, live: Iterable[Sequence]) -> None:
-        """Prove that every block is once in the free list or in as many tables of `live` as it counts holders.
+        """Check that every block is in the free list once, or in as many tables of `live` as it counts holders.
 
         Raises:
             RuntimeError: it is not; the message names the blocks and who holds them.
@@ -157,13 +157,13 @@ class BlockManager:
         while len(digests) <= place:
             start = len(digests) * self.block_size
             tokens = array("q", sequence.token_ids[start : start + self.block_size])
-            # A cryptographic hash: two prompts that share one by chance, or on purpose, would share their replies.
+            # A cryptographic hash: after a collision, by chance or on purpose, two prompts would share their replies.
             parent = digests[-1] if digests else b""
             digests.append(hashlib.blake2b(parent + tokens.tobytes(), digest_size=32).digest())
         return digests[place]
 
     def _shared_place(self, sequence: Sequence) -> int | None:
-        """Where in its table the sequence's next position falls, if that is a block that others hold, too."""
+        """Where in its table the sequence's next position falls, if that is a block that others hold too."""
         table, place = sequence.block_table, sequence.num_computed // self.block_size
         return place if place < len(table) and self._num_holders[table[place]] > 1 else None
 

@@ -1,6 +1,6 @@
-"""Owns the way from a sequence's ids to its Output: the text that is safe to show, and the reason to end.
+"""Owns the way from a sequence's ids to its Output: the text that is safe to show, and the finish reason.
 
-Knows no steps: it is told of each token that a sequence has gained.
+Knows no steps: it is given each token that a sequence gains.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from llama2.text.tokenizer import Tokenizer
 
 
 class Detokenizer:
-    """Turns the ids of all sequences into text. What it remembers of one stays with the sequence."""
+    """Turns the ids of all sequences into text. Its state per sequence is kept in the sequence."""
 
     def __init__(self, tokenizer: Tokenizer, max_seq_len: int) -> None:
         self._tokenizer = tokenizer
@@ -29,7 +29,7 @@ class Detokenizer:
         token_id, text = sampled.token_id, ""
         reason: FinishReason | None = None
         is_eos = token_id in self._tokenizer.eos_ids
-        # A grammar lets EOS through where nothing else can follow: there it cannot be ignored.
+        # With a grammar EOS cannot be ignored: where it is allowed, nothing else may follow.
         ends = token_id in params.stop_token_ids or (is_eos and not (params.ignore_eos and sequence.matcher is None))
         if not ends:
             text = stream.push(token_id)

@@ -1,7 +1,7 @@
 """Owns the step: requests in, one forward pass of the whole tensor-parallel group, text and tokens out.
 
-Rank 0 decides: it schedules, has the plan run, samples. The other ranks follow. Knows no HTTP and no threads: see
-`llama2/engine/service_loop.py`; `llama2/engine/loading.py` makes one.
+Rank 0 leads: it schedules, has the plan run, and samples. The other ranks follow. Knows no HTTP and no threads: see
+`llama2/engine/service_loop.py`; `llama2/engine/loading.py` builds an engine.
 """
 
 from __future__ import annotations
@@ -28,10 +28,9 @@ from llama2.text.tokenizer import Tokenizer
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EngineStats:
-    """A look at rank 0's engine. `seconds_since_step` is None before the first step.
+    """A snapshot of rank 0's engine. `seconds_since_step` is None before the first step.
 
-    `prompt_tokens` counts those of all sequences that were started, `cached_tokens` those of them that did not have to
-    be computed.
+    `prompt_tokens` counts those of all sequences started, `cached_tokens` those among them found in the prefix cache.
     """
 
     running: int
@@ -57,7 +56,7 @@ class Engine:
         num_blocks: int,
         looks_ahead: bool,
     ) -> None:
-        """`looks_ahead`: a step is on its way to the device before the tokens of the one before are read."""
+        """`looks_ahead`: launch a step before the tokens of the previous one are read."""
         self.args = args
         self.config = config
         self.tokenizer = tokenizer
@@ -68,7 +67,7 @@ class Engine:
         self._sampler = Sampler(config.seed)
         self._detokenizer = Detokenizer(tokenizer, config.max_seq_len)
         self._looks_ahead = looks_ahead
-        # The sequences that gain a token by the latest step, and the choice of these tokens, until it is read.
+        # The sequences that gain a token in the latest step, and the choice of these tokens, until it is read.
         self._unread: tuple[list[Sequence], Choice] | None = None
         self._arrivals = 0
         self._last_step_at: float | None = None
@@ -125,10 +124,10 @@ class Engine:
         return self._scheduler.is_live(request_id)
 
     def step(self) -> list[Output]:
-        """Run one forward pass of the group, and return what came of it.
+        """Run one forward pass of the group, and return its outputs.
 
-        Where the engine looks ahead, what came of the pass before: its tokens are read while the device is busy with
-        this one, and this one's are chosen with all of them known.
+        If the engine looks ahead, those of the pass before: its tokens are read while the device is busy with this
+        one, and are all known when this one's are sampled.
         """
         plan = self._scheduler.schedule()
         logits_RV = None if plan is None else self._group.call(Runner.run, plan)
@@ -141,7 +140,7 @@ class Engine:
         return outputs
 
     def preempt_all(self) -> list[Output]:
-        """Free every block: what runs waits, and goes on with the next step. Returns what came of the last one."""
+        """Free every block: running sequences wait until the next step. Returns the outputs of the last one."""
         outputs = self._read()
         self._scheduler.preempt_all()
         return outputs
@@ -161,13 +160,13 @@ class Engine:
         return self._group.release(result)
 
     def follow(self) -> Any:
-        """A rank other than 0: take part in rank 0's steps until it releases the group; returns what it sent along."""
+        """A rank other than 0: take part in rank 0's steps until it releases the group; returns its result."""
         return self._group.follow()
 
     def close(self) -> None:
-        """Rank 0: let the other ranks go. Another rank: take part until rank 0 did so.
+        """Rank 0: release the other ranks. Another rank: take part until then.
 
-        All ranks call it before they end the process group, of which the engine may have recorded calls.
+        All ranks call it before they end the process group, whose calls the engine may have recorded.
         """
         self.release() if self.rank == 0 else self.follow()
         self._group.close()
@@ -185,7 +184,7 @@ class Engine:
         )
 
     def check_integrity(self) -> None:
-        """Prove that every block is free or in a live sequence.
+        """Check that every block is free or in a live sequence.
 
         Raises:
             RuntimeError: a block leaked.
@@ -193,7 +192,7 @@ class Engine:
         self._scheduler.check_integrity()
 
     def _choose(self, plan: Plan, logits_RV: torch.Tensor) -> list[Output]:
-        """Sample where a prompt or a reply has reached its end, book the step, and end what was a prompt only."""
+        """Sample for the sequences that are fully computed, record the step, and finish those that generate nothing."""
         rows: list[int] = []
         sequences: list[Sequence] = []
         prompts_only: list[Sequence] = []
@@ -202,7 +201,7 @@ class Engine:
             first, row = row, row + chunk.num_logits
             sequence = self._scheduler.running.get(chunk.key)
             if sequence is None:
-                continue  # its last token was read since it was planned
+                continue  # its last token was read after it was planned
             if chunk.logits == "all":
                 assert sequence.prompt_scores is not None
                 sequence.prompt_scores.keep(chunk.start, logits_RV[first:row])
@@ -231,7 +230,7 @@ class Engine:
         return outputs
 
     def _read(self) -> list[Output]:
-        """Wait for the tokens of the latest step, and end what has ended."""
+        """Wait for the tokens of the latest step, and finish the sequences that end with them."""
         if self._unread is None:
             return []
         (sequences, choice), self._unread = self._unread, None

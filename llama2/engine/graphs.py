@@ -1,11 +1,11 @@
-"""Owns passes without launches: recorded once per size, and replayed with other contents of the same tensors.
+"""Owns recorded passes: recorded once per size, and replayed with new contents in the same tensors.
 
-Passes that only decode are recorded for some batch sizes, and passes with chunks of prompts for some numbers of tokens.
-A smaller pass is padded: with rows that belong to no sequence and write into the cache's scratch block, and with
-sequences that have no row. What a recording reads and writes is at fixed addresses: its inputs, which a replay
+Decode-only passes are recorded for some batch sizes, and passes with chunks of prompts for some numbers of tokens.
+A smaller pass is padded with rows that belong to no sequence and write into the cache's scratch block, and with
+sequences that have no row. A recording reads and writes at fixed addresses: its inputs, which a replay
 overwrites first, and the logits, which the next replay overwrites.
 
-How something is recorded is a `Record`: on a GPU CUDA graphs, anywhere else whatever runs the same function again.
+A `Record` does the recording: CUDA graphs on a GPU; elsewhere anything that runs the same function again.
 """
 
 from __future__ import annotations
@@ -32,15 +32,15 @@ class Recording(Protocol):
     def replay(self) -> None: ...
 
     def reset(self) -> None:
-        """Give up what the recording holds; it cannot be replayed any more."""
+        """Free what the recording holds; it can no longer be replayed."""
 
 
-# Runs a procedure, and returns what does the same again.
+# Runs a procedure, and returns its recording.
 Record = Callable[[Callable[[], None]], Recording]
 
 
 def batch_sizes(max_batch_size: int) -> tuple[int, ...]:
-    """Of recorded passes that only decode: 1, 2, 4, 8, the multiples of 8 below the largest, and the largest."""
+    """Of recorded decode-only passes: 1, 2, 4, 8, the multiples of 8 below the largest, and the largest."""
     sizes = (1, 2, 4, *range(8, max_batch_size, 8))
     return (*(size for size in sizes if size < max_batch_size), max_batch_size)
 
@@ -93,7 +93,7 @@ class PassGraphs:
             self._recordings[key] = record(self._procedure(key))
 
     def takes(self, plan: Plan) -> bool:
-        """Is it small enough, with no claim on its logits beyond this step?"""
+        """Is it small enough, and are none of its logits needed after this step?"""
         has_prompts, tokens = _measure(plan)
         largest = (self._token_sizes if has_prompts else self._batch_sizes)[-1]
         return tokens <= largest and all(chunk.logits != "all" for chunk in plan.chunks)
@@ -108,7 +108,7 @@ class PassGraphs:
         return None if self._logits_RV is None else self._logits_RV[:rows]
 
     def _fill(self, key: tuple[bool, int], chunks: tuple[Chunk, ...]) -> int:
-        """Hand a pass its inputs; returns how many of its logits are asked for."""
+        """Write a pass's inputs; returns how many rows of logits it asks for."""
         rows, row = [], 0
         for chunk in chunks:
             row += chunk.length
@@ -122,7 +122,7 @@ class PassGraphs:
 
     def _procedure(self, key: tuple[bool, int]) -> Callable[[], None]:
         (has_prompts, size), inputs = key, self._inputs[key]
-        # No kernel that is recorded may ask the host where a sequence stands.
+        # Recorded kernels cannot use per-sequence values from the host.
         batch = inputs.batch((), None if has_prompts else size, self._cache)
 
         def compute() -> None:
@@ -135,7 +135,7 @@ class PassGraphs:
 
 
 def _measure(plan: Plan) -> tuple[bool, int]:
-    """Does a sequence bring more than one token, and how many do all bring?"""
+    """Does a sequence have more than one token, and how many do all have?"""
     tokens = sum(chunk.length for chunk in plan.chunks)
     return tokens > len(plan.chunks), tokens
 
@@ -147,25 +147,25 @@ def _reset(recordings: dict[tuple[bool, int], Recording]) -> None:
 
 
 class CudaRecorder:
-    """Records CUDA graphs, which share the memory of what they compute in between."""
+    """Records CUDA graphs that share the memory of their intermediates."""
 
     def __init__(self) -> None:
         self._pool = torch.cuda.graph_pool_handle()
         self._stream = torch.cuda.Stream()
 
     def __call__(self, procedure: Callable[[], None]) -> Recording:
-        # Once for real: kernels are compiled and libraries set up, which a recording cannot hold.
+        # One real run first: it compiles kernels and sets up libraries, which cannot be recorded.
         self._stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(self._stream):
             procedure()
         torch.cuda.current_stream().wait_stream(self._stream)
         graph = torch.cuda.CUDAGraph()
-        # Other threads of this process, such as NCCL's watchdog, may go on using the GPU.
+        # Other threads of this process, such as NCCL's watchdog, may keep using the GPU.
         with torch.cuda.graph(graph, pool=self._pool, stream=self._stream, capture_error_mode="thread_local"):
             procedure()
         return graph
 
 
 def choose_record(device: torch.device) -> Record | None:
-    """How to record on `device`; None where launches cost little beside the work."""
+    """How to record on `device`; None where launches are cheap compared with the work."""
     return CudaRecorder() if device.type == "cuda" else None

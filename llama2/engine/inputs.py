@@ -1,7 +1,7 @@
 """Owns the layout of one step's inputs: from a plan's ids and block tables to the tensors of a `Batch`, in one copy.
 
-A step's numbers lie side by side in one buffer, which is filled on the host and goes to the device at once; the tensors
-are views of it. Knows no model.
+A step's numbers share one buffer, which is filled on the host and copied to the device at once; the tensors are views
+of it. Knows no model.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ class Sizes:
 
 
 class Inputs:
-    """The tensors of one step, named and typed as in `Batch`, with the ids and the rows in int64 beside them.
+    """The tensors of one step, named and typed as in `Batch`, plus the ids and the rows in int64.
 
     sources_T (int64) says where each token's id is: in ids_T, or, from T on, in the token pool (`TokenPool.gather`).
     """
@@ -47,10 +47,10 @@ class Inputs:
         self.block_tables_SN = tables.view(sizes.sequences, sizes.blocks)
 
     def fill(self, chunks: Items[Chunk], rows: Items[int], cache: KVCache) -> None:
-        """Write what `chunks` bring, one after the other, and the rows whose logits are wanted; on the host.
+        """Write the inputs of `chunks`, in order, and the rows whose logits are wanted; on the host.
 
-        There may be less of it than there is room: the rest are tokens of no sequence, which write into the cache's
-        scratch block, sequences without a token, and rows that nobody reads.
+        Unused space is padded with tokens of no sequence, which write into the cache's scratch block, sequences
+        without a token, and rows that nobody reads.
         """
         block_size = cache.block_size
         lengths_S = np.array([chunk.length for chunk in chunks], dtype=np.int64)
@@ -78,7 +78,7 @@ class Inputs:
         _write(self.seq_lens_S, firsts_S + lengths_S, 0)
 
     def copy_(self, host: Inputs) -> Inputs:
-        """Take over the contents of inputs of the same sizes; from pinned memory, without waiting for it."""
+        """Copy the contents of inputs of the same sizes; from pinned memory, without waiting."""
         assert host.sizes == self.sizes
         self._buffer.copy_(host._buffer, non_blocking=True)
         return self
@@ -103,9 +103,9 @@ def _write(to: torch.Tensor, values: Items[int] | np.ndarray, filler: int) -> No
 
 
 def host_inputs(sizes: Sizes, device: torch.device) -> Inputs:
-    """Inputs to fill, on their way to `device`.
+    """Inputs to fill and then copy to `device`.
 
-    For a GPU in pinned memory that is used again only once the copies from it are done, which torch sees to: a rank
-    that reads no token may be several steps ahead of its GPU.
+    For a GPU they are in pinned memory, which torch reuses only once the copies from it are done: a rank that reads no
+    token may be several steps ahead of its GPU.
     """
     return Inputs(sizes, torch.device("cpu"), pinned=device.type == "cuda")

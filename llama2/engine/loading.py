@@ -1,4 +1,4 @@
-"""Owns how an engine comes about: from a converted checkpoint, or from a model that is loaded. Runs no step."""
+"""Owns building an engine, from a converted checkpoint or from a loaded model. Runs no step."""
 
 from __future__ import annotations
 
@@ -35,9 +35,9 @@ def load_engine(
     device: torch.device | str | None = None,
     config: EngineConfig,
 ) -> Engine:
-    """Load a converted checkpoint over all ranks of the process group, which is set up here if need be.
+    """Load a converted checkpoint over all ranks of the process group, which is set up here if needed.
 
-    `dtype` is bf16 on a GPU and the checkpoint's own on a CPU unless said otherwise. Called on every rank.
+    `dtype` defaults to bf16 on a GPU and to the checkpoint's own on a CPU. Called on every rank.
 
     Raises:
         ValueError: the checkpoint, the tokenizer, the degree or a size is wrong.
@@ -72,7 +72,7 @@ def load_engine(
 def build_engine(
     model: Transformer, mesh: DeviceMesh, collectives: Collectives, *, tokenizer: Tokenizer, config: EngineConfig
 ) -> Engine:
-    """An engine for a model that is ready to run positions up to `config.max_seq_len`. Called on every rank.
+    """An engine for a model that can run positions up to `config.max_seq_len`. Called on every rank.
 
     Raises:
         ValueError: the memory of some rank does not hold one sequence of that length, or the KV cache asked for.
@@ -111,7 +111,7 @@ def build_engine(
         tokenizer=tokenizer,
         group=Lockstep(Runner(model, cache, device, config), collectives),
         num_blocks=num_blocks,
-        # A CPU has computed a step when the call returns.
+        # On a CPU a step is computed when the call returns.
         looks_ahead=device.type != "cpu",
     )
     if engine.rank == 0 and device.type != "cpu":

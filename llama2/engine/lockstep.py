@@ -1,7 +1,7 @@
 """Owns that every rank does the same things in the same order: rank 0 leads, the others follow.
 
-Knows no requests and no sampling. What all ranks do is a method of `Runner`, which rank 0 has all of them call: to run
-a plan, and whatever else comes. Calls are numbered, and a rank that misses one says so.
+Knows no requests and no sampling. Rank 0 has all ranks call the same methods of `Runner`, such as the one that runs a
+plan. Calls are numbered, and a rank that misses one raises.
 """
 
 from __future__ import annotations
@@ -39,8 +39,8 @@ class Lockstep:
     def call(self, method: Callable[Concatenate[Runner, P], T], *args: P.args, **_: P.kwargs) -> T:
         """Rank 0: call a method of the runner on every rank; returns what it returns on this one.
 
-        All do it, or none: a method that can fail on one rank alone must have the ranks agree (`agree`) before it
-        changes anything.
+        All ranks do it, or none: in a method that can fail on one rank alone the ranks must agree (`agree`) before
+        anything changes.
         """
         self.steps += 1
         self._collectives.broadcast_object(_Message(self.steps, method.__name__, args))
@@ -56,11 +56,11 @@ class Lockstep:
         return result
 
     def close(self) -> None:
-        """Give up what this rank holds of the process group."""
+        """Free what this rank recorded of the process group."""
         self._runner.close()
 
     def follow(self) -> Any:
-        """A rank other than 0: do what rank 0 has all ranks do until it releases the group; returns what it sent along.
+        """A rank other than 0: do what rank 0 has all ranks do until it releases the group; returns its result.
 
         Raises:
             LockstepError: this rank missed a call or got one twice.
@@ -79,7 +79,7 @@ class Lockstep:
 
 
 def agree(settings: object, count: Callable[[], int]) -> int:
-    """The smallest number that `count` gives on any rank, once it is sure that all were given the same settings.
+    """The smallest number that `count` gives on any rank, once all ranks are known to have the same settings.
 
     Raises:
         LockstepError: they were not; the message names the first rank that differs, and both settings.
@@ -89,7 +89,7 @@ def agree(settings: object, count: Callable[[], int]) -> int:
     try:
         mine = count()
     except ValueError as error:
-        mine = error  # alone this rank would leave, and the others wait for it
+        mine = error  # if this rank raised alone, the others would wait for it
     answers = gather_objects((settings, mine))
     for rank, (theirs, _) in enumerate(answers):
         if theirs != answers[0][0]:

@@ -1,4 +1,4 @@
-"""Owns log-probabilities under the model's own distribution: of a token, and of the likeliest ones beside it.
+"""Owns log-probabilities under the model's own distribution: of a token, and of the most likely ones.
 
 Knows no requests: rows of logits in, `TokenLogprobs` out.
 """
@@ -14,17 +14,17 @@ from llama2.engine.transfer import Download
 
 
 class Logprobs:
-    """Those of one token in each row and of the likeliest ones; the device may still be computing them."""
+    """Those of one token in each row and of the most likely ones; the device may still be computing them."""
 
     def __init__(self, logits_NV: Tensor, token_N: Tensor) -> None:
         logprobs_NV = logits_NV.float().log_softmax(dim=-1)
         chosen_N = logprobs_NV.gather(-1, token_N[:, None])[:, 0]
-        # Always the same number of them, so that ties do not fall otherwise for a row beside one that asks for more.
+        # Always the same number, so that ties in a row do not depend on how many another row asks for.
         top = logprobs_NV.topk(min(MAX_LOGPROBS, logprobs_NV.shape[-1]), dim=-1)
         self._download = Download(token_N, chosen_N, top.values, top.indices)
 
     def wait(self, num_top: Items[int]) -> list[TokenLogprobs]:
-        """For each row, with the `num_top` likeliest; of equal ones the lowest ids first."""
+        """For each row, with the `num_top` most likely; of equal ones the lowest ids first."""
         result = []
         for token_id, logprob, values, ids, number in zip(*self._download.wait(), num_top, strict=True):
             ranked = sorted(zip(ids, values, strict=True), key=lambda pair: (-pair[1], pair[0]))

@@ -1,4 +1,4 @@
-"""Owns top_k and top_p: the floor under which a row's weights are to become 0. Knows no tokens and no requests.
+"""Owns top_k and top_p: the floor below which a row's weights become 0. Knows no tokens and no requests.
 
 Axes: N rows, V vocabulary.
 """
@@ -14,12 +14,12 @@ from llama2.kernels.cpu.library import load_library
 def nucleus_floor(weights_NV: Tensor, top_k_N: Tensor, top_p_N: Tensor) -> Tensor:
     """The least weight that stays in each row, (N,): of the top_k largest, the fewest that reach top_p of their sum.
 
-    So equal weights stay or go together. A row of NaN has a floor without meaning. On a GPU nothing waits.
+    So equal weights are kept or dropped together. The floor of a row of NaN is meaningless. On a GPU nothing waits.
 
     Args:
         weights_NV: fp32, none below 0.
-        top_k_N: int64, from 1; the vocabulary's size leaves everything.
-        top_p_N: fp64, above 0; 1 leaves everything.
+        top_k_N: int64, from 1; the vocabulary's size keeps everything.
+        top_p_N: fp64, above 0; 1 keeps everything.
     """
     if weights_NV.is_cuda:
         from llama2.kernels.cuda import sampling
@@ -31,12 +31,12 @@ def nucleus_floor(weights_NV: Tensor, top_k_N: Tensor, top_p_N: Tensor) -> Tenso
 
 
 def plain_nucleus_floor(weights_NV: Tensor, top_k_N: Tensor, top_p_N: Tensor) -> Tensor:
-    """`nucleus_floor` by sorting whole rows: the reference, and what is left where there is no compiler."""
+    """`nucleus_floor` by sorting whole rows: the reference, and the fallback without a compiler."""
     sorted_NV = weights_NV.sort(dim=-1, descending=True).values
     k_floor_N1 = sorted_NV.gather(-1, top_k_N[:, None] - 1) * (top_k_N < weights_NV.shape[-1])[:, None]
     kept_NV = sorted_NV.masked_fill(sorted_NV < k_floor_N1, 0)
     cumulative_NV = kept_NV.cumsum(dim=-1, dtype=torch.float64)
-    # A weight stays as long as those before it do not yet reach the mass. In a row of NaN none does.
+    # A weight stays if those before it do not reach the mass yet. In a row of NaN none does.
     stays_NV = cumulative_NV - kept_NV < top_p_N[:, None] * cumulative_NV[:, -1:]
     p_floor_N1 = sorted_NV.gather(-1, stays_NV.sum(dim=-1, keepdim=True).clamp_(min=1) - 1)
     return torch.where(top_p_N[:, None] < 1, torch.maximum(k_floor_N1, p_floor_N1), k_floor_N1)[:, 0]

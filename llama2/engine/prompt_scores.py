@@ -1,6 +1,6 @@
-"""Owns what a request wants to know of its own prompt: log-probabilities of the tokens, or the raw logits.
+"""Owns a prompt's own scores: log-probabilities of its tokens, or the raw logits.
 
-Knows no steps: it is told which positions some logits belong to, in pieces, from the first position on.
+Knows no steps: it is given logits in pieces, with their positions, from the first position on.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from llama2.engine.transfer import upload
 
 
 class PromptScores:
-    """The scores of one prompt. If it starts again at position 0, after a preemption, they are collected anew."""
+    """The scores of one prompt. If it restarts at position 0, after a preemption, so do they."""
 
     def __init__(self, request: Request) -> None:
         self._request = request
@@ -28,7 +28,7 @@ class PromptScores:
         if request.score:
             self._logits.append(logits_TV.cpu())
         following = request.prompt_ids[start + 1 : start + 1 + logits_TV.shape[0]]
-        if request.prompt_logprobs is not None and following:  # else these are the logits after the last position alone
+        if request.prompt_logprobs is not None and following:  # else there are only logits after the last position
             found = Logprobs(logits_TV[: len(following)], upload(list(following), logits_TV))
             self._logprobs += found.wait([request.prompt_logprobs] * len(following))
 

@@ -1,6 +1,6 @@
-"""Owns one forward pass: from a plan through the model to the logits asked for, recorded or launched anew.
+"""Owns one forward pass: from a plan through the model to the logits asked for, replayed or launched.
 
-Knows no requests: every plan is complete by itself, so a rank keeps nothing between two plans but its KV cache.
+Knows no requests: every plan is self-contained, so a rank keeps nothing between plans but its KV cache.
 """
 
 from __future__ import annotations
@@ -22,10 +22,10 @@ from llama2.model import Transformer
 
 
 class Runner:
-    """Runs plans on this rank. All ranks must make one, and run the same plans, in the same order."""
+    """Runs plans on this rank. Every rank must have one and run the same plans in the same order."""
 
     def __init__(self, model: Transformer, cache: KVCache, device: torch.device, config: EngineConfig) -> None:
-        """On a GPU passes are recorded here, unless `config` says otherwise, and one of the largest size is run."""
+        """On a GPU, records passes unless `config` says otherwise, and runs one of the largest size."""
         self._model = model
         self._cache = cache
         self._device = device
@@ -42,12 +42,12 @@ class Runner:
     def warm_up(self, config: EngineConfig) -> None:
         """Run a pass of the largest size, on blocks that no sequence has yet.
 
-        So no request waits until kernels are compiled and loaded.
+        So no request has to wait for kernels to compile and load.
         """
         free = iter(range(self._cache.num_blocks))
         chunks: list[Chunk] = []
         left = config.max_step_tokens
-        # Where there are several sequences, the first one decodes and the others bring prompts: so every kernel runs.
+        # With several sequences the first one decodes and the others have prompts, so that every kernel runs.
         decoding = min(1, config.max_batch_size - 1)
         for length in (*[1] * decoding, *[config.max_seq_len] * (config.max_batch_size - decoding)):
             length = min(length, left)
@@ -60,7 +60,7 @@ class Runner:
             self._launch(Plan(chunks=tuple(chunks)))
 
     def close(self) -> None:
-        """Give up what was recorded, as must be before the process group ends. All ranks call it."""
+        """Free what was recorded, which must precede the end of the process group. All ranks call it."""
         if self._graphs is not None:
             self._graphs.close()
             self._graphs = None
@@ -74,7 +74,7 @@ class Runner:
     def run(self, plan: Plan) -> torch.Tensor | None:
         """Compute a plan. On rank 0: fp32 logits (R, V), the rows that the chunks ask for, in their order.
 
-        They are to be read before the next plan is run.
+        They must be read before the next plan runs.
         """
         with self._on_device():
             self._cache.copy(plan.copies)
@@ -90,11 +90,11 @@ class Runner:
         return self._model(tokens_T, batch, inputs.rows_R)
 
     def _on_device(self) -> torch.cuda.device | nullcontext[None]:
-        """A thread of its own begins on GPU 0, whichever this rank's is."""
+        """Selects this rank's GPU: a new thread starts on GPU 0."""
         return torch.cuda.device(self._device) if self._device.type == "cuda" else nullcontext()
 
     def _inputs(self, plan: Plan) -> tuple[Inputs, Batch]:
-        # A stable sort: sequences with one token first, else as the plan has them. Logits stay in the plan's order.
+        # A stable sort: sequences with one token first, otherwise in the plan's order, which the logits keep.
         order = sorted(plan.chunks, key=lambda chunk: chunk.length > 1)
         spans: list[Span] = []
         row_of: dict[int, int] = {}

@@ -1,17 +1,16 @@
 """Owns the choice of the next token: from a row of logits and a request's SamplingParams to a token id.
 
-Knows no model, no text and no schedule, and keeps no state of any sequence. A row's result depends on nothing but its
-own logits, tokens and parameters, however the batch is put together.
+Knows no model, no text and no schedule, and keeps no state of any sequence. A row's result depends only on its own
+logits, tokens and parameters, whatever else is in the batch.
 
 The order of the steps: log-probabilities of the untouched logits; logit bias; grammar; repetition penalty; frequency
 and presence penalty; temperature; top_k; top_p; min_p; draw. After the temperature a row is kept as weights,
-probabilities relative to the likeliest token's, and every filter is a floor under which weights become 0. So tokens of
-equal weight stay or go together, and nothing depends on the order in which a device sorts them.
+probabilities relative to the most likely token's, and every filter is a floor below which weights become 0. So tokens
+of equal weight are kept or dropped together, and nothing depends on the order in which a device sorts them.
 
-On a GPU the host waits for nothing but the ids, and for these when it reads them; what it must know beside them takes
-the place of an id.
+On a GPU the host waits only for the ids, and only when it reads them; an error takes the place of an id.
 
-Axes: R rows, N those rows that a step is about, V vocabulary.
+Axes: R rows, N the rows that a step applies to, V vocabulary.
 """
 
 from __future__ import annotations
@@ -32,7 +31,7 @@ from llama2.engine.sequence import Request, SamplingParams, Sequence, TokenLogpr
 from llama2.engine.token_masks import forbid
 from llama2.engine.transfer import Download, row_index, select, upload
 
-# In the place of an id: the row holds NaN or infinity.
+# In place of an id: the row holds NaN or infinity.
 _BROKEN = -1
 
 # The width of the blocks in which a row is searched.
@@ -50,7 +49,7 @@ class Sampled:
 class Choice:
     """The tokens that sequences gain, one each; the device may still be choosing them.
 
-    `ids_R` (R,), int64, are these tokens on the device; they are no ids where `read` will raise.
+    `ids_R` (R,), int64, are these tokens on the device; where `read` will raise, they are not ids.
     """
 
     def __init__(self, ids_R: Tensor, logits_RV: Tensor, sequences: Items[Sequence]) -> None:
@@ -87,7 +86,7 @@ class Sampler:
     """Draws tokens, each from a stream of random numbers that belongs to its sequence alone.
 
     The number for a request's k-th token is a hash of its seed and k: no other request, batch or preemption can shift
-    it. A request without a seed gets one from `seed` and its arrival; `seed=None` takes that from the system's entropy.
+    it. A request without a seed gets one from `seed` and its arrival; `seed=None` draws it from the system's entropy.
     """
 
     def __init__(self, seed: int | None = None) -> None:
@@ -98,13 +97,13 @@ class Sampler:
         """Choose the next token of each sequence.
 
         Args:
-            logits: (rows, vocabulary), any floating type, on any device; not changed, and free to change afterwards.
+            logits: (rows, vocabulary), any floating type, on any device; unchanged; may be overwritten afterwards.
             sequences: one per row.
         """
         own_RV = logits.float()
         logits_RV = _penalize(_restrict(_bias(own_RV, sequences), sequences), sequences)
         peak_R, likeliest_R = _maximum(logits_RV)
-        # A maximum hands a NaN on.
+        # A maximum propagates NaN.
         is_sound_R = torch.isfinite(peak_R if logits_RV is own_RV else own_RV.amax(dim=-1))
         token_R = torch.where(is_sound_R, likeliest_R, _BROKEN)
         rows = [row for row, sequence in enumerate(sequences) if sequence.request.params.temperature > 0]
@@ -131,7 +130,7 @@ class Sampler:
             [self._uniform(sequence) for sequence in sequences],
         ]
         temperature_N, min_p_N, top_k_N, top_p_N, uniform_N = upload(numbers, logits_NV, torch.float64).unbind()
-        # The peak becomes 0 before the division, so no temperature overflows; the clamp keeps 0 / 0 away.
+        # The peak becomes 0 before the division, so no temperature overflows; the clamp avoids 0 / 0.
         temperature_N = temperature_N.float().clamp_(min=torch.finfo(torch.float32).tiny)
         weights_NV = (logits_NV - peak_N[:, None]).div_(temperature_N[:, None]).exp_()
         has_nucleus = any(0 < one.top_k < vocab_size or one.top_p < 1 for one in params)
@@ -141,7 +140,7 @@ class Sampler:
                 floor_N = torch.maximum(floor_N, nucleus_floor(weights_NV, top_k_N.long(), top_p_N))
             weights_NV.masked_fill_(weights_NV < floor_N[:, None], 0)
         token_N = _invert(weights_NV, uniform_N)
-        # Where the two sums of `_invert` round apart, a number in the gap may fall on a token that is ruled out.
+        # Where the two sums of `_invert` round differently, a number in the gap may fall on an excluded token.
         is_possible_N = weights_NV.gather(-1, token_N[:, None])[:, 0] > 0
         return torch.where(is_possible_N, token_N, likeliest_N)
 
@@ -158,14 +157,14 @@ class Sampler:
 
 
 def warm_up(vocab_size: int, batch_size: int, device: torch.device) -> None:
-    """Choose from logits that mean nothing, so that no request waits until kernels are compiled and loaded.
+    """Sample from dummy logits, so that no request has to wait for kernels to compile and load.
 
-    A full batch: so the memory that it takes is known to be there.
+    A full batch, so that its memory is known to be available.
     """
     greedy = SamplingParams(temperature=0, logprobs=0)
     filtered = SamplingParams(top_k=1, top_p=0.5, min_p=0.1, repetition_penalty=1.1, logit_bias={0: 1.0})
     logits_RV = torch.zeros(batch_size, vocab_size, device=device)
-    # One row of another kind is what takes some rows from among others.
+    # One row of another kind: then a step selects some of the rows.
     for first, rest in ((greedy, greedy), (filtered, filtered), (greedy, filtered)):
         kinds = [first, *[rest] * (batch_size - 1)]
         requests = [Request(request_id="warm-up", prompt_ids=(0,), params=one) for one in kinds]
@@ -173,7 +172,7 @@ def warm_up(vocab_size: int, batch_size: int, device: torch.device) -> None:
 
 
 def _put(values_R: Tensor, rows_N: Tensor | None, values_N: Tensor) -> Tensor:
-    """`values_R` with other values in those rows."""
+    """`values_R` with `values_N` in those rows."""
     return values_N if rows_N is None else values_R.index_copy(0, rows_N, values_N)
 
 
@@ -193,7 +192,7 @@ def _bias(logits_RV: Tensor, sequences: Items[Sequence]) -> Tensor:
 
 
 def _restrict(logits_RV: Tensor, sequences: Items[Sequence]) -> Tensor:
-    """Leave no chance to the tokens that a grammar forbids; rows without one pass through."""
+    """Exclude the tokens that a grammar forbids; rows without one pass through."""
     matchers = {row: one.matcher for row, one in enumerate(sequences) if one.matcher is not None}
     if not matchers:
         return logits_RV
@@ -234,21 +233,21 @@ def _penalize(logits_RV: Tensor, sequences: Items[Sequence]) -> Tensor:
     logit_T = logits_RV[row_T, token_T]
     logit_T = torch.where(logit_T < 0, logit_T * repetition_T, logit_T / repetition_T)
     logit_T -= frequency_T * count_T + presence_T * (count_T > 0)
-    # A tiny repetition penalty may overflow: that is the request's wish for these tokens, no fault of the model.
+    # A tiny repetition penalty may overflow: the request asked for it, and it is no fault of the model.
     return logits_RV.index_put((row_T, token_T), logit_T.clamp_(max=limits.max))
 
 
 def _blocks(values_NV: Tensor, fill: float) -> Tensor:
-    """(N, blocks, width): a view, or a copy filled up where the vocabulary does not end with a block."""
+    """(N, blocks, width): a view, or a copy padded where the vocabulary does not end with a block."""
     padding = -values_NV.shape[-1] % _BLOCK
     padded_NV = functional.pad(values_NV, (0, padding), value=fill) if padding else values_NV
     return padded_NV.unflatten(-1, (-1, _BLOCK))
 
 
 def _maximum(values_NV: Tensor) -> tuple[Tensor, Tensor]:
-    """The maximum of each row and the first place where it is, so the lowest id of several that are equal.
+    """The maximum of each row and its first index: the lowest id of several that are equal.
 
-    As `max(dim=-1)`, which on a CPU takes 7 times as long (32 rows of 49,152): it keeps the place at every value.
+    As `max(dim=-1)`, which on a CPU takes 7 times as long (32 rows of 49,152): it tracks the index at every value.
     """
     blocks_NBW = _blocks(values_NV, -torch.inf)
     peak_N, block_N = blocks_NBW.amax(dim=-1).max(dim=-1)
@@ -257,15 +256,15 @@ def _maximum(values_NV: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _invert(weights_NV: Tensor, uniform_N: Tensor) -> Tensor:
-    """The token at which the cumulated weights, in the order of the vocabulary, first reach `uniform` of their sum.
+    """The token at which the cumulative weights, in the order of the vocabulary, first reach `uniform` of their sum.
 
-    In two levels, over sums of blocks and then inside one block: double precision, without a vocabulary's worth of it.
+    In two levels, over sums of blocks and then inside one block: double precision without a vocabulary of doubles.
     """
     blocks_NBW = _blocks(weights_NV, 0.0)
     sums_NB = blocks_NBW.sum(dim=-1).double()
     cumulative_NB = sums_NB.cumsum(dim=-1)
     target_N1 = uniform_N[:, None] * cumulative_NB[:, -1:]
-    # In a row of NaN, which is refused later, the search goes past the end.
+    # In a row of NaN, which is refused later, the search ends past the last block.
     block_N1 = torch.searchsorted(cumulative_NB, target_N1).clamp_(max=cumulative_NB.shape[-1] - 1)
     before_N1 = (cumulative_NB - sums_NB).gather(-1, block_N1)
     block_NW = blocks_NBW.take_along_dim(block_N1[:, :, None], dim=1)[:, 0].double()

@@ -1,11 +1,11 @@
 """Owns the order of work: which tokens of which sequences the next forward pass computes, and who waits.
 
-Knows no torch, no text and no reason to end: the engine runs a plan, samples, and says when a sequence is finished.
+Knows no torch, no text and no finish reason: the engine runs a plan, samples, and says when a sequence is finished.
 
-The rule that everything rests on: **running sequences are older than waiting ones, and only the youngest running one
+The central invariant: **running sequences are older than waiting ones, and only the youngest running one
 can have an unfinished prefill.** Sequences are admitted in order of arrival, a prefill takes all of the step's tokens
 that are left unless it ends, and only the youngest is ever preempted. So one pass over the running ones in order of
-arrival serves the decodes first, and whom it preempts it has not placed yet.
+arrival serves the decodes first, and preempts only sequences that it has not placed yet.
 """
 
 from __future__ import annotations
@@ -31,9 +31,9 @@ Logits = Literal["none", "last", "all"]
 class Chunk(NamedTuple):
     """Consecutive tokens of one sequence, at positions start, start + 1, … of its KV cache.
 
-    `key` is the sequence's arrival. `block_table` reaches exactly to the end of the chunk, in blocks; it is a copy, 32
-    bits each, that nobody writes into. `logits` says at which of its tokens they are wanted: at none, at the last, or
-    at all. After `token_ids` come those tokens that are `unread`: they are in these places of the device's token pool.
+    `key` is the sequence's arrival. `block_table` ends with the chunk's last block; it is a copy, 32 bits each, that
+    nobody writes into. `logits` says at which of its tokens they are wanted: at none, at the last, or at all.
+    After `token_ids` come the tokens that are `unread`: their places in the device's token pool.
     """
 
     key: int
@@ -69,7 +69,7 @@ class Plan:
         return any(chunk.unread for chunk in self.chunks)
 
     def __reduce__(self) -> tuple[Any, ...]:
-        # One plan is sent in every step. With tables as plain bytes, pickle never leaves its C code.
+        # A plan is sent in every step. With tables as plain bytes, pickle stays in its C code.
         rows = [(*chunk[:3], chunk.block_table.tobytes(), *chunk[4:]) for chunk in self.chunks]
         return _plan_of, (rows, self.copies)
 
@@ -80,8 +80,8 @@ class Scheduler:
     A step is `schedule()`, then `fork()` for each prompt of several replies that it completes, then `advance()` with
     the sequences that gain a token, `update()` with these tokens, and `finish()` for each sequence that ended. The next
     `schedule()` may come before `update()`: it plans with tokens that are unread.
-    `add` and `abort` belong between steps. No step costs more than what runs and is admitted in it: those who wait
-    cost nothing.
+    `add` and `abort` belong between steps. A step's cost depends only on the sequences running and admitted in it:
+    waiting ones cost nothing.
     """
 
     def __init__(self, config: EngineConfig, blocks: BlockManager) -> None:
@@ -94,7 +94,7 @@ class Scheduler:
         self._by_request_id: dict[str, list[Sequence]] = {}
         self._last_arrival = -1
         self._free_places = list(range(config.max_batch_size))  # of the token pool
-        # Over all sequences that were started: their tokens at that time, and how many of these were in the cache.
+        # Over all sequences started: their tokens at that time, and how many of these were in the cache.
         self.num_prompt_tokens = 0
         self.num_cached_tokens = 0
 
@@ -116,9 +116,9 @@ class Scheduler:
         return bool(self._running or self._waiting)
 
     def add(self, sequence: Sequence) -> None:
-        """Queue a new sequence, which arrived later than all before it and fits into the empty KV cache at its longest.
+        """Queue a new sequence. It arrived after all others, and at its longest fits into the empty KV cache.
 
-        Its forks have the arrivals that follow its own, and batch places are kept for them.
+        Its forks take the arrivals that follow its own, and batch places are reserved for them.
 
         Raises:
             ValueError: a live sequence has the same request id.
@@ -132,7 +132,7 @@ class Scheduler:
         self._waiting[sequence.arrival] = sequence
 
     def abort(self, request_id: str) -> list[Sequence]:
-        """Drop what lives of a request, running or waiting; its blocks are free at once. Returns what was dropped."""
+        """Drop a request's live sequences, running or waiting, and free their blocks. Returns what was dropped."""
         dropped = list(self._by_request_id.get(request_id, ()))
         for sequence in dropped:
             self.finish(sequence, "abort")
@@ -143,7 +143,7 @@ class Scheduler:
         return request_id in self._by_request_id
 
     def finish(self, sequence: Sequence, reason: FinishReason) -> None:
-        """Take a live sequence out and free its blocks."""
+        """Remove a live sequence and free its blocks."""
         siblings = self._by_request_id[sequence.request.request_id]
         siblings.remove(sequence)
         if not siblings:
@@ -159,8 +159,8 @@ class Scheduler:
     def schedule(self) -> Plan | None:
         """Plan the next step, or return None when there is no work, or none before `update`.
 
-        The oldest sequence is in every plan, so all of them finish. After a preemption nobody is admitted in the same
-        step: the blocks that it freed belong to the older ones.
+        The oldest sequence is in every plan, so all of them finish. After a preemption nothing is admitted in the same
+        step: the freed blocks belong to older sequences.
 
         Raises:
             RuntimeError: a sequence was added that does not fit into the whole KV cache.
@@ -171,9 +171,9 @@ class Scheduler:
         budget = self._config.max_step_tokens
         for sequence in list(self._running.values()):
             if sequence.status is not Status.RUNNING:
-                break  # preempted, as are all that are younger
+                break  # preempted, as are all younger ones
             if sequence.num_unread and sequence.is_complete(self._config.max_seq_len):
-                continue  # it ends with the token that is on its way
+                continue  # it ends with its unread token
             length = min(sequence.num_uncomputed, budget)
             if not self._make_room(sequence, length):
                 break
@@ -203,9 +203,9 @@ class Scheduler:
         return forks
 
     def advance(self, plan: Plan, gaining: Iterable[Sequence]) -> None:
-        """Book what a plan computes, and that these sequences gain a token by it, unread, in this order.
+        """Record what a plan computes, and that these sequences gain an unread token each, in this order.
 
-        Those that ended since it was made are skipped.
+        Sequences that ended since it was made are skipped.
         """
         for chunk in plan.chunks:
             sequence = self._running.get(chunk.key)
@@ -219,7 +219,7 @@ class Scheduler:
             sequence.num_unread += 1
 
     def update(self, sampled: Iterable[tuple[Sequence, int]]) -> list[Sequence]:
-        """The tokens are read that sequences gained by `advance`. Returns them, less those that ended since."""
+        """Add the tokens that sequences gained in `advance`, now read. Returns those that have not ended since."""
         gained = []
         for sequence, token_id in sampled:
             if sequence.status is not Status.FINISHED:
@@ -229,19 +229,19 @@ class Scheduler:
         return gained
 
     def preempt_all(self) -> None:
-        """Free every block; what runs waits, and starts again with the next plan."""
+        """Free every block; running sequences wait, and restart with the next plan."""
         while self._running:
             self._preempt_youngest()
 
     def check_integrity(self) -> None:
-        """Prove that no block leaked; see `BlockManager.check_integrity`."""
+        """Check that no block leaked; see `BlockManager.check_integrity`."""
         self._blocks.check_integrity(chain.from_iterable(self._by_request_id.values()))
 
     def _admit(self, budget: int) -> list[Chunk]:
         """Start waiting sequences while the token budget, the batch size and the free blocks allow.
 
         A sequence starts only when all of its tokens would fit now, though its blocks are taken chunk by chunk:
-        else a long prompt would be prefilled in vain, preempted and started again while older ones fill the cache.
+        otherwise a long prompt would be prefilled in vain, preempted and restarted while older ones fill the cache.
         """
         chunks: list[Chunk] = []
         if not self._waiting or len(self._running) >= self._config.max_batch_size:
@@ -265,9 +265,9 @@ class Scheduler:
         return chunks
 
     def _make_room(self, sequence: Sequence, length: int) -> bool:
-        """Give a running sequence the blocks for its next `length` tokens, at the cost of the youngest.
+        """Give a running sequence the blocks for its next `length` tokens, preempting the youngest if needed.
 
-        Returns False if it was the youngest itself, and now waits.
+        Returns False if it was the youngest itself and now waits.
         """
         while not self._blocks.grow(sequence, sequence.num_computed + length):
             if self._preempt_youngest() is sequence:
@@ -275,7 +275,7 @@ class Scheduler:
         return True
 
     def _preempt_youngest(self) -> Sequence:
-        """Send it to the front of the queue: it is older than everybody there. Its tokens stay with it."""
+        """Send it to the front of the queue: it is older than all there. It keeps its tokens."""
         _, sequence = self._running.popitem()
         logger.debug("request %r is preempted at %d tokens", sequence.request.request_id, sequence.num_tokens)
         self._free(sequence)
@@ -291,7 +291,7 @@ class Scheduler:
         sequence.pool_place = self._free_places.pop()
 
     def _free(self, sequence: Sequence) -> None:
-        """Take back what a sequence holds while it runs."""
+        """Release what a sequence holds while it runs."""
         self._blocks.free(sequence)
         self._free_places.append(sequence.pool_place)
 

@@ -27,8 +27,8 @@ class SamplingParams:
     """How tokens are chosen and when they end.
 
     The order is: logit_bias, grammar, penalties, temperature, top_k, top_p, min_p, draw. `temperature=0` is greedy,
-    whatever the others say. `logit_bias` is added to the logits of the token ids it names. `logprobs=n` asks for the
-    chosen token's and the n likeliest tokens' log-probabilities under the model's own distribution, before any of
+    whatever the others are. `logit_bias` is added to the logits of the token ids it names. `logprobs=n` asks for the
+    log-probabilities of the chosen token and the n most likely ones under the model's own distribution, before any of
     these. `max_new_tokens=None` means as many as fit into the engine's max_seq_len.
 
     Raises:
@@ -93,14 +93,14 @@ def _check_number(name: str, value: Any, *, low: float, high: float, open_low: b
 
 
 class Matcher(Protocol):
-    """One reply's way through a grammar. `failed`: it could not be followed to its end, so that the reply is none."""
+    """One reply's state in a grammar. `failed`: it could not be followed to its end, so the reply is invalid."""
 
     @property
     def failed(self) -> bool: ...
 
     def mask_W(self) -> Any:
-        """What can follow now, some token always: int32 words (a tensor on the CPU), a bit for each of 32 ids, the
-        lowest id's first. It holds until the next call."""
+        """What can follow now, always at least one token: int32 words (a tensor on the CPU), a bit for each of 32 ids,
+        the lowest id's first. Valid until the next call."""
 
     def accept(self, token_id: int) -> None:
         """The token was chosen."""
@@ -115,13 +115,13 @@ class Grammar(Protocol):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Request:
-    """What the front hands to the engine: prompt ids (BOS included where the format has one) and how to go on.
+    """What the front end gives the engine: prompt ids (BOS included where the format has one) and how to continue.
 
     `continues_prompt` keeps the white space between prompt and reply, as the tokenizer would write both in one piece:
-    True for a completion, which continues its prompt, False for a chat reply, which is a text of its own.
+    True for a completion, which continues its prompt, False for a chat reply, which is a separate text.
 
     `n` replies share the KV blocks of the prompt. `prompt_logprobs=k` asks for the log-probabilities of the prompt's
-    own tokens, with the k likeliest beside each; `score` for the raw logits of every prompt position.
+    own tokens, with the k most likely at each; `score` for the raw logits of every prompt position.
     `generate=False` ends after the prompt.
 
     Raises:
@@ -150,7 +150,7 @@ class Request:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TokenLogprobs:
-    """Log-probabilities (natural logarithm) at one position; `top` is likeliest first."""
+    """Log-probabilities (natural logarithm) at one position; `top` is most likely first."""
 
     token_id: int
     logprob: float
@@ -160,11 +160,11 @@ class TokenLogprobs:
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Output:
     """What reply `index` of a request gained since its last Output. `finish_reason` is set on its last one, once;
-    "error" says that the reply could not be held to its grammar.
+    "error" means that the reply could not be held to its grammar.
 
-    `prompt_logprobs`, where they were asked for, come whole with the first Output of reply 0: one for each position of
-    the prompt, None for the first, before which there is nothing. So do `cached_tokens`: how many of its tokens did not
-    have to be computed. `prompt_logits` are a tensor (prompt, V), fp32 on the CPU, where `score` asked for them.
+    `prompt_logprobs`, if asked for, come all at once with the first Output of reply 0: one for each position of the
+    prompt, None for the first, which nothing precedes. So does `cached_tokens`: how many of its tokens were in the
+    prefix cache. `prompt_logits` is a tensor (prompt, V), fp32 on the CPU, if `score` asked for it.
     """
 
     request_id: str
@@ -180,7 +180,7 @@ class Output:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Completion:
-    """One finished request, whole. `token_ids` holds every generated id, an ending EOS or stop id too."""
+    """One finished request, whole. `token_ids` holds every generated id, including a final EOS or stop id."""
 
     text: str
     token_ids: list[int]
@@ -200,12 +200,12 @@ class Sequence:
     """One reply inside the engine. The n replies of a request are one sequence until its prompt is computed.
 
     Invariant: the KV cache holds positions [0, num_computed) of `token_ids`, in the blocks of `block_table`.
-    A preempted sequence keeps its tokens, gives its blocks back and starts again at num_computed = 0.
-    `num_unread` more tokens follow `token_ids`: they were chosen, but the host has not read them yet. They are in the
-    device's token pool, from `pool_place` on, which a running sequence has for itself; one token fits there.
-    `num_forks` more sequences will come of this one, with the arrivals that follow its own. `block_digests` are the
+    A preempted sequence keeps its tokens, gives its blocks back and restarts at num_computed = 0.
+    `num_unread` more tokens follow `token_ids`: they were sampled, but the host has not read them yet. They are in the
+    device's token pool, from `pool_place` on, which belongs to this sequence while it runs; one token fits there.
+    `num_forks` more sequences will fork from this one, with the arrivals that follow its own. `block_digests` are the
     block manager's names for the full blocks of `token_ids`, as far as it has needed them. `num_cached` of its tokens
-    were in the cache when it was started first; None before. `text` and `prompt_scores` are the engine's.
+    were in the cache when it first started; None before. `text` and `prompt_scores` are the engine's.
     """
 
     request: Request
@@ -236,8 +236,8 @@ class Sequence:
         )
 
     def fork(self) -> list[Sequence]:
-        """The other replies of the request, at the point where this one has computed its prompt. They share its blocks
-        in number only: counting them is the block manager's."""
+        """The other replies of the request, once this one has computed its prompt. They copy its block table; counting
+        the holders is up to the block manager."""
         assert self.num_generated == 0
         forks = [Sequence.of(self.request, self.arrival + index) for index in range(1, self.num_forks + 1)]
         for index, fork in enumerate(forks, start=1):
@@ -259,11 +259,11 @@ class Sequence:
 
     @property
     def num_tokens(self) -> int:
-        """With those that are unread."""
+        """Including unread ones."""
         return len(self.token_ids) + self.num_unread
 
     def is_complete(self, max_seq_len: int) -> bool:
-        """Has it as many tokens as it may have?"""
+        """Does it have as many tokens as it may?"""
         return self.num_generated == self.request.params.max_new_tokens or self.num_tokens == max_seq_len
 
     @property

@@ -1,6 +1,6 @@
 """Owns the engine's thread: requests come in from any thread, a step runs while there is work, and outputs are fetched.
 
-Knows nothing of what a step does, and no HTTP.
+Knows no HTTP, and nothing of what a step does.
 """
 
 from __future__ import annotations
@@ -20,15 +20,15 @@ logger = logging.getLogger(__name__)
 
 
 class ServiceLoop:
-    """Runs an engine in a thread of its own, from when it is made until `close`. Make one on every rank.
+    """Runs an engine in its own thread, from construction until `close`. Make one on every rank.
 
-    All else is rank 0's, from any thread.
+    All other methods are for rank 0, from any thread.
     """
 
     def __init__(self, engine: Engine, on_failure: Callable[[BaseException], None]) -> None:
-        """`on_failure` is called in the engine's thread with what ended it before `close`.
+        """`on_failure` is called in the engine's thread with the error that ended it before `close`.
 
-        From now on the calling thread divides no operator among processors: those are the engine's.
+        From now on the calling thread runs its operators without OpenMP, which is the engine's.
         """
         self.engine = engine
         self._on_failure = on_failure
@@ -62,27 +62,27 @@ class ServiceLoop:
             self._lock.notify_all()
 
     def suspend(self) -> None:
-        """Stop computing after this step and free every block, without a loss: `resume` goes on where it was."""
+        """Stop computing after this step and free every block, losing nothing: `resume` continues from there."""
         with self._lock:
             self._is_suspended = True
             self._lock.notify_all()
 
     def resume(self) -> None:
-        """End `suspend`; nothing happens if it did not begin."""
+        """End `suspend`; does nothing if not suspended."""
         if self._is_suspended:
             with self._lock:
                 self._is_suspended = False
                 self._lock.notify_all()
 
     def poll(self, timeout: float) -> list[Output]:
-        """What the engine has made since the last poll; waits up to `timeout` seconds for the first of it."""
+        """The outputs since the last poll; waits up to `timeout` seconds for the first."""
         with self._lock:
             self._lock.wait_for(lambda: self._outbox, timeout)
             outputs, self._outbox = self._outbox, []
             return outputs
 
     def stats(self) -> EngineStats:
-        """The engine's, with those requests among the waiting that it has not seen yet."""
+        """The engine's; `waiting` includes requests that it has not seen yet."""
         stats = self.engine.stats()
         return replace(stats, waiting=stats.waiting + len(self._inbox))
 

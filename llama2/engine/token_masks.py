@@ -16,7 +16,7 @@ from llama2.engine.transfer import upload_rows
 
 
 def forbid(logits_NV: Tensor, masks: Items[Tensor]) -> Tensor:
-    """(N, V): -inf wherever a row's mask has no bit. The masks (W,) lie on the CPU, W = ⌈V / 32⌉."""
+    """(N, V): -inf wherever a row's mask has no bit. The masks (W,) are on the CPU, W = ⌈V / 32⌉."""
     words_NW = upload_rows(masks, logits_NV)
     vocab_size = logits_NV.shape[-1]
     if logits_NV.device.type == "cpu":
@@ -27,7 +27,7 @@ def forbid(logits_NV: Tensor, masks: Items[Tensor]) -> Tensor:
 def _barrier(words_NW: Tensor) -> Tensor:
     """What to add: 0 where there is a bit, else -inf.
 
-    By bytes: 4 to 12 times as fast on a CPU as to shift out every bit (1 and 32 rows of 49,152).
+    By bytes: 4 to 12 times as fast on a CPU as shifting out every bit (1 and 32 rows of 49,152).
     """
     bytes_NB = words_NW.numpy().view(np.uint8)
     return torch.from_numpy(_barriers().take(bytes_NB, axis=0)).flatten(1)

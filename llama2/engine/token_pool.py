@@ -1,4 +1,4 @@
-"""Owns the ids that were chosen and that the host has not read yet: on the device, in places that sequences have.
+"""Owns the sampled ids that the host has not read yet: on the device, in places assigned to sequences.
 
 Knows no plan and no sequence: places in, ids out.
 """
@@ -20,11 +20,11 @@ class TokenPool:
         self._ids_P = torch.zeros(num_places, dtype=torch.int64, device=device)
 
     def put(self, places: list[int], ids_R: torch.Tensor) -> None:
-        """Rank 0: write ids (R,), int64. That of a failed sampling, a negative one, must not reach the embedding."""
+        """Rank 0: write ids (R,), int64. Negative ids, from failed sampling, must not reach the embedding."""
         self._ids_P.index_copy_(0, upload(places, ids_R), ids_R.clamp(min=0))
 
     def share(self) -> None:
-        """Bring rank 0's ids to every rank, all of which call this: a sum to which the others add nothing."""
+        """Send rank 0's ids to every rank; all call this. A sum in which the other ranks' terms are 0."""
         if self._collectives.rank != 0:
             self._ids_P.zero_()
         self._ids_P.copy_(self._collectives.all_reduce(self._ids_P))

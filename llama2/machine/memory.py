@@ -1,7 +1,7 @@
-"""Owns how a large piece of memory is got from the system, on Linux CPUs in large pages; and how much there is to get.
+"""Owns how large memory is allocated, on Linux CPUs in huge pages; and how much is free.
 
-The weights stream through a CPU at every step. In pages of 2 MB instead of 4 KB the processor looks up fewer addresses,
-and memory that is touched for the first time costs fewer interruptions.
+The weights stream through a CPU at every step. Pages of 2 MB instead of 4 KB cause fewer TLB misses, and fewer page
+faults when memory is first touched.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import torch
 
 
 def empty(count: int, *, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
-    """`count` values that nobody has set; freed with the last tensor that views them."""
+    """`count` uninitialized values; freed with the last tensor that views them."""
     if device.type != "cpu" or not sys.platform.startswith("linux") or count == 0:
         return torch.empty(count, dtype=dtype, device=device)
     memory = mmap.mmap(-1, count * dtype.itemsize, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
@@ -31,11 +31,11 @@ def free_memory(device: torch.device) -> int:
 
 
 def _free_host_memory() -> int:
-    """What can be taken without swapping, page cache included."""
+    """Bytes available without swapping, page cache included."""
     if sys.platform.startswith("linux"):
         for line in Path("/proc/meminfo").read_text().splitlines():
             if line.startswith("MemAvailable:"):
                 return int(line.split()[1]) * 1024
-    import psutil  # asks the kernel in its own way on each system; on Linux it reads the same line
+    import psutil  # portable; on Linux it reads the same line
 
     return int(psutil.virtual_memory().available)

@@ -1,7 +1,7 @@
-"""Owns how a GPU's memory is shared out once the weights are in it: what the steps will take, by name.
+"""Owns how a GPU's memory is divided once the weights are in it: what the steps will need, by name.
 
-Knows no tensors: all follows from the settings, so that what does not fit is refused before anything is made. Sizes are
-of the rank that needs most, the first; the others keep to the same.
+Knows no tensors: all follows from the settings, so that what does not fit is refused before anything is allocated.
+Sizes are those of rank 0, which needs the most; the other ranks use the same.
 """
 
 from __future__ import annotations
@@ -14,28 +14,28 @@ from llama2.config import EngineConfig, ModelArgs
 from llama2.parallel.splits import mesh_shape, split
 
 MIB = 1 << 20
-# A recording's own memory beside that of its tensors.
+# A recording's own memory, without its tensors.
 RECORDING_BYTES = 4 * MIB
-# Positions whose attention is summed apart from others': SPLIT of llama2/kernels/cuda/attention.py.
+# Positions whose attention is summed separately: SPLIT of llama2/kernels/cuda/attention.py.
 ATTENTION_PIECE = 256
-# Per logit of a row that is sampled: copies with biases, penalties and masks, weights, and what is made on the way.
+# Per logit of a sampled row: copies with biases, penalties and masks, weights, and intermediates.
 SAMPLING_BYTES = 32
-# cuBLAS takes that much on a Hopper GPU for each stream, elsewhere less.
+# What cuBLAS takes per stream on a Hopper GPU; less elsewhere.
 CUBLAS_WORKSPACE_BYTES = 32 * MIB
-# Code is loaded to the GPU when a kernel is first started.
+# Code is loaded onto the GPU when a kernel first runs.
 KERNELS_BYTES = 256 * MIB
 NCCL_BYTES = 512 * MIB
-# What the driver hands out is a multiple of this, for each layer's keys and for its values.
+# The driver allocates multiples of this, for each layer's keys and for its values.
 PAGE_BYTES = 2 * MIB
 
 
 def reserve(args: ModelArgs, config: EngineConfig, *, dtype: torch.dtype, degree: int) -> dict[str, int]:
-    """The bytes, by name, that one of `degree` GPUs will need beside its weights, the rotary table and the KV cache.
+    """The bytes, by name, that one of `degree` GPUs will need besides its weights, the rotary table and the KV cache.
 
-    What the ranks set up before the weights were loaded, as the buffer of symmetric memory, is in use already.
+    What the ranks set up before loading the weights, such as the symmetric memory buffer, is already in use.
     """
     itemsize, vocab_size = dtype.itemsize, args.vocab_size
-    # On rank 0: the ranks' parts, and all side by side, in `dtype`; then in fp32.
+    # On rank 0: the ranks' parts, then all concatenated, in `dtype`; then in fp32.
     per_row = vocab_size * (2 * itemsize + 4)
     attention = _attention_bytes(args, config, degree=degree)
     reserved = {
@@ -76,7 +76,7 @@ def _local_heads(args: ModelArgs, degree: int) -> tuple[int, int]:
 
 
 def _activation_bytes(args: ModelArgs, tokens: int, *, dtype: torch.dtype, degree: int) -> int:
-    """Of one layer: those of the one before are gone."""
+    """Of one layer: those of the previous one are freed."""
     heads, kv_heads = _local_heads(args, degree)
     hidden = split(args.hidden_dim, *mesh_shape(args, degree))[0]
     features = (
@@ -90,6 +90,6 @@ def _activation_bytes(args: ModelArgs, tokens: int, *, dtype: torch.dtype, degre
 
 
 def _attention_bytes(args: ModelArgs, config: EngineConfig, *, degree: int) -> int:
-    """Of decoding: each piece of a context gives a weighted sum and its two shares, in fp32, for each query head."""
+    """For decoding: each piece of a context gives a weighted sum and two softmax terms, in fp32, per query head."""
     pieces = -(-config.blocks_per_sequence * config.block_size // ATTENTION_PIECE)
     return config.max_batch_size * _local_heads(args, degree)[0] * pieces * (args.head_dim + 2) * 4

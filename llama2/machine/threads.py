@@ -1,9 +1,9 @@
-"""Owns which thread may divide its work by OpenMP, as PyTorch's operators on a CPU do: the engine's, and no other.
+"""Owns which thread may use OpenMP, as PyTorch's CPU operators do: only the engine's.
 
-OpenMP keeps a team of threads for every thread that once divided something. When the teams together outnumber the
+OpenMP keeps a team of threads for every thread that once ran a parallel region. When the teams together outnumber the
 processors, GNU's puts their threads to sleep between operators instead of letting them spin for a while: waking them
-cost 40 µs an operator on 2 cores, more than most operators. PyTorch's number is each thread's own, and a new thread
-begins with what was set last.
+cost 40 µs per operator on 2 cores, more than most operators take. PyTorch's number of threads is set per thread, and a
+new thread starts with the value set last.
 """
 
 from __future__ import annotations
@@ -16,9 +16,9 @@ import torch
 
 @contextmanager
 def undivided() -> Iterator[int]:
-    """Within, no operator is divided, in this thread and those begun here; yields by how many it else would be.
+    """Run operators on one thread, in this thread and those started here; yields the usual number of threads.
 
-    For what comes before the engine's loop, which may run in another thread.
+    For what runs before the engine's loop, which may be in another thread.
     """
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
@@ -29,7 +29,7 @@ def undivided() -> Iterator[int]:
 
 
 def hand_over() -> Callable[[], None]:
-    """From now on this thread divides nothing. The other thread that calls what is returned divides in its place."""
+    """Stop using OpenMP in this thread; the thread that calls the returned function uses it instead."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     return lambda: torch.set_num_threads(threads)

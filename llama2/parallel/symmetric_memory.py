@@ -1,6 +1,6 @@
-"""Owns sums between the GPUs of one host in memory that all of them reach: PyTorch's symmetric memory, past NCCL.
+"""Owns sums between the GPUs of one host in memory that all of them reach: PyTorch's symmetric memory, not NCCL.
 
-Knows no model, and no other transport: where it cannot be used, `connect` says so to all ranks alike.
+Knows no model, and no other transport: where it cannot be used, `connect` returns None on every rank.
 """
 
 from __future__ import annotations
@@ -21,31 +21,31 @@ from llama2.parallel.process_group import gather_objects
 logger = logging.getLogger(__name__)
 
 BUFFER_BYTES = 8 << 20
-# In one shot every rank reads every other's message whole; beyond this size each byte is summed by one rank alone.
+# In one shot every rank reads every other's whole message; beyond this size each byte is summed by one rank alone.
 ONE_SHOT_BYTES = 256 << 10
-# The slowest rank has that long to come to the meeting, and the first sums to end.
+# How long the ranks wait for the slowest one at the rendezvous, and for the first sums.
 PATIENCE_SECONDS = 60.0
-# The longest name of a socket (sun_path of unix(7)), with the zero that ends it.
+# The longest socket name (sun_path of unix(7)), including its terminating zero.
 _SOCKET_NAME_BYTES = 108
 
 
 class SymmetricMemory:
-    """One buffer on each GPU, which takes every sum, one after the other on one stream, as recorded CUDA graphs do too.
+    """One buffer on each GPU for all sums, which run one after the other on one stream, also in recorded CUDA graphs.
 
     A sum is: copy into this rank's buffer; a kernel that begins and ends with a barrier of all ranks; copy out. Between
-    its barriers a kernel reads, and those for large sums write, the others' buffers. None can still be at it when this
-    rank fills its buffer for the next sum: its own kernel has ended, so all ranks have come to the last barrier. And
+    its barriers a kernel reads the others' buffers, and for large sums writes them. No rank can still do so when this
+    one fills its buffer for the next sum: its own kernel has ended, so all ranks have reached the last barrier. And
     none can begin the next sum while this rank still copies out: the first barrier waits for its next kernel.
 
-    In one shot, and without multicast, ranks are added in their order; with multicast the switch adds every element
+    In one shot, and without multicast, ranks are added in order; with multicast the switch adds every element
     once and sends it to all. So all ranks have the same bits.
 
-    The copy into the buffer is a step of its own. `one_shot_all_reduce_copy` would save it, but the threads that signal
+    The copy into the buffer is a separate step. `one_shot_all_reduce_copy` would save it, but the threads that signal
     the other ranks do not wait until the rest of their block has copied (torch's CUDASymmetricMemoryOps.cu).
     """
 
     def __init__(self, buffer: torch.Tensor, group_name: str, *, has_multicast: bool) -> None:
-        """`buffer`: BUFFER_BYTES of symmetric memory, which the ranks have made known to each other."""
+        """`buffer`: BUFFER_BYTES of symmetric memory, after the rendezvous of all ranks."""
         self._buffer = buffer
         self._group_name = group_name
         self._has_multicast = has_multicast
@@ -54,11 +54,11 @@ class SymmetricMemory:
     def connect(cls, device: torch.device, num_hosts: int) -> SymmetricMemory | None:
         """Called on every rank of the default process group; None on all of them if it cannot be used on one.
 
-        Then rank 0 logs the reason. Each step that can fail on one rank alone ends with the answers of all, so that
-        none is left in the next one.
+        Then rank 0 logs the reason. After each step that can fail on one rank alone, all ranks exchange their results,
+        so that none goes on alone.
 
         Raises:
-            TimeoutError: the GPUs wait for each other for ever, and nothing else can be run on them.
+            TimeoutError: the GPUs wait for each other forever, and nothing else can run on them.
         """
         group = dist.group.WORLD
         assert group is not None
@@ -69,7 +69,7 @@ class SymmetricMemory:
             with _Attempt() as attempt, _short_waits(group):
                 has_multicast = _meet(buffer, group)
         if attempt.succeeded:
-            # Where one GPU has none, the others' would wait for it.
+            # If one GPU had no multicast, the others would wait for it.
             memory = cls(buffer, group.group_name, has_multicast=all(gather_objects(has_multicast)))
             with _Attempt() as attempt:
                 memory._try_out(device)
@@ -80,11 +80,11 @@ class SymmetricMemory:
         return None
 
     def takes(self, x: torch.Tensor) -> bool:
-        """Can `all_reduce` make the sum of `x`? Its kernels move 16 bytes at a time, and know these two types."""
+        """Can `all_reduce` sum `x`? Its kernels move 16 bytes at a time, and support these two dtypes."""
         return 0 < x.nbytes <= BUFFER_BYTES and x.nbytes % 16 == 0 and x.dtype in (torch.bfloat16, torch.float32)
 
     def all_reduce(self, x: torch.Tensor) -> torch.Tensor:
-        """The sum of every rank's `x`. May overwrite `x`. The host waits for nothing."""
+        """The sum of every rank's `x`. May overwrite `x`. Does not block the host."""
         shared = self._buffer[: x.nbytes].view(x.dtype).view(x.shape)
         shared.copy_(x)
         if x.nbytes <= ONE_SHOT_BYTES:
@@ -96,10 +96,10 @@ class SymmetricMemory:
         return x.copy_(shared)
 
     def _try_out(self, device: torch.device) -> None:
-        """Compare sums of every kind with what they must be: a fault of the machine must show here, where it is named.
+        """Compare sums of every kind with the expected ones, so that a hardware fault shows here, with a clear message.
 
         Raises:
-            RuntimeError: one is wrong.
+            RuntimeError: a sum is wrong.
         """
         rank, ranks = dist.get_rank(), range(dist.get_world_size())
         wrong: list[str] = []
@@ -112,13 +112,13 @@ class SymmetricMemory:
                 _wait(device)
                 if not torch.equal(total, expected.to(dtype)):
                     wrong.append(f"a sum of {nbytes} bytes of {dtype} came out wrong")
-        # Not earlier: the other ranks take part in all of them.
+        # Only now: the other ranks take part in every sum.
         if wrong:
             raise RuntimeError(wrong[0])
 
 
 def check(device: torch.device, num_hosts: int) -> None:
-    """What is known before anything is tried.
+    """What can be checked before anything is tried.
 
     Raises:
         RuntimeError: this GPU cannot take part.
@@ -128,18 +128,18 @@ def check(device: torch.device, num_hosts: int) -> None:
     major, minor = torch.cuda.get_device_capability(device)
     if major < 8:
         raise RuntimeError(f"its kernels need compute capability 8.0, and the GPU has {major}.{minor}")
-    # Under a mask of one GPU for each rank the others are not in sight, and only the meeting will tell.
+    # With one visible GPU per rank the others cannot be checked here; the rendezvous will fail instead.
     for other in range(min(torch.cuda.device_count(), dist.get_world_size())):
         if other != device.index and not torch.cuda.can_device_access_peer(device.index, other):
             raise RuntimeError(f"GPU {device.index} does not reach the memory of GPU {other}")
-    # torch copies the name of a socket in this folder into a field of fixed length, without a look at its own.
+    # torch copies the name of a socket in this folder into a field of fixed length, without checking it.
     folder = next((os.environ[name] for name in ("TMPDIR", "TMP", "TEMP", "TEMPDIR") if name in os.environ), "/tmp")
     if len(os.fsencode(f"{folder}/symm_mem-{os.getpid()}")) >= _SOCKET_NAME_BYTES:
         raise RuntimeError(f"the path of the folder for temporary files is too long: {folder}")
 
 
 class _Attempt:
-    """A step that may fail on any rank; after it all ranks know that it `succeeded` on all, or the first `reason`."""
+    """A step that may fail on any rank; afterwards all ranks know that it `succeeded` on all, or the first `reason`."""
 
     reason: str | None = None
 
@@ -153,7 +153,7 @@ class _Attempt:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: object) -> bool:
         if isinstance(error, TimeoutError) or not isinstance(error, (Exception, type(None))):
             return False
-        # Whatever it was, the other ranks must hear of it.
+        # The other ranks must know of any failure.
         answers = gather_objects(None if error is None else (str(error) or type(error).__name__).splitlines()[0])
         self.reason = next(
             (f"rank {rank}: {answer}" for rank, answer in enumerate(answers) if answer is not None), None
@@ -168,7 +168,7 @@ def _allocate(device: torch.device) -> torch.Tensor:
 
 
 def _meet(buffer: torch.Tensor, group: dist.ProcessGroup) -> bool:
-    """Make the ranks' buffers known to each other; does the switch add and multicast (NVLink SHARP)?"""
+    """The rendezvous of the ranks' buffers; returns whether the switch adds and multicasts (NVLink SHARP)."""
     import torch.distributed._symmetric_memory as symmetric_memory
 
     return bool(symmetric_memory.rendezvous(buffer, group).multicast_ptr)
@@ -176,7 +176,7 @@ def _meet(buffer: torch.Tensor, group: dist.ProcessGroup) -> bool:
 
 @contextlib.contextmanager
 def _short_waits(group: dist.ProcessGroup) -> Iterator[None]:
-    """The ranks meet by way of the group's store, where one would wait half an hour for another that has failed."""
+    """The rendezvous uses the group's store, where a rank would wait half an hour for another that has failed."""
     store: Any = group.get_group_store()
     before = store.timeout
     store.set_timeout(timedelta(seconds=PATIENCE_SECONDS))
@@ -187,10 +187,10 @@ def _short_waits(group: dist.ProcessGroup) -> Iterator[None]:
 
 
 def _wait(device: torch.device) -> None:
-    """Until the GPU has done all that it was given.
+    """Wait until the GPU has done all its work.
 
     Raises:
-        TimeoutError: it does not come to an end.
+        TimeoutError: it does not finish.
     """
     done = torch.cuda.Event()
     done.record(torch.cuda.current_stream(device))
