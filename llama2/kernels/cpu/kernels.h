@@ -8,8 +8,8 @@
 #include "attention.h"
 #include "team.h"
 
-// Weights are packed where bf16 products are vector instructions. Where they are matrix instructions (AMX), oneDNN has
-// is several times faster at many rows, and does not take this layout; without either, packing is not known to help.
+// Weights are packed where bf16 products are vector instructions. Where they are matrix instructions (AMX), oneDNN is
+// several times faster at many rows, and does not take this layout; without either, packing is not known to help.
 #if defined(__AVX512BF16__) && !defined(__AMX_BF16__)
 #define LLAMA2_PACKS_WEIGHTS
 #endif
