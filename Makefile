@@ -54,7 +54,7 @@ lint: $(READY)  ## format, lint and types
 	$(BIN)/mypy
 
 # Whoever writes a test that takes longer than these seconds marks it `integration`.
-check: lint  ## lint, types and the fast tests: within a minute
+check: lint  ## lint, types and the fast tests, in about two minutes
 	$(BIN)/python -m pytest --quiet -m 'not integration' --timeout 30
 
 test: lint  ## lint, types, and all tests: unit, distributed, end to end
@@ -102,5 +102,5 @@ bench: $(READY)  ## speed: converter, loading, scheduler, prefix cache, engine (
 	$(BIN)/python -m benchmarks.prefix
 	$(BIN)/python -m benchmarks.offline --checkpoint build/converted_checkpoints --batches 1,8,32 --contexts 128,1024
 
-clean: stop  ## remove all that was made, except the virtual environments
+clean: stop  ## remove what `make serve` and the tests made, except the virtual environments
 	rm -rf build .mypy_cache .pytest_cache .ruff_cache .hypothesis *.egg-info
