@@ -58,7 +58,7 @@ class Format(Protocol):
         RequestError."""
 
     def requests(self, call_id: str) -> list[Request]:
-        """What the engine shall do; the id of each request starts with `call_id`."""
+        """What the engine is to do; the id of each request starts with `call_id`."""
 
     def chunk(self, index: int, output: Output, progress: Progress) -> str:
         """What a stream says about news of reply `index`; `progress` holds them already. May be empty.

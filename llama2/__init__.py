@@ -16,7 +16,7 @@ __all__ = ["LLM", "Completion", "SamplingParams"]
 
 
 def __getattr__(name: str) -> Any:
-    # LLM brings torch along; whoever only checks a request body should not pay for that.
+    # LLM imports torch, which a program that only checks request bodies should not pay for.
     if name == "LLM":
         from llama2.llm import LLM
 

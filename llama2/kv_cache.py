@@ -1,6 +1,6 @@
 """Owns the paged keys and values of one rank: how many blocks fit, and how positions are written and read.
 
-Knows no sequences and no scheduling: whoever calls says which slots and which blocks.
+Knows no sequences and no scheduling: the caller says which slots and which blocks.
 """
 
 from __future__ import annotations

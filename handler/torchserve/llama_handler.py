@@ -84,7 +84,7 @@ class LlamaHandler:
             ticks.wait(LOOK_SECONDS)
             self._transport.watch()
             stats = self._service.loop.stats()
-            # Other numbers change at every step; this one everybody shall know at once.
+            # Other numbers change at every step; a change of this one is published at once.
             if stats.running != running or look % LOOKS_PER_PUBLISHING == 0:
                 metrics.publish(stats)
                 running = stats.running

@@ -4,7 +4,7 @@ Keys and values are read where they lie, through the block tables. The query hea
 tile, so that each key is read once for all of them.
 
 A context is cut into pieces of SPLIT positions, always at the same places (FlashDecoding with pieces of fixed length):
-a row's bits depend on its own sequence alone, whoever runs beside it.
+a row's bits depend on its own sequence alone, not on its batch.
 
 Shape suffixes in the kernels: M rows of a tile, L positions of a tile, D features, P pieces of a context.
 """

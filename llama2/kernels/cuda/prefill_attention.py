@@ -32,7 +32,7 @@ def attend_prefill(
 ) -> None:
     """Causal attention of those of S sequences that have several rows in the pass, into their rows of `out_THD`.
 
-    No row before `first_row` is theirs. `launch` is for benchmarks: the parts of `prefill_tiles` that shall differ.
+    No row before `first_row` is theirs. `launch` is for benchmarks: the parts of `prefill_tiles` to override.
     """
     tokens, heads, head_dim = q_THD.shape
     block_size, kv_heads = keys.shape[1:3]

@@ -21,7 +21,7 @@ def linear(
     """x times the transposed weight, (R, F), at the rate of the weight's way through memory; for very few rows.
 
     With `gated` silu of the first half of the features times the second half, (R, F / 2). `tiles` are for benchmarks:
-    the parts of `product_tiles` that shall differ.
+    the parts of `product_tiles` to override.
     """
     rows, inputs = x_RC.shape
     features = weight_FC.shape[0] // (2 if gated else 1)
