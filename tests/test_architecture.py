@@ -52,11 +52,12 @@ def files_of_a_stream(folder: Path) -> set[str]:
         handler._service, handler._transport = service, Transport(service)
         context = Context("tiny", "", None, 1, None, "0")
         context.request_ids, context.request_processor = {0: "call"}, [RequestProcessor({})]
-        body = {"prompt": "Hello", "stream": True, "max_new_tokens": 100, "ignore_eos": True}
+        item = {"body": {"prompt": "Hello", "stream": True, "max_new_tokens": 100, "ignore_eos": True}}
         sys.setprofile(trace)
         tokens = 0
         while tokens < 30:
-            (text,) = handler.handle([{"body": body}], context)
+            (text,) = handler.handle([item], context)
+            item = {}  # as TorchServe does, from the second poll on
             tokens += len(text.splitlines())
             trace.recording = tokens > 0
         sys.setprofile(None)

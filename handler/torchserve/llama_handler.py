@@ -52,7 +52,7 @@ class LlamaHandler:
 
     def _load(self, context: Any) -> None:
         # Not at the top: TorchServe hides an ImportError there behind a look-up of its own handlers.
-        from handler.torchserve import gpu_mask
+        from handler.torchserve import gpu_mask, wire
 
         # CUDA reads its mask once, at the first question.
         gpu_mask.restore(os.environ)
@@ -61,9 +61,8 @@ class LlamaHandler:
         from handler.torchserve.metrics import EngineMetrics
         from handler.torchserve.model_config import read_model_config
         from handler.torchserve.transport import Transport
-        from handler.torchserve.wire import read_in_large_pieces
 
-        read_in_large_pieces()
+        wire.install()
         folder = Path(context.system_properties["model_dir"])
         config = read_model_config(context.model_yaml_config, base=folder, environ=os.environ)
         self._service = Service.load(config, names=(context.model_name, "llama"), on_failure=_end_process)
@@ -75,7 +74,10 @@ class LlamaHandler:
     def handle(self, data: list[dict[str, Any]], context: Any) -> list[str]:
         if self._service.loop.engine.rank != 0:
             return [""] * len(data)
-        return self._transport.poll(data, context)
+        from handler.torchserve.wire import NoReply
+
+        replies = self._transport.poll(data, context)
+        return NoReply([""] * len(data)) if replies is None else replies
 
     def _keep_house(self, metrics: EngineMetrics) -> None:
         ticks = threading.Event()

@@ -47,17 +47,24 @@ class Transport:
     def __init__(self, service: Service) -> None:
         self._service = service
         self._calls: dict[str, Call] = {}
+        self._replied: dict[str, Piece] = {}  # in the last poll
         self._lock = threading.Lock()
         self._last_poll = time.monotonic()
         self._looks = 0  # since then
         self._last_news = time.monotonic()
         self._step_seconds = 0.0  # from the news before these, if that was a step's time
 
-    def poll(self, data: list[dict[str, Any]], context: Any) -> list[str]:
-        """One exchange. `context` is TorchServe's: request ids and headers in, statuses and criteria out."""
+    def poll(self, data: list[dict[str, Any]], context: Any) -> list[str] | None:
+        """One exchange. `context` is TorchServe's: request ids and headers in, statuses and criteria out.
+
+        None: nothing may be sent, since TorchServe holds a reply too many.
+        """
+        call_ids: list[str] = [context.get_request_id(index) for index in range(len(data))]
+        if self._is_behind(call_ids, data):
+            logger.warning("TorchServe read a reply to the group before this one; this poll takes its place")
+            return None
         with self._lock:
             self._service.loop.resume()
-            call_ids: list[str] = [context.get_request_id(index) for index in range(len(data))]
             for call_id in self._calls.keys() - set(call_ids):
                 self._leave(self._calls.pop(call_id))
             for index, call_id in enumerate(call_ids):
@@ -69,6 +76,7 @@ class Transport:
             for call_id, piece in zip(call_ids, pieces, strict=True):
                 if piece.is_last:
                     del self._calls[call_id]
+            self._replied = dict(zip(call_ids, pieces, strict=True))
             self._last_poll = time.monotonic()
             self._looks = 0
         for index, piece in enumerate(pieces):
@@ -87,6 +95,12 @@ class Transport:
             if time.monotonic() - self._last_poll > SILENCE_SECONDS:
                 for call in self._calls.values():
                     self._leave(call)
+
+    def _is_behind(self, call_ids: list[str], data: list[dict[str, Any]]) -> bool:
+        """TorchServe has not read the last poll's replies: it would not send a body again, nor a call that has
+        ended."""
+        replied = ((self._replied.get(call_id), item) for call_id, item in zip(call_ids, data, strict=True))
+        return any(piece is not None and (piece.is_last or bool(item)) for piece, item in replied)
 
     def _open(self, call_id: str, index: int, item: dict[str, Any], context: Any) -> Call:
         """TorchServe parses what is sent as application/json, and passes on, as bytes, all else and what it could not

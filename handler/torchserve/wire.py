@@ -1,8 +1,14 @@
-"""Owns how a worker reads what TorchServe sends: in large pieces.
+"""Owns what a worker's connection to TorchServe needs beyond TorchServe's own code.
 
-TorchServe 0.12 sends every live request with all its headers at every poll, and its worker asks the socket for each
-field of them by itself: two thousand calls for 32 requests. Each lets go of the interpreter's lock, which the engine's
-thread takes at once, and has to win it back: together they held up both threads for a fifth of the time.
+It is read in large pieces. TorchServe 0.12 sends every live request with all its headers at every poll, and its worker
+asks the socket for each field of them by itself: two thousand calls for 32 requests. Each lets go of the interpreter's
+lock, which the engine's thread takes at once, and has to win it back: together they held up both threads for a fifth of
+the time.
+
+A poll can be left unanswered. TorchServe 0.12 keeps one queue of replies for a worker and does not empty it when the
+worker's group is lost: a reply that arrived just then is taken for the answer to the new group's first message, and
+from then on every poll for that of the one before. Sooner or later such an answer names a request that TorchServe has
+already closed, and TorchServe kills the group again. One poll without a reply takes up the surplus.
 
 Knows nothing of what the bytes mean.
 """
@@ -11,7 +17,9 @@ from __future__ import annotations
 
 import socket
 import sys
+from typing import Any
 
+from ts import service
 from ts.protocol import otf_message_handler
 
 PIECE_BYTES = 1 << 18
@@ -45,6 +53,19 @@ class BufferedReader:
         return part
 
 
-def read_in_large_pieces() -> None:
-    """Let TorchServe's worker in this process read so from now on."""
+class NoReply(list[str]):
+    """What a handler returns when nothing is to be sent; of any length that TorchServe's worker expects."""
+
+
+def _replies_if_any(replies: list[str] | None, *args: Any, **kwargs: Any) -> bytes | bytearray | None:
+    """Takes the place of TorchServe's `create_predict_response`."""
+    if isinstance(replies, NoReply):
+        return b""
+    message: bytearray | None = otf_message_handler.create_predict_response(replies, *args, **kwargs)
+    return message
+
+
+def install() -> None:
+    """Let TorchServe's worker in this process read in large pieces and send no `NoReply` from now on."""
     otf_message_handler._retrieve_buffer = BufferedReader()
+    service.create_predict_response = _replies_if_any

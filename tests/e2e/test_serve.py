@@ -171,7 +171,10 @@ def test_environment_and_truncation_take_effect(smollm2_checkpoint: Path) -> Non
 
 
 def test_a_killed_rank_ends_what_runs_and_the_group_comes_back_as_it_was(served: Served) -> None:
-    """As it was: the first request without a seed draws what manual_seed gives again."""
+    """As it was: the first request without a seed draws what manual_seed gives again.
+
+    Rank 0 is held first, so that TorchServe waits for a reply: see "When a rank dies" in docs/architecture.md.
+    """
 
     def first_draw() -> str:
         served.server.wait_ready("llama", timeout=60)
@@ -181,6 +184,9 @@ def test_a_killed_rank_ends_what_runs_and_the_group_comes_back_as_it_was(served:
     with ThreadPoolExecutor(1) as pool, served.client() as client:
         accepted = pool.submit(client.post, served.url, json=FOREVER)
         wait_until(lambda: served.gauge("llama_requests_running") == 1, seconds=5)
+        time.sleep(0.1)
+        os.kill(served.rank_pid(0), signal.SIGSTOP)
+        time.sleep(0.2)
         os.kill(served.rank_pid(1), signal.SIGKILL)
         # Its 200 was out already: all that can still be said is that the connection ends too early.
         with pytest.raises(httpx.TransportError):
@@ -192,3 +198,23 @@ def test_a_killed_rank_ends_what_runs_and_the_group_comes_back_as_it_was(served:
         os.kill(served.rank_pid(0), signal.SIGKILL)
         assert arrived.result(timeout=20).status_code == 500
         assert first_draw() == before
+
+
+def test_a_reply_that_outlives_its_group_does_not_end_the_next_group(served: Served) -> None:
+    """TorchServe waits for a reply and is held: it wakes to rank 0's reply beside the end of rank 1."""
+    (java,) = [process for process in served.server.processes() if process.name() == "java"]
+    with served.client() as client, client.stream("POST", served.url, json={**FOREVER, "stream": True}) as reply:
+        next(reply.iter_lines())
+        os.kill(served.rank_pid(0), signal.SIGSTOP)
+        time.sleep(0.2)
+        java.suspend()
+        os.kill(served.rank_pid(0), signal.SIGCONT)
+        time.sleep(0.2)
+        os.kill(served.rank_pid(1), signal.SIGKILL)
+        java.resume()
+        wait_until(lambda: not served.server.ready("llama"), seconds=5)
+    served.server.wait_ready("llama", timeout=60)
+    group = [served.rank_pid(rank) for rank in (0, 1)]
+    for _ in range(4):
+        served.ask(prompt=PROMPT, max_new_tokens=5)
+    assert [served.rank_pid(rank) for rank in (0, 1)] == group

@@ -51,7 +51,7 @@ class Connection:
 @pytest.fixture
 def ends(monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[socket.socket, socket.socket]]:
     monkeypatch.setattr(otf_message_handler, "_retrieve_buffer", otf_message_handler._retrieve_buffer)
-    wire.read_in_large_pieces()
+    wire.install()
     with contextlib.ExitStack() as stack:
         server, worker = (stack.enter_context(end) for end in socket.socketpair())
         yield server, worker

@@ -110,6 +110,7 @@ class Worker:
         self.context.request_ids = dict(enumerate(self.live))
         self.context.request_processor = [RequestProcessor(dict(headers or {})) for _ in self.live]
         texts = self.transport.poll(data, self.context)
+        assert texts is not None
         assert len(texts) == len(self.live) == len(self.context.stopping_criteria)
         criteria = [criterion(text) for criterion, text in zip(self.context.stopping_criteria, texts, strict=True)]
         replies = dict(zip(self.live, zip(texts, criteria, strict=True), strict=True))
