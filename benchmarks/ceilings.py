@@ -5,7 +5,9 @@ Knows no model.
 
 from __future__ import annotations
 
+import statistics
 import time
+import timeit
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -22,6 +24,8 @@ BUFFER_BYTES = 1 << 30
 PRODUCT_SIZES = {"cpu": (1024, 2048, 4096), "cuda": (4096, 8192, 16384)}
 # Other work on the machine can only lower a rate, so the best of several counts.
 SECONDS = 1.0
+# Passes over the buffer for a rate of the moment.
+READS = 5
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -54,6 +58,21 @@ def measure_ceilings(device: torch.device, dtype: torch.dtype) -> Ceilings:
         dist.all_gather_object(ranks, mine)
     copy, read, flops = (sum(rates) for rates in zip(*ranks, strict=True))
     return Ceilings(copy_bytes_per_second=copy, read_bytes_per_second=read, flops_per_second=flops)
+
+
+class ReadRate:
+    """Bytes per second at which this process reads a CPU's memory, at the moment of the call.
+
+    Where the machine is shared, it changes within seconds, by half and more: what is held against it is measured in
+    turns with it.
+    """
+
+    def __init__(self) -> None:
+        self._source = torch.ones(BUFFER_BYTES // 4, dtype=torch.float32)
+
+    @torch.inference_mode()
+    def __call__(self) -> float:
+        return self._source.nbytes / statistics.median(timeit.repeat(self._source.sum, number=1, repeat=READS))
 
 
 def _memory_rates(device: torch.device) -> tuple[float, float]:

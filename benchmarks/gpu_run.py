@@ -133,14 +133,13 @@ class _Run:
                 self._figures["rows"].append({**row, "skipped": reason})
                 continue
             sizes = {"vocab_size": self._args.vocab_size, "new_tokens": settings.new_tokens}
-            rounds = [engine.run(cell.work(index, **sizes)) for index in range(settings.rounds)]
+            done = [engine.run(cell.work(index, **sizes)) for index in range(settings.rounds)]
             row = measured_row(
                 self._args,
-                self._ceilings.rates,
                 **row,
                 new_tokens=settings.new_tokens,
                 itemsize=self._dtype.itemsize,
-                rounds=rounds,
+                rounds=[(one, self._ceilings.rates) for one in done],
             )
             self._figures["rows"].append(row)
             self._write()

@@ -21,9 +21,9 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from benchmarks.ceilings import Ceilings, measure_ceilings
+from benchmarks.ceilings import Ceilings, ReadRate, measure_ceilings
 from benchmarks.engines import Cell, MeasuredEngine, fit_memory, random_engine
-from benchmarks.limits import kv_bytes_per_token
+from benchmarks.limits import Rates, kv_bytes_per_token
 from benchmarks.offline_report import measured_row, peer_row, plot, print_tables
 from benchmarks.peers.export import Source, write_gguf, write_hf
 from benchmarks.peers.protocol import Done, Peer, PeerError, Setup, Work
@@ -180,6 +180,24 @@ def benchmark(
         print(f"no plot is drawn: {error}")
 
 
+class _OurRounds:
+    """Our engine's work, each piece with the hardware's rates at its time.
+
+    One process on a CPU reads its memory anew. Ranks that follow the engine cannot, and a GPU's rates stay as they are.
+    """
+
+    def __init__(self, engine: Engine, rates: Rates, device: torch.device) -> None:
+        self._engine = MeasuredEngine(engine)
+        self._rates = rates
+        self._read_rate = ReadRate() if device.type == "cpu" and dist.get_world_size() == 1 else None
+
+    def run(self, work: Work) -> tuple[Done, Rates]:
+        rates = self._rates
+        if self._read_rate is not None:
+            rates = dataclasses.replace(rates, bytes_per_second=self._read_rate())
+        return self._engine.run(work), rates
+
+
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class _Run:
     """What all measurements of a run share. On rank 0 only."""
@@ -199,9 +217,9 @@ class _Run:
         self, cells: list[Cell], peers: Mapping[str, PeerKind], missing: Mapping[str, PeerKind]
     ) -> dict[str, Any]:
         """Every cell, ours and that of each peer not `missing`, as JSON: `ceilings`, `rows` and `peers`."""
-        mine = MeasuredEngine(self.engine)
+        mine = _OurRounds(self.engine, self.ceilings.rates, self.device)
         reasons = {cell: reason for cell in cells if (reason := cell.reason_to_skip(self.engine, self.new_tokens))}
-        measured: dict[Cell, list[Done]] = {cell: [] for cell in cells if cell not in reasons}
+        measured: dict[Cell, list[tuple[Done, Rates]]] = {cell: [] for cell in cells if cell not in reasons}
         answers: dict[str, dict[str, Any]] = {}
         for name, kind in peers.items() if measured else ():
             if name in missing:
@@ -223,7 +241,7 @@ class _Run:
         }
 
     def _in_turns(
-        self, name: str, mine: MeasuredEngine, theirs: Peer, measured: dict[Cell, list[Done]]
+        self, name: str, mine: _OurRounds, theirs: Peer, measured: dict[Cell, list[tuple[Done, Rates]]]
     ) -> list[dict[str, Any]]:
         rows = []
         for cell, rounds in progress([*measured.items()], desc=f"ours and {name}", unit="cell", disable=None):
@@ -232,20 +250,19 @@ class _Run:
             try:
                 for index in range(self.rounds):
                     work = self._work(cell, index)
-                    pairs.append((mine.run(work), theirs.run(work)))
+                    rounds.append(mine.run(work))
+                    pairs.append((rounds[-1][0], theirs.run(work)))
                 known = self.source.read is not None
                 rows.append(peer_row(**where, new_tokens=self.new_tokens, pairs=pairs, same_weights=known))
             except PeerError as error:
                 rows.append({**where, "skipped": str(error)})
-            rounds += [ours for ours, _ in pairs]
         return rows
 
-    def _row(self, cell: Cell, rounds: list[Done], reason: str | None) -> dict[str, Any]:
+    def _row(self, cell: Cell, rounds: list[tuple[Done, Rates]], reason: str | None) -> dict[str, Any]:
         if reason:
             return {"batch": cell.batch, "context": cell.context, "skipped": reason}
         return measured_row(
             self.args,
-            self.ceilings.rates,
             batch=cell.batch,
             context=cell.context,
             new_tokens=self.new_tokens,

@@ -18,17 +18,19 @@ from llama2.config import ModelArgs
 
 
 def measured_row(
-    args: ModelArgs, rates: Rates, *, batch: int, context: int, new_tokens: int, itemsize: int, rounds: Sequence[Done]
+    args: ModelArgs, *, batch: int, context: int, new_tokens: int, itemsize: int, rounds: Sequence[tuple[Done, Rates]]
 ) -> dict[str, Any]:
     """Rates of one cell, medians over the rounds, with the limits; and every round. Seconds, tokens per second.
 
-    The decode limit is that of the mean length while decoding, `context` + `new_tokens` / 2.
+    A round comes with the hardware's rates at its time. The decode limit is that of the mean length while decoding,
+    `context` + `new_tokens` / 2.
     """
-    prefill = statistics.median(done.prefill_seconds for done in rounds)
-    decode = statistics.median(done.decode_seconds for done in rounds)
+    prefill = statistics.median(done.prefill_seconds for done, _ in rounds)
+    decode = statistics.median(done.decode_seconds for done, _ in rounds)
     sizes = {"batch": batch, "itemsize": itemsize}
-    prefill_limit = prefill_seconds(args, rates, context=context, **sizes)
-    step_limit = decode_seconds(args, rates, context=context + new_tokens / 2, **sizes)
+    prefill_limit = statistics.median(prefill_seconds(args, rates, context=context, **sizes) for _, rates in rounds)
+    length = context + new_tokens / 2
+    step_limit = statistics.median(decode_seconds(args, rates, context=length, **sizes) for _, rates in rounds)
     return {
         "batch": batch,
         "context": context,
@@ -40,7 +42,10 @@ def measured_row(
         "decode_limit_tokens_per_second": batch / step_limit,
         "decode_percent_of_limit": 100 * step_limit * new_tokens / decode,
         "milliseconds_per_step": 1e3 * decode / new_tokens,
-        "rounds": _seconds(rounds),
+        "rounds": [
+            {**_seconds(done), "bytes_per_second": rates.bytes_per_second, "flops_per_second": rates.flops_per_second}
+            for done, rates in rounds
+        ],
     }
 
 
@@ -52,7 +57,7 @@ def peer_row(
     A ratio above 1 means that we are faster. `same_first_tokens` is the share of replies that begin alike, which shows
     that the two did the same work; None where each has its own random weights.
     """
-    ours, theirs = [pair[0] for pair in pairs], [pair[1] for pair in pairs]
+    theirs = [pair[1] for pair in pairs]
     alike = [
         mine[0] == other[0] for one, two in pairs for mine, other in zip(one.token_ids, two.token_ids, strict=True)
     ]
@@ -64,7 +69,7 @@ def peer_row(
         "prefill_ratio": _spread(two.prefill_seconds / one.prefill_seconds for one, two in pairs),
         "decode_ratio": _spread(two.decode_seconds / one.decode_seconds for one, two in pairs),
         "same_first_tokens": statistics.mean(alike) if same_weights else None,
-        "rounds": [{"ours": one, "theirs": two} for one, two in zip(_seconds(ours), _seconds(theirs), strict=True)],
+        "rounds": [{"ours": _seconds(one), "theirs": _seconds(two)} for one, two in pairs],
     }
 
 
@@ -78,7 +83,8 @@ def print_tables(title: str, figures: dict[str, Any]) -> None:
     print(f"\n{title}")
     print(
         f"ceilings, measured now: copy {ceilings['copy_bytes_per_second'] / 1e9:.1f} GB/s, "
-        f"read {ceilings['read_bytes_per_second'] / 1e9:.1f} GB/s (the better of the two counts), "
+        f"read {ceilings['read_bytes_per_second'] / 1e9:.1f} GB/s (the better of the two counts; for one process on a "
+        f"CPU a read before each round), "
         f"product {ceilings['flops_per_second'] / 1e12:.2f} TFLOP/s; "
         f"the engine was ready after {figures['ready_seconds']:.1f} s\n"
     )
@@ -132,8 +138,8 @@ def _present(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
     return [row for row in rows if "skipped" not in row]
 
 
-def _seconds(rounds: Iterable[Done]) -> list[dict[str, float]]:
-    return [{"prefill_seconds": done.prefill_seconds, "decode_seconds": done.decode_seconds} for done in rounds]
+def _seconds(done: Done) -> dict[str, float]:
+    return {"prefill_seconds": done.prefill_seconds, "decode_seconds": done.decode_seconds}
 
 
 def _spread(values: Iterable[float]) -> dict[str, float]:

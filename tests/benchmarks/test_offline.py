@@ -77,6 +77,13 @@ def test_every_batch_and_context_has_a_row_with_all_its_rounds(result: tuple[str
             assert row[f"{what}_percent_of_limit"] == pytest.approx(100 * reached / limit)
 
 
+def test_one_process_is_held_against_the_memory_of_the_moment(result: tuple[str, Path]) -> None:
+    for row in read(result[1])["figures"]["rows"][:2]:
+        rates = [one["bytes_per_second"] for one in row["rounds"]]
+        assert min(rates) > 0
+        assert len(set(rates)) == len(rates)
+
+
 def test_work_that_does_not_fit_is_named_with_the_reason(result: tuple[str, Path]) -> None:
     """At context 40 a sequence needs more than 30 positions."""
     printed, path = result
