@@ -20,10 +20,18 @@ constexpr int kLanes = 16, kOutputs = 2 * kLanes;
 constexpr int kRows = 12;  // of a tile: its 24 sums fit into registers, with two for weights and one for inputs
 constexpr int64_t kAhead = 4096 / sizeof(BFloat16);  // a page: hardware prefetchers stop at its end
 
+constexpr int64_t kFetching = 4;  // up to this many tiles, their sums take no longer than the block's way from memory
+
 struct Block {
   const BFloat16* weights;
   int64_t inputs;
   int outputs;
+};
+
+// What a tile fetches for the tiles after it: `pace` numbers for each pair of inputs.
+struct Fetch {
+  const BFloat16* weights;
+  int64_t pace;
 };
 
 // A mask of the first `count` lanes.
@@ -43,8 +51,8 @@ C10_ALWAYS_INLINE void add(__m512 (&sums)[R][2], __m512bh low, __m512bh high, co
 
 // y[m] = block · x[m] for R rows; outputs is the distance between rows of y. Without the pragmas the compiler does not
 // unroll such long loops, and the sums go through memory.
-template <int R>
-void tile(const Block& block, const BFloat16* x, BFloat16* y, int64_t outputs) {
+template <bool Fetches, int R>
+void tile(const Block& block, Fetch fetch, const BFloat16* x, BFloat16* y, int64_t outputs) {
   const auto low = first(std::min(block.outputs, kLanes)), high = first(std::max(block.outputs - kLanes, 0));
   const int64_t inputs = block.inputs;
   const auto* weights = block.weights;
@@ -54,6 +62,10 @@ void tile(const Block& block, const BFloat16* x, BFloat16* y, int64_t outputs) {
   for (int64_t i = 0; i + 2 <= inputs; i += 2, weights += 2 * block.outputs) {
     __builtin_prefetch(weights + kAhead);
     __builtin_prefetch(weights + kAhead + kOutputs);
+    if constexpr (Fetches) {
+      __builtin_prefetch(fetch.weights, 0, 2);
+      fetch.weights += fetch.pace;
+    }
     add(sums, (__m512bh)_mm512_maskz_loadu_epi32(low, weights),
         (__m512bh)_mm512_maskz_loadu_epi32(high, weights + kOutputs), x, inputs, [i](const BFloat16* row) {
           int pair;
@@ -91,23 +103,28 @@ void transpose(__m512i (&square)[kLanes]) {
   }
 }
 
-template <int... I>
-constexpr std::array<decltype(&tile<1>), sizeof...(I)> tiles_up_to(std::integer_sequence<int, I...>) {
-  return {tile<I + 1>...};
+template <bool Fetches, int... I>
+constexpr std::array<decltype(&tile<Fetches, 1>), sizeof...(I)> tiles_up_to(std::integer_sequence<int, I...>) {
+  return {tile<Fetches, I + 1>...};
 }
 
 }  // namespace
 
 void linear(const Team& team, const BFloat16* x, const BFloat16* w, BFloat16* y, int64_t rows, int64_t inputs,
             int64_t outputs) {
-  constexpr auto tiles = tiles_up_to(std::make_integer_sequence<int, kRows>());
+  constexpr auto sizes = std::make_integer_sequence<int, kRows>();
+  constexpr auto plain = tiles_up_to<false>(sizes), fetching = tiles_up_to<true>(sizes);
   // Tiles of equal size: one of few rows waits for its own sums.
-  const int64_t count = ceil_div(rows, kRows);
+  const int64_t count = ceil_div(rows, kRows), pace = ceil_div(2 * kOutputs, count);
+  // The first tile of a block waits for memory and the others only compute, unless each fetches a part of the next
+  // block.
+  const auto& tiles = count > 1 && count <= kFetching ? fetching : plain;
   team.share(ceil_div(outputs, kOutputs) * count, [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; i++) {
       const int64_t n = i / count * kOutputs, m = rows * (i % count) / count, next = rows * (i % count + 1) / count;
       const Block block{w + n * inputs, inputs, static_cast<int>(std::min<int64_t>(kOutputs, outputs - n))};
-      tiles[next - m - 1](block, x + m * inputs, y + m * outputs + n, outputs);
+      const auto* part = block.weights + (i + count < end ? kOutputs * inputs + i % count * (inputs / 2) * pace : 0);
+      tiles[next - m - 1](block, {part, pace}, x + m * inputs, y + m * outputs + n, outputs);
     }
   });
 }
