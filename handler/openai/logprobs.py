@@ -13,7 +13,7 @@ from llama2.text.tokenizer import Tokenizer
 
 
 class TokenNames:
-    """How a token is called in a reply: its text, its spelling if it is special, its bytes if they are no text."""
+    """A token's name in a reply: its text, its spelling if it is special, its bytes if they are not text."""
 
     def __init__(self, tokenizer: Tokenizer) -> None:
         self._tokenizer = tokenizer
@@ -39,7 +39,7 @@ class TokenNames:
         return b"".join(parts).decode(errors="replace")
 
     def data(self, token_id: int) -> list[int] | None:
-        """Its bytes, as far as it has any in a text."""
+        """Its bytes in a text, if it has any."""
         return list(self._tokenizer.token_bytes(token_id)) or None
 
 
@@ -60,7 +60,7 @@ class CompletionLogprobs:
     """`logprobs` of one completion choice, piece by piece. `text_offset` counts characters of the choice's text."""
 
     def __init__(self, names: TokenNames, tokenizer: Tokenizer, *, starts_text: bool) -> None:
-        """`starts_text`: the first token is the first of a text, and not the continuation of a prompt."""
+        """`starts_text`: the first token begins a text, and does not continue a prompt."""
         self._names = names
         self._tokenizer = tokenizer
         self._decoder = tokenizer.text_decoder()
@@ -68,7 +68,7 @@ class CompletionLogprobs:
         self._offset = 0
 
     def write(self, token_ids: Sequence[int], entries: Sequence[TokenLogprobs | None]) -> dict[str, Any]:
-        """The next tokens. Those without an entry have nothing before them that could tell their probability."""
+        """The next tokens. One without an entry has no probability, since nothing precedes it."""
         return {
             "tokens": [self._names.name(token_id) for token_id in token_ids],
             "token_logprobs": [None if entry is None else entry.logprob for entry in entries],

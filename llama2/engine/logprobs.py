@@ -14,7 +14,7 @@ from llama2.engine.transfer import Download
 
 
 class Logprobs:
-    """Those of one token in each row and of the most likely ones; the device may still be computing them."""
+    """Log-probabilities of one token per row and of the most likely ones; the device may still be computing them."""
 
     def __init__(self, logits_NV: Tensor, token_N: Tensor) -> None:
         logprobs_NV = logits_NV.float().log_softmax(dim=-1)

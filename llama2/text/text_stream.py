@@ -1,4 +1,4 @@
-"""Owns the way from token ids to text that is safe to show, one token at a time, and the search for stop strings.
+"""Owns streaming: token ids become text that is safe to show, one token at a time, and stop strings are found.
 
 Knows no model and no vocabulary file: it asks the tokenizer for each token's bytes.
 """
@@ -14,13 +14,13 @@ if TYPE_CHECKING:
 class TextStream:
     """The text of one request, growing token by token.
 
-    A character is shown when its last byte has come, and text that could be the beginning of a stop string is held back
-    until it is clear that it is none. The stop string that ends first wins; of several that end with the same character
-    the longest does. So what is shown does not depend on how the text was cut into tokens.
+    A character is shown once its last byte has arrived, and text that could begin a stop string is held back until it
+    is clear that it does not. The stop string that ends first wins; of several that end with the same character, the
+    longest. What is shown therefore does not depend on how the text was split into tokens.
     """
 
     def __init__(self, tokenizer: Tokenizer, *, stop: tuple[str, ...] = (), continues_prompt: bool = True) -> None:
-        """`continues_prompt` False: a text of its own, without the space SentencePiece puts before a first word."""
+        """`continues_prompt` False: a new text, without the space that SentencePiece puts before a first word."""
         self.stopped = False
         self._tokenizer = tokenizer
         self._decoder = tokenizer.text_decoder()
@@ -29,7 +29,7 @@ class TextStream:
         self._held = ""
 
     def push(self, token_id: int) -> str:
-        """Take the next token and return the text that is safe to show now, "" once a stop string was met."""
+        """Take the next token and return the text that is now safe to show, "" after a stop string."""
         data = self._tokenizer.token_bytes(token_id, first=self._first)
         if self._first:
             self._first = not self._tokenizer.token_bytes(token_id)
@@ -60,16 +60,16 @@ class TextStream:
 
 
 class _Matcher:
-    """Finds one string in a text that comes a character at a time, in constant time each (Knuth, Morris, Pratt 1977).
+    """Finds one string in a text that arrives by character, in constant time each (Knuth, Morris, Pratt 1977).
 
-    `matched` is the length of the longest end of the text so far that the string begins with.
+    `matched` is the length of the string's longest prefix that ends the text so far.
     """
 
     def __init__(self, text: str) -> None:
         self.length = len(text)
         self.matched = 0
         self._text = text
-        # At i: the longest proper beginning of text[: i + 1] that is also its end.
+        # At i: the length of the longest proper prefix of text[: i + 1] that is also its suffix.
         self._borders = [0] * len(text)
         border = 0
         for index in range(1, len(text)):

@@ -1,6 +1,6 @@
-"""Owns text to token ids and back, whichever file a model brings its vocabulary in.
+"""Owns encoding and decoding, with either kind of vocabulary file.
 
-Knows no model, no chat format and no torch. The way back token by token, with stop strings, is `text_stream`'s.
+Knows no model, no chat format and no torch. `text_stream` decodes token by token and finds stop strings.
 """
 
 from __future__ import annotations
@@ -34,10 +34,10 @@ _ESCAPED_BYTE = re.compile("[\udc80-\udcff]")
 def load_tokenizer(path: Path | str) -> Tokenizer:
     """Read a SentencePiece `tokenizer.model` or a `tokenizer.json`; `path` is the file or its folder.
 
-    A folder that holds both is read by its `tokenizer.model`, which is the authority for Llama 2.
+    If a folder has both, `tokenizer.model` is read: it is the authority for Llama 2.
 
     Raises:
-        ValueError: nothing is there, or what is there is no such file.
+        ValueError: there is no such file, or it is not a tokenizer.
     """
     path = Path(path)
     if path.is_dir():
@@ -55,10 +55,10 @@ def load_tokenizer(path: Path | str) -> Tokenizer:
 
 
 class Tokenizer(ABC):
-    """What both kinds share. Special tokens are reached by id only: inside a text their spelling is plain text.
+    """What both kinds share. Special tokens exist only as ids: spelled out in a text, they are plain text.
 
     `eos_ids` are all ids that end a text or a turn. `chat_template` is the model's own Jinja template and
-    `template_variables` the names it may use (`bos_token`, ...). `files` are what must travel together.
+    `template_variables` the names it may use (`bos_token`, ...). `files` must be copied together.
     """
 
     def __init__(
@@ -71,10 +71,10 @@ class Tokenizer(ABC):
         adds_bos: bool,
         word_starts: frozenset[int],
     ) -> None:
-        """`pieces` are the bytes of every id; `word_starts` the ids whose space is not shown at the start of a text.
+        """`pieces` are the bytes of every id; `word_starts` the ids whose space is dropped at the start of a text.
 
-        `names` is what the vocabulary file itself says of `bos_token` and others. A `tokenizer_config.json` beside it
-        has the last word on them and on `add_bos_token`, and brings the chat template.
+        `names` are `bos_token` and others according to the vocabulary file. A `tokenizer_config.json` beside it
+        overrides them and `add_bos_token`, and contains the chat template.
         """
         config, extra_files = read_config(path.parent)
         named = {key: value for key, value in config.items() if key.endswith("_token") and isinstance(value, str)}
@@ -99,7 +99,7 @@ class Tokenizer(ABC):
         """A fresh UTF-8 decoder that shows broken bytes as this kind of tokenizer does."""
 
     def encode(self, text: str, *, after_special: bool = False) -> list[int]:
-        """The ids of `text`, without BOS. `after_special` says that a special token stands before it in the prompt.
+        """The ids of `text`, without BOS. `after_special`: a special token precedes it in the prompt.
 
         Raises:
             ValueError: the text is not valid Unicode (JSON can carry a lone surrogate).
@@ -116,20 +116,20 @@ class Tokenizer(ABC):
         return [self.bos_id, *ids] if self._adds_bos and self.bos_id is not None else ids
 
     def decode(self, ids: Iterable[int]) -> str:
-        """The text of `ids` as a text of its own; special tokens are skipped."""
+        """The text of `ids` alone; special tokens are skipped."""
         stream = TextStream(self, continues_prompt=False)
         return "".join(map(stream.push, ids)) + stream.finish()
 
     def token_bytes(self, token_id: int, *, first: bool = False) -> bytes:
         """What the token adds to a text: b"" for special tokens and for ids that the vocabulary does not have.
 
-        `first` says that nothing stands before it: the space that SentencePiece puts before a first word is then gone.
+        `first`: nothing precedes it, so the space that SentencePiece puts before a first word is dropped.
         """
         piece = self._pieces[token_id] if 0 <= token_id < self.vocab_size else b""
         return piece[1:] if first and token_id in self._word_starts else piece
 
     def spell(self, data: bytes) -> list[int]:
-        """`data` with a token for each character, or for each of its bytes: never a piece that joins characters."""
+        """The ids of `data`, one for each character or each of its bytes: never a piece that joins characters."""
         ids = []
         for character in data.decode(errors="surrogateescape"):
             single = character.encode(errors="surrogateescape")
@@ -138,9 +138,9 @@ class Tokenizer(ABC):
         return ids
 
     def split_special(self, text: str) -> list[str | int]:
-        """`text` cut at the special tokens that it spells, their ids in place.
+        """`text` split at the special tokens that it spells, with their ids in place of them.
 
-        This is for text that a model's own template wrote. In what a user wrote they are text.
+        This is for what a model's own template wrote. In a user's text they stay text.
         """
         runs: list[str | int] = []
         start = 0
@@ -155,7 +155,7 @@ class Tokenizer(ABC):
         return re.compile("|".join(map(self._special_regex, longest_first)) or "(?!)")
 
     def _special_regex(self, piece: str) -> str:
-        """What is taken for the special token, its spelling in one group."""
+        """Matches the special token, with its spelling in one group."""
         return f"({re.escape(piece)})"
 
     @cached_property
@@ -242,7 +242,7 @@ class BpeTokenizer(Tokenizer):
         for piece, index in vocabulary.items():
             if piece not in special:
                 pieces[index] = piece.encode() if piece in self._added else definition.piece_bytes(piece)
-        # The post-processor of the file puts BOS before a text, where the model has one.
+        # The file's post-processor puts BOS before a text if the model has one.
         bos = [piece for piece in self._tokenizer.encode("a").tokens[:1] if piece in special]
         super().__init__(
             path=path,
@@ -268,7 +268,7 @@ class BpeTokenizer(Tokenizer):
 
 
 def _is_single(piece: bytes) -> bool:
-    """Is this one byte, or the whole of one character?"""
+    """Is this one byte, or one whole character?"""
     try:
         return len(piece) == 1 or len(piece.decode()) == 1
     except UnicodeDecodeError:
@@ -276,7 +276,7 @@ def _is_single(piece: bytes) -> bool:
 
 
 class _EachByteDecoder(codecs.IncrementalDecoder):
-    """UTF-8 with one U+FFFD for each byte that is part of no character, which is SentencePiece's way."""
+    """UTF-8 with one U+FFFD for each byte that belongs to no character, as SentencePiece decodes."""
 
     def __init__(self) -> None:
         super().__init__()

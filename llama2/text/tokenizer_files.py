@@ -28,7 +28,7 @@ _WORD_DECODERS = {"Replace", "ByteFallback", "Fuse", "Strip"}
 class BpeDefinition:
     """A `tokenizer.json` with a BPE model: byte-level as GPT-2's, or with word starts and byte pieces as Llama 2's.
 
-    `drops_first_space` says whether its decoder takes the space away that stands at the start of a text.
+    `drops_first_space`: its decoder drops the space at the start of a text.
     """
 
     path: Path
@@ -38,17 +38,17 @@ class BpeDefinition:
 
     @classmethod
     def read(cls, path: Path) -> BpeDefinition:
-        """Read the file and see to it that plain text cannot become a special token.
+        """Read the file, and make sure that plain text cannot become a special token.
 
         Raises:
-            ValueError: it is no such file, or its model or decoder is of another kind.
+            ValueError: it is not such a file, or its model or decoder is of another kind.
         """
         content = read_json(path)
         try:
             special = {token["content"] for token in content["added_tokens"] if token["special"]}
             decoder = content["decoder"]
             kinds = {part["type"] for part in decoder.get("decoders", [decoder])}
-            # A merge that spells a special token would make one out of text.
+            # A merge that spells a special token would turn text into one.
             merges = [merge for merge in content["model"]["merges"] if _merged(merge) not in special]
         except (AttributeError, KeyError, TypeError):
             raise ValueError(f"{path} is not a {BPE_FILE} of the tokenizers library with a BPE model") from None
@@ -63,11 +63,11 @@ class BpeDefinition:
 
     @property
     def marks_first_word_only(self) -> bool:
-        """Is a word start put before a text, but not before text that follows a special token?"""
+        """Is a word start added to a text, but not after a special token?"""
         return (self.content.get("pre_tokenizer") or {}).get("prepend_scheme") == "first"
 
     def build(self, *, mark_first_word: bool = True) -> tokenizers.Tokenizer:
-        """A tokenizer that takes special tokens inside text for plain text, and neither cuts nor pads."""
+        """A tokenizer that reads special tokens inside a text as plain text, and neither truncates nor pads."""
         import tokenizers
 
         content = self.content
@@ -75,7 +75,7 @@ class BpeDefinition:
             content = content | {"pre_tokenizer": content["pre_tokenizer"] | {"prepend_scheme": "never"}}
         try:
             tokenizer = tokenizers.Tokenizer.from_str(json.dumps(content))
-        except Exception as error:  # the library raises no class of its own
+        except Exception as error:  # the library has no exception class
             raise ValueError(f"{self.path} is not a {BPE_FILE} that the tokenizers library reads: {error}") from None
         tokenizer.encode_special_tokens = True
         tokenizer.no_truncation()
@@ -83,7 +83,7 @@ class BpeDefinition:
         return tokenizer
 
     def piece_bytes(self, piece: str) -> bytes:
-        """The bytes that a piece of the vocabulary stands for."""
+        """The bytes of a piece of the vocabulary."""
         if self.byte_level:
             # A piece with any other character stands for itself, in the tokenizers library too.
             known = all(character in _BYTE_ALPHABET for character in piece)
@@ -93,12 +93,12 @@ class BpeDefinition:
 
 
 def read_config(folder: Path) -> tuple[dict[str, Any], tuple[Path, ...]]:
-    """What `tokenizer_config.json` says, with tokens as strings and the chat template in place; and the files read.
+    """`tokenizer_config.json`, with tokens as strings and the chat template in place; and the files that were read.
 
-    Both are empty where there is no such file.
+    Both are empty if there is no such file.
 
     Raises:
-        ValueError: a file is no JSON, or its chat template no text.
+        ValueError: a file is not JSON, or its chat template is not a string.
     """
     config_path, template_path = folder / CONFIG_FILE, folder / TEMPLATE_FILE
     config = read_json(config_path) if config_path.is_file() else {}
@@ -140,7 +140,7 @@ def _read_text(path: Path) -> str:
 
 
 def _merged(merge: str | list[str]) -> str:
-    """What a merge makes: older files write it "a b", newer ones ["a", "b"]."""
+    """The piece that a merge makes. Older files write "a b", newer ones ["a", "b"]."""
     return "".join(merge.split(" ") if isinstance(merge, str) else merge)
 
 
