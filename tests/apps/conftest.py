@@ -1,4 +1,4 @@
-"""The chat page in a process of its own, and a headless Chromium that looks at it; run by `make test-clients`."""
+"""The chat page in its own process, and a headless Chromium that looks at it; run by `make test-clients`."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from tests.handler.support import ROOT
 
 __all__ = ["served"]
 
-# Nothing but the page is to be fetched: neither by Chromium for itself, nor by a page that asks it to.
+# Nothing but the page may be fetched, neither by Chromium itself nor because the page asks for it.
 FLAGS = (
     *("--headless=new", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-sync"),
     *("--disable-background-networking", "--disable-component-update", "--disable-dev-shm-usage"),
@@ -30,7 +30,7 @@ FLAGS = (
 
 
 def pytest_ignore_collect(config: pytest.Config) -> bool | None:
-    """Without `-m clients` nothing here is imported: what it imports is not installed."""
+    """Without `-m clients` nothing here is imported: its imports are not installed."""
     return None if "clients" in config.getoption("-m") else True
 
 
@@ -46,7 +46,7 @@ def wait_for(condition: Callable[[], Any], what: str, *, seconds: float = 60) ->
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Page:
-    """The chat page as somebody sees it who sits before the browser."""
+    """The chat page as somebody at the browser sees it."""
 
     browser: Chrome
 
@@ -60,7 +60,7 @@ class Page:
         return self.browser.find_elements("css selector", selector)
 
     def texts(self, selector: str) -> list[str]:
-        """What is to be read there, now; the page may change at any time."""
+        """What can be read there now; the page may change at any time."""
         script = "return [...document.querySelectorAll(arguments[0])].map(element => element.innerText)"
         return self.browser.execute_script(script, selector)
 
@@ -90,14 +90,14 @@ class Page:
         box.send_keys(Keys.ENTER)
 
     def ask(self, text: str) -> str:
-        """Say something and wait for the end of the reply; its note."""
+        """Say something and wait for the whole reply; its note."""
         replies = len(self.notes)
         self.say(text)
         wait_for(lambda: len(self.notes) > replies and not self.busy, f"a reply to {text}")
         return self.notes[-1]
 
     def set(self, label: str, value: str) -> None:
-        """Write into the field of the settings, closed at first, whose label begins so."""
+        """Write into the settings' field whose label begins so; open them first."""
         if not self._field(label):
             self.click("#settings > button")
         field = wait_for(lambda: self._field(label), label)

@@ -24,7 +24,7 @@ def counts(note: str) -> tuple[int, int]:
     return int(found[1]), int(found[2])
 
 
-def test_text_streams_in_and_each_reply_tells_its_pace(page: Page, chat_url: str) -> None:
+def test_text_streams_in_and_each_reply_shows_its_pace(page: Page, chat_url: str) -> None:
     page.open(chat_url)
     page.set("Max tokens", "40")
     page.say(LONG)
@@ -34,7 +34,7 @@ def test_text_streams_in_and_each_reply_tells_its_pace(page: Page, chat_url: str
             seen.append(page.messages[1])
         time.sleep(0.05)
     lengths = sorted({len(text) for text in seen})
-    assert len(lengths) > 5, lengths  # it did not come at once
+    assert len(lengths) > 5, lengths  # not all at once
     note = wait_for(lambda: page.notes, "the note")[0]
     assert counts(note)[1] == 40
     assert note.endswith("cut at the token limit")
@@ -58,7 +58,7 @@ def test_stop_ends_the_reply_on_the_server_and_retry_asks_again(page: Page, chat
     assert len(page.messages) == 2
 
 
-def test_who_closes_the_page_ends_the_reply(page: Page, chat_url: str, served: Served) -> None:
+def test_closing_the_page_ends_the_reply(page: Page, chat_url: str, served: Served) -> None:
     page.open(chat_url)
     page.set("Max tokens", "900")
     page.say(LONG)
@@ -85,7 +85,7 @@ def test_what_was_said_and_the_settings_reach_the_model(page: Page, chat_url: st
     assert counts(page.ask("Hello"))[0] > first + 25, "the system prompt"
 
 
-def test_enter_in_the_middle_of_a_reply_keeps_what_is_written(page: Page, chat_url: str) -> None:
+def test_enter_during_a_reply_keeps_what_is_written(page: Page, chat_url: str) -> None:
     page.open(chat_url)
     page.set("Max tokens", "40")
     page.say(LONG)
@@ -132,14 +132,14 @@ def test_nothing_is_fetched_from_elsewhere(page: Page, chat_url: str) -> None:
         assert others == [image], "the page itself wants nothing else"
 
 
-def test_a_wrong_key_is_said_in_plain_words(page: Page, served: Served) -> None:
+def test_a_wrong_key_gets_a_plain_message(page: Page, served: Served) -> None:
     with chatting(f"{served.url}/1.0/v1", "--api_key", "wrong") as url:
         page.open(url)
         assert "The server refused the key" in page.greeting
         assert page.ask("Hello").startswith("The server refused the key")
 
 
-def test_a_refused_request_is_said_in_the_servers_words(page: Page, chat_url: str) -> None:
+def test_a_refused_request_shows_the_servers_words(page: Page, chat_url: str) -> None:
     page.open(chat_url)
     note = page.ask("llama " * 2000)
     assert note.startswith("The server refused this request:")
@@ -148,7 +148,7 @@ def test_a_refused_request_is_said_in_the_servers_words(page: Page, chat_url: st
     counts(page.ask("Hello"))  # what got no answer is not part of the next prompt
 
 
-def test_a_server_that_is_away_is_said_in_plain_words(page: Page) -> None:
+def test_a_server_that_is_down_gets_a_plain_message(page: Page) -> None:
     with socket.create_server(("127.0.0.1", 0)) as probe:
         port = probe.getsockname()[1]
     with chatting(f"http://127.0.0.1:{port}/v1", "--api_key", "key") as url:

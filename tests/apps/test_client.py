@@ -1,4 +1,4 @@
-"""The talk with a server: its text as it comes, and plain words for whatever else comes."""
+"""Talking to a server: its text as it comes, and plain words for whatever else comes."""
 
 from __future__ import annotations
 
@@ -89,7 +89,7 @@ def test_each_reply_is_the_whole_text_so_far_and_the_last_has_the_note(script: S
         assert words in last.note
 
 
-def test_what_the_page_chose_is_what_is_asked_for_and_no_more(script: Script) -> None:
+def test_only_what_the_page_chose_is_asked_for(script: Script) -> None:
     script.stream(delta("Hi", "stop"))
     replies(script.url)
     ((_, body),) = script.asked
@@ -135,7 +135,7 @@ INVALID_KEY = json.dumps({"code": 400, "type": "InvalidKeyException", "message":
         (500, error("Worker died."), "The server failed: Worker died."),
     ],
 )
-def test_an_error_is_said_in_plain_words(script: Script, status: int, body: str, words: str) -> None:
+def test_an_error_gets_a_plain_message(script: Script, status: int, body: str, words: str) -> None:
     script.status, script.body = status, body
     (reply,) = replies(script.url)
     assert reply.failed
@@ -156,7 +156,7 @@ def test_without_a_server_or_a_key_it_says_what_to_do(script: Script, tmp_path: 
     assert reply.note.startswith("No server of this folder is running. Start one with “make serve”.")
 
 
-def test_what_speaks_no_openai_is_told_apart(script: Script) -> None:
+def test_a_server_of_another_kind_is_noticed(script: Script) -> None:
     script.models = '"hello"'
     (reply,) = replies(script.url)
     assert reply.note == f"What answers at {script.url} does not speak OpenAI's API."

@@ -15,8 +15,8 @@ def report(
     spacing: float = 0.5,
     late: float = 0.0,
 ) -> dict[str, Any]:
-    """Requests that begin `spacing` seconds apart, each `late` seconds after it was to. Of each that was answered there
-    are both latencies; of each that was cut off its time to first token, or None if it had none."""
+    """Requests that begin `spacing` seconds apart, each `late` seconds after it should. Each that was answered has both
+    latencies; each that was cut off has its time to first token, or None if it had none."""
     answered = [
         _request(index, first, between, (first + between * (output_tokens - 1)) / 1000, spacing, late)
         for index, (first, between) in enumerate(zip(ttft_ms, itl_ms, strict=True))

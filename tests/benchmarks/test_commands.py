@@ -1,4 +1,4 @@
-"""Every benchmark is a command that refuses a value that makes no sense, before it does anything."""
+"""Every benchmark is a command that refuses a value that makes no sense before it does anything."""
 
 from __future__ import annotations
 

@@ -15,7 +15,7 @@ import pytest
 from benchmarks import cpu_shares
 from benchmarks.cpu_shares import CpuWatch
 
-# A program of so many processor seconds in its main thread and in another one, which then says so and sleeps.
+# Uses so many processor seconds in its main thread and in another one, then says so and sleeps.
 BUSY = """
 import ctypes, sys, threading, time
 name, here, beside = sys.argv[1], float(sys.argv[2]), float(sys.argv[3])
@@ -28,7 +28,7 @@ thread.start(), work(here), thread.join()
 print(flush=True)
 time.sleep(60)
 """
-# One that has another work for it, and ends it.
+# Lets another one work for it, and ends it.
 PARENT = f"""
 import subprocess, sys, time
 child = subprocess.Popen([sys.executable, "-c", {BUSY!r}, *sys.argv[1:]], stdout=subprocess.PIPE)
@@ -50,7 +50,7 @@ def started(program: str, name: str, here: float, beside: float) -> Iterator[sub
 
 @pytest.mark.integration
 def test_each_process_counts_for_its_part_and_a_worker_for_two(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Here the server's processes are our descendants, as the load's are. What ended before the block does counts."""
+    """Here the server's processes are our descendants, as the load's are. What ends before the block does counts."""
     monkeypatch.setattr(cpu_shares, "INTERVAL", 0.05)
     with (
         started(BUSY, "python", 0.2, 0.6) as worker,
@@ -64,17 +64,17 @@ def test_each_process_counts_for_its_part_and_a_worker_for_two(monkeypatch: pyte
                 process.stdout.readline()
         end = time.time()
     used = {part: cores * (end - begin) for part, cores in watch.cores(begin, end).items()}
-    # Besides, an interpreter starts in each main thread.
+    # An interpreter also starts in each main thread.
     assert used["engine"] == pytest.approx(0.6, abs=0.1)
     assert 0.1 <= used["handler"] <= 0.5
     assert 0.3 <= used["java"] <= 0.7
     assert 0.75 <= used["load"] <= 1.3
     assert used["others"] > -0.1, "nothing counts twice"
-    assert sum(used.values()) <= (end - begin) * (os.cpu_count() or 1) * 1.05, "all together are the machine"
+    assert sum(used.values()) <= (end - begin) * (os.cpu_count() or 1) * 1.05, "no more than the machine has"
 
 
 def test_only_what_lies_between_the_two_times_counts() -> None:
-    """Half of the way between two readings half of their difference."""
+    """Half way between two readings, half of their difference."""
     watch = CpuWatch([])
     watch._samples = [
         (100.0, 5.0, 1.0, 0.0, 0.0, 7.0),

@@ -1,4 +1,4 @@
-"""The engine that is measured: what is timed has been done before at its full size, and its ids become text."""
+"""The engine that is measured: what is timed has run before at its full size, and its ids become text."""
 
 from __future__ import annotations
 

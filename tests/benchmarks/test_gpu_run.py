@@ -50,7 +50,7 @@ def test_the_profiles_name_what_ran(engine: dict[str, Any]) -> None:
     assert list(profiles) == ["decode 1x20", "decode 3x20", "prefill 1x60"]
     assert [one["steps"] for one in profiles.values()] == [3, 3, 1]
     for one in profiles.values():
-        # Of each of two layers four products, and the head's.
+        # Four products in each of two layers, and the head's.
         assert sum(kernel["calls_per_step"] for kernel in one["kernels"] if "linear" in kernel["name"]) >= 9
 
 
@@ -63,8 +63,8 @@ def test_the_start_is_timed_and_all_figures_are_in_the_table(folder: Path, engin
     assert "tiny, prefill 1x60, ms per step" in text
 
 
-def test_a_cell_that_memory_does_not_hold_is_named_and_one_model_does_not_replace_another(folder: Path) -> None:
-    """The one is left without memory for its cache; the other's figures stay."""
+def test_a_cell_beyond_memory_is_named_and_one_model_does_not_replace_another(folder: Path) -> None:
+    """One has no memory left for its cache; the other's figures stay."""
     small = """
 from dataclasses import replace
 import benchmarks.gpu_run as gpu_run
@@ -89,7 +89,7 @@ gpu_run.main(sys.argv[1:])
 
 
 def test_without_ninja_plain_pytorch_computes(tmp_path: Path) -> None:
-    """Where no library of an earlier run is kept either."""
+    """And where no earlier run left a library."""
     code = """
 import os, torch
 sys.executable = "/nowhere/python"

@@ -21,13 +21,13 @@ MACHINE_SECONDS = 600
 
 def test_the_limits_fit_into_the_time() -> None:
     assert sum(step.limit for step in STEPS) <= SECONDS
-    # At most two waits for what will not end, and half a minute for the start and for packing.
+    # At most two waits for what does not end, and half a minute for the start and for packing.
     assert SECONDS + 2 * gpu_steps.GRACE + 30 <= MACHINE_SECONDS
 
 
 @pytest.mark.parametrize("step", [step for step in STEPS if step.name != "tests"], ids=lambda step: step.name)
 def test_each_command_is_understood_by_its_module(step: Step, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Parsed and no more: on this machine nothing could be measured."""
+    """Only parsed: nothing could be measured on this machine."""
     for _, module, *arguments in step.commands:
         parsed = importlib.import_module(module).parser().parse_args(arguments)
         assert parsed.out == Path("OUT")
@@ -36,7 +36,7 @@ def test_each_command_is_understood_by_its_module(step: Step, monkeypatch: pytes
 @pytest.mark.integration
 @pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="needs triton")
 def test_all_that_the_command_runs_can_be_imported() -> None:
-    """Of the peers what asks them; they themselves are other programs."""
+    """For the peers, what calls them: they are other programs."""
     modules = [
         *("gpu_steps", "gpu_run", "gpu_kernels", "gpu_peers", "gpu_report", "profiles"),
         *(f"sweeps.{path.stem}" for path in (ROOT / "benchmarks" / "sweeps").glob("*.py")),
@@ -48,7 +48,7 @@ def test_all_that_the_command_runs_can_be_imported() -> None:
 
 @pytest.mark.integration
 def test_its_tests_are_there_and_pass_or_skip_where_little_is_installed() -> None:
-    """On a machine without a GPU each skips; a test that is not there, or needs more than this, fails the run."""
+    """Without a GPU each skips; a test that does not exist, or needs more than this, fails the run."""
     code = "import pytest\nsys.exit(pytest.main(sys.argv[1:]))"
     done = run_bare(code, "-q", *GPU_TESTS, there=("pytest", "sentencepiece"), PYTEST_DISABLE_PLUGIN_AUTOLOAD="1")
     assert done.returncode == 0, done.stdout + done.stderr
@@ -69,7 +69,7 @@ def quick(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(gpu_steps, name, value)
 
 
-def test_one_step_after_the_other_and_all_that_they_left_is_packed(
+def test_steps_run_in_turn_and_all_that_they_left_is_packed(
     quick: None, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     peers = "{'x': {'not_run': 'no'}}"
@@ -114,7 +114,7 @@ def test_a_step_that_does_not_end_is_ended_with_its_children_and_the_next_one_ru
     assert after["exit_status"] == 0
 
 
-def test_a_step_gets_what_the_one_before_did_not_need(
+def test_a_step_gets_the_time_that_the_last_one_left(
     quick: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(gpu_steps, "SECONDS", 90)

@@ -1,4 +1,4 @@
-"""The limits are those that are known for Llama 2 on a GPU of 4.3 TB/s and 790 TFLOP/s."""
+"""The limits are those known for Llama 2 on a GPU of 4.3 TB/s and 790 TFLOP/s."""
 
 from __future__ import annotations
 
@@ -66,7 +66,7 @@ def test_a_large_batch_waits_for_operations_and_a_small_one_for_bytes() -> None:
     )
 
 
-def test_a_short_prompt_waits_for_the_weights_and_several_prompts_take_as_many_times_one() -> None:
+def test_a_short_prompt_waits_for_the_weights_and_n_prompts_take_n_times_as_long() -> None:
     args = SHAPES["7b"]
     one_token = prefill_seconds(args, H200, batch=1, context=1, itemsize=BF16)
     assert one_token == pytest.approx(read_parameters(args) * BF16 / 4.3e12)
@@ -74,7 +74,7 @@ def test_a_short_prompt_waits_for_the_weights_and_several_prompts_take_as_many_t
     assert eight == pytest.approx(8 * one)
 
 
-def test_the_look_up_of_embeddings_is_free_and_the_head_is_not() -> None:
+def test_the_embedding_lookup_is_free_and_the_head_is_not() -> None:
     args = SHAPES["135m"]
     assert read_parameters(args) - layer_parameters(args) == args.vocab_size * args.dim + args.dim
 

@@ -1,4 +1,4 @@
-"""The offline benchmark on a tiny shape: every row is there, and what cannot be measured says why."""
+"""The offline benchmark on a tiny shape: every row is there, or says why it cannot be measured."""
 
 from __future__ import annotations
 
@@ -77,7 +77,7 @@ def test_every_batch_and_context_has_a_row_with_all_its_rounds(result: tuple[str
             assert row[f"{what}_percent_of_limit"] == pytest.approx(100 * reached / limit)
 
 
-def test_one_process_is_held_against_the_memory_of_the_moment(result: tuple[str, Path]) -> None:
+def test_one_process_is_compared_with_memory_in_each_round(result: tuple[str, Path]) -> None:
     for row in read(result[1])["figures"]["rows"][:2]:
         rates = [one["bytes_per_second"] for one in row["rounds"]]
         assert min(rates) > 0
@@ -114,7 +114,7 @@ def test_a_peer_that_is_not_there_is_named_with_its_command_and_the_run_goes_on(
 def test_a_peer_that_is_not_there_is_named_before_anything_is_measured(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
-    """And before the minutes that our own measurement takes, in which it could have been installed."""
+    """Before our own measurement takes minutes, in which it could have been installed."""
 
     class Measured(Exception):
         pass
@@ -177,7 +177,7 @@ def test_a_mistake_is_named_before_anything_is_measured(
 
 
 def test_every_peer_that_is_not_installed_has_a_command(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """On an empty machine only our own interpreter's peers are there."""
+    """An empty machine has only our own interpreter's peers."""
     monkeypatch.setattr(registry, "VENVS", tmp_path)
     names = ["transformers", "transformers_static", "transformers_batching", "llama_cpp", "vllm", "gpt_fast"]
     for device_type in ("cpu", "cuda"):

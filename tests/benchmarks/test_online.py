@@ -86,7 +86,7 @@ def test_the_front_is_compared_with_the_best_of_the_engine_alone() -> None:
     assert cores == "processors busy meanwhile: engine 1.50, java 0.25; together 1.75"
 
 
-def test_a_front_that_answered_nobody_has_no_time_to_a_first_token() -> None:
+def test_a_front_that_answered_nobody_has_no_time_to_first_token() -> None:
     nothing = read_report(report(ttft_ms=[], itl_ms=[], unfinished=[None] * 32), clients=32)
     cost = front.front_cost([{"tokens_per_s": 20.0, "ttft_ms": 45.0}], nothing, nothing, {})
     text = online.as_text({"loads": [], "front": cost})
@@ -95,7 +95,7 @@ def test_a_front_that_answered_nobody_has_no_time_to_a_first_token() -> None:
 
 
 @pytest.mark.parametrize("rows", [[as_row(TEN, clients=8)], [as_row(TEN, clients=8), as_row(TEN, rate=2.5)]])
-def test_the_plot_is_drawn_of_whatever_was_measured(rows: list[dict[str, Any]], tmp_path: Path) -> None:
+def test_the_plot_shows_whatever_was_measured(rows: list[dict[str, Any]], tmp_path: Path) -> None:
     assert online.plot(rows, tmp_path / "online.png").read_bytes().startswith(b"\x89PNG")
 
 
@@ -113,7 +113,7 @@ def program(path: Path, script: str) -> Path:
     ({"clients": 4}, "kind=concurrent,streams=4"), ({"rate": 2.5}, "kind=poisson,rate=2.5"),
 ])  # fmt: skip
 def test_guidellm_is_asked_for_the_load(asked: dict[str, Any], profile: str, tmp_path: Path) -> None:
-    """A program in its place writes down what it was asked, and a report."""
+    """A program in its place records its arguments and writes a report."""
     (tmp_path / "report.json").write_text(json.dumps(TEN))
     script = (
         f'echo "$@" > {tmp_path}/asked; for last; do :; done; cp {tmp_path}/report.json "${{last#kind=json,path=}}"'
@@ -125,7 +125,7 @@ def test_guidellm_is_asked_for_the_load(asked: dict[str, Any], profile: str, tmp
         assert option in words
 
 
-def test_a_missing_guidellm_is_told_with_the_command_that_makes_it(tmp_path: Path) -> None:
+def test_a_missing_guidellm_names_the_command_that_makes_it(tmp_path: Path) -> None:
     with pytest.raises(LoadError, match=r"make \.venv-clients/\.ready"):
         online.benchmark(guidellm=str(tmp_path / "guidellm"))
 
@@ -149,7 +149,7 @@ def test_a_mistake_is_refused_before_anything_starts(changes: dict[str, Any], me
 
 @pytest.mark.parametrize(("late", "loads"), [([0.0], 1), ([30.0, 30.0, 0.1], 3)])
 def test_a_load_that_came_late_is_made_again(late: list[float], loads: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """What was planned for many seconds would have come in a burst."""
+    """Requests planned over many seconds would come in a burst."""
     reports = [report(ttft_ms=[1.0] * 5, itl_ms=[1.0] * 5, late=one) for one in late]
     seeds: list[int] = []
 

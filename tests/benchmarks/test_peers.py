@@ -129,7 +129,7 @@ def test_a_peer_lives_on_after_a_mistake(exported: Path, tmp_path: Path) -> None
 
 
 def test_only_the_measured_work_is_in_the_times(engine: Engine) -> None:
-    """One step computes 3 prompts of 20 tokens; again, and 6 steps decode. Nothing is found in the cache again."""
+    """One step computes 3 prompts of 20 tokens; another repeats it, and 6 decode. The cache holds none of it."""
     measured, work = MeasuredEngine(engine), Work(prompts=PROMPTS, new_tokens=6)
     measured.run(work)  # warms up
     before = engine.stats()

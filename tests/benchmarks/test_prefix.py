@@ -1,4 +1,4 @@
-"""The prefix cache's benchmark: known prefixes come from the cache, and what is wanted is told where it holds."""
+"""The prefix cache's benchmark: known prefixes come from the cache, and the goal is printed where it applies."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from tests.support.weights import random_weights, tiny_args
 
 
 @pytest.mark.parametrize(("prefix_tokens", "cached", "is_wanted"), [(64, 64, False), (1000, 992, True)])
-def test_each_prefix_is_asked_twice_and_full_blocks_of_it_are_known_then(
+def test_each_prefix_is_sent_twice_and_then_its_full_blocks_are_known(
     prefix_tokens: int, cached: int, is_wanted: bool, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     args = tiny_args(vocab_size=512)

@@ -1,4 +1,4 @@
-"""Where the time of a step went, by a trace that is known and by one of this machine."""
+"""Where a step's time went, by a known trace and by one of this machine."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ TRACE = [
     event("cudaLaunchKernel", "cuda_runtime", 6, 5),
     event("cudaEventSynchronize", "cuda_runtime", 20, 600),
     event("linear", "kernel", 100, 70),
-    event("linear", "kernel", 130, 20),  # beside the first one, on another stream
+    event("linear", "kernel", 130, 20),  # beside the first, on another stream
     event("norm", "kernel", 200, 10),
     event("copy", "gpu_memcpy", 310, 10),
 ]
@@ -43,7 +43,7 @@ def test_a_trace_of_a_gpu() -> None:
     }  # fmt: skip
 
 
-def test_on_a_cpu_an_operator_is_counted_once_with_those_in_it() -> None:
+def test_on_a_cpu_an_operator_counts_once_with_those_inside_it() -> None:
     trace = [event("linear", "cpu_op", 0, 100), event("matmul", "cpu_op", 10, 80), event("add", "cpu_op", 100, 10)]
     kernels = summary(trace, steps=1, seconds=1, on_gpu=False)["kernels"]
     assert [(one["name"], one["microseconds_per_step"]) for one in kernels] == [("linear", 100), ("add", 10)]

@@ -1,4 +1,4 @@
-"""A program that a benchmark runs: what it printed, and that nothing of it stays."""
+"""A program that a benchmark runs: what it printed, and that none of it stays."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import pytest
 
 from benchmarks.programs import complete
 
-# Starts another one, and then interrupts who runs it.
+# Starts another one, then interrupts its own parent.
 PARENT = """
 import os, pathlib, signal, subprocess, sys, time
 child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"])
@@ -23,14 +23,14 @@ time.sleep(60)
 """
 
 
-def test_what_it_printed_and_how_it_ended_comes_back(tmp_path: Path) -> None:
+def test_what_it_printed_and_how_it_ended_come_back(tmp_path: Path) -> None:
     script = "import os, sys; print(os.getcwd(), os.environ['WORD']); sys.exit('no')"
     done = complete([sys.executable, "-c", script], cwd=tmp_path, environ={"WORD": "yes"})
     assert (done.returncode, done.stdout, done.stderr) == (1, f"{tmp_path} yes\n", "no\n")
 
 
-def test_who_interrupts_it_leaves_nothing_behind(tmp_path: Path) -> None:
-    """As with torchrun, whose ranks would compute on and take the time of whoever measures next."""
+def test_interrupting_it_leaves_nothing_behind(tmp_path: Path) -> None:
+    """As with torchrun, whose ranks would compute on and slow the next measurement."""
     former = signal.signal(signal.SIGUSR1, lambda *_: sys.exit(143))
     try:
         with pytest.raises(SystemExit):

@@ -43,7 +43,7 @@ def test_a_figure_that_is_no_number_is_refused(tmp_path: Path) -> None:
 
 
 def test_a_file_is_whole_or_as_it_was(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Who writes after each figure may be killed while it writes."""
+    """A run that writes after each figure may be killed then."""
     path = save(tmp_path / "one.json", "offline", {}, [1])
     write = Path.write_text
 

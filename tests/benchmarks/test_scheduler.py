@@ -1,4 +1,4 @@
-"""The scheduler's benchmark measures what it says: decoding steps, of all that run, while others wait."""
+"""The scheduler's benchmark measures what it says: decoding steps of all that run, while others wait."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from benchmarks.scheduler import benchmark, measure
 
 @pytest.mark.parametrize(("running", "waiting"), [(1, 0), (5, 30)])
 def test_every_part_of_a_step_is_timed(running: int, waiting: int) -> None:
-    """That each step decodes every sequence is asserted by `measure` itself."""
+    """`measure` itself asserts that each step decodes every sequence."""
     times = measure(running=running, waiting=waiting, context=40, steps=5)
     assert (times.running, times.waiting) == (running, waiting)
     assert min(times.schedule, times.update, times.pickle, times.unpickle, times.add, times.abort) > 0
@@ -21,7 +21,7 @@ def test_every_part_of_a_step_is_timed(running: int, waiting: int) -> None:
     assert times.plan_bytes > running * 4 * (40 // 16), "block tables are in it"
 
 
-def test_of_several_ranks_one_measures_and_writes(
+def test_one_of_several_ranks_measures_and_writes(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for rank, lines in (("1", 0), ("0", 4)):

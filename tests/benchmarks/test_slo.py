@@ -11,7 +11,7 @@ from tests.benchmarks.reports import report
 @pytest.mark.parametrize("threshold", [0.3, 2.0, 7.7, 100.0])
 @pytest.mark.parametrize("first", [0.5, 4.0, 30.0])
 def test_the_search_closes_in_on_the_rate_at_which_latency_passes_the_limit(threshold: float, first: float) -> None:
-    """Of a queue whose latency grows without bound towards its capacity."""
+    """A queue's latency grows without bound towards its capacity."""
     capacity, asked = 1.25 * threshold, []
 
     def meets(rate: float) -> bool:
@@ -26,7 +26,7 @@ def test_a_limit_that_nothing_meets_gives_no_rate() -> None:
     assert highest_rate(lambda rate: False, first=1, rounds=4) == 0
 
 
-def test_a_rate_is_only_named_if_it_was_seen_to_do() -> None:
+def test_only_a_rate_that_met_the_limit_is_named() -> None:
     asked = []
     best = highest_rate(lambda rate: not asked.append(rate) and rate <= 5, first=1, rounds=6)  # type: ignore[func-returns-value]
     assert best in asked

@@ -1,4 +1,4 @@
-"""The sweeps of kernels, in Triton's interpreter on a CPU: every part has rows, and what cannot run says why."""
+"""The sweeps of kernels, in Triton's interpreter on a CPU: every part has rows, or says why it cannot run."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def test_a_row_has_its_rate_and_its_share_of_the_ceiling() -> None:
 
 
 def test_buffers_take_turns(monkeypatch: pytest.MonkeyPatch) -> None:
-    """On a GPU as many as its cache cannot hold; on a CPU one."""
+    """On a GPU, more than its cache can hold; on a CPU, one."""
     called: list[int] = []
     make_bench([]).row("turns", lambda: [lambda index=index: called.append(index) for index in range(3)])  # type: ignore[misc]
     assert called[1:] == [index % 3 for index in range(bench_module.REPLAYS)]
@@ -49,7 +49,7 @@ def test_buffers_take_turns(monkeypatch: pytest.MonkeyPatch) -> None:
     assert on_gpu.copies(1 << 40) == 1
 
 
-def test_what_fails_and_what_there_is_no_time_for_is_named() -> None:
+def test_what_fails_or_is_left_no_time_is_named() -> None:
     rows: list[dict[str, Any]] = []
     make_bench(rows).row("fails", lambda: [lambda: 1 // 0])
     make_bench(rows, deadline=0).row("late", lambda: pytest.fail("ran"))
@@ -91,7 +91,7 @@ def test_every_part_is_measured_and_written(tmp_path: Path) -> None:
     arguments = ("--shape", "tiny", "--device", "cpu", "--dtype", "fp32", "--seconds", "300", "--out", str(tmp_path))
     done = run_bare(SWEEP, *arguments, TRITON_INTERPRET="1")
     assert done.returncode == 0, done.stderr
-    assert done.stdout.startswith("compiled\nwqkv, 1 rows, torch: "), "who compiles measures nothing"
+    assert done.stdout.startswith("compiled\nwqkv, 1 rows, torch: "), "compilers measure nothing"
     content = json.loads((tmp_path / "gpu.json").read_text())["figures"]["kernels"]
     assert [row for row in content["rows"] if "left_out" in row] == []
     names = [row["kernel"] for row in content["rows"]]

@@ -1,7 +1,7 @@
 """One real server, and clients that others wrote; nobody speaks to any other machine.
 
-The clients need versions of their own, so these tests run in a virtual environment of their own (`make test-clients`),
-and the server in the repository's: SERVER_PYTHON names the python there.
+The clients need their own versions, so these tests run in their own virtual environment (`make test-clients`), and the
+server in the repository's: SERVER_PYTHON names the python there.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ ROOT = Path(__file__).parents[2]
 
 
 def pytest_ignore_collect(config: pytest.Config) -> bool | None:
-    """Without `-m clients` nothing here is imported: what it imports is not installed."""
+    """Without `-m clients` nothing here is imported: its imports are not installed."""
     return None if "clients" in config.getoption("-m") else True
 
 
@@ -44,7 +44,7 @@ def pytest_configure(config: pytest.Config) -> None:
 
 @pytest.fixture(scope="session", autouse=True)
 def _offline() -> Iterator[None]:
-    """A client that wants to reach another machine fails the test that it does so in."""
+    """A client that tries to reach another machine fails its test."""
     connect = socket.socket.connect
 
     def guarded(self: socket.socket, address: Any) -> None:
@@ -69,7 +69,7 @@ class Service:
 
     @property
     def base_url(self) -> str:
-        """What an OpenAI client is given."""
+        """What an OpenAI client gets."""
         return f"{self.url}/v1"
 
 

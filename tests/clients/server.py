@@ -1,4 +1,4 @@
-"""Serves the demo model to clients in another virtual environment; run by the python of the server's own.
+"""Serves the demo model to clients in another virtual environment; run by the server's own python.
 
 When the server is READY, one line of JSON on stdout says where it is. It lives until stdin ends.
 """
@@ -51,7 +51,7 @@ def main(folder: Path) -> None:
     ]
     subprocess.run([sys.executable, "convert_checkpoints.py", *arguments], cwd=ROOT, check=True)
     write_reference(reference)
-    # fp32, so that what is computed together cannot change a token; a queue so short that a test can fill it.
+    # fp32: what is computed together cannot change a token. A test can fill a queue this short.
     top = {"deviceType": "cpu", "batchSize": 16, "jobQueueSize": 16}
     config = settings(top, dtype="float32", max_seq_len=1024, max_batch_size=8, max_step_tokens=256)
     with serving(checkpoint, config) as served:

@@ -69,7 +69,7 @@ def completions(service: Service, model: str) -> dict[str, Any]:
     ids=["lists of token ids", "four at once", "text"],
 )
 def test_loglikelihoods_equal_transformers(completions: dict[str, Any], expected: Any, sent: dict[str, Any]) -> None:
-    """Of four answers to each of twelve questions: within 1e-3 relative, and greedy where transformers is."""
+    """Four answers to each of twelve questions: within 1e-3 relative, and greedy where transformers is."""
     ours = evaluate("local-completions", "served_facts", completions | sent)
     theirs = expected("served_facts")
     assert len(ours) == 48
@@ -77,8 +77,8 @@ def test_loglikelihoods_equal_transformers(completions: dict[str, Any], expected
 
 
 def test_loglikelihoods_in_a_chat_equal_transformers(completions: dict[str, Any], expected: Any) -> None:
-    """Of what an assistant may say. Where that is what it would say, the token that lm-eval lets it add ends the turn:
-    such a token must not be missing, or the last one of the answer were taken for it."""
+    """Of what an assistant may say. Where it would say just that, the token that lm-eval lets it add ends the turn:
+    if that token were missing, the answer's last one would be taken for it."""
     ours = evaluate("local-completions", "served_answers", completions | {"batch_size": 3}, chat=True)
     assert len(ours) == 12
     assert_same_likelihoods(ours, expected("served_answers", chat=True))
@@ -93,7 +93,7 @@ def assert_same_likelihoods(ours: list[Any], theirs: list[Any]) -> None:
 
 
 def test_rolling_loglikelihoods_equal_transformers(completions: dict[str, Any], expected: Any) -> None:
-    """Of whole passages, with emoji, ideographs and runs of spaces."""
+    """Whole passages, with emoji, ideographs and runs of spaces."""
     ours = evaluate("local-completions", "served_passages", completions)
     theirs = expected("served_passages")
     assert len(ours) == len(theirs) == 4

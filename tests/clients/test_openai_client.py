@@ -26,7 +26,7 @@ def texts(chunks: list[Any]) -> dict[int, str]:
 
 
 def counts(usage: Any) -> tuple[int, int, int]:
-    """All but what was in the cache: of the second of two equal prompts that is more."""
+    """All but what was cached, which is more for the second of two equal prompts."""
     return usage.prompt_tokens, usage.completion_tokens, usage.total_tokens
 
 
@@ -208,8 +208,8 @@ def test_a_chat_that_reaches_its_limit_says_so(ask: Asker, limit: str) -> None:
 
 
 def test_n_replies_differ_and_their_streams_say_the_same(ask: Asker) -> None:
-    # A seed whose numbers lie well inside their tokens' shares: a prompt that is computed another time, in other pieces
-    # or from the prefix cache, is rounded otherwise.
+    # A seed whose numbers lie well inside their tokens' shares: a prompt computed again, in other pieces or from the
+    # prefix cache, is rounded differently.
     fields: dict[str, Any] = {"messages": QUESTION, "n": 3, "max_tokens": 8, "temperature": 1.0, "seed": 11}
     whole = ask("chat.completions.create", **fields)
     said = {choice.index: choice.message.content for choice in whole.choices}
@@ -231,7 +231,7 @@ def test_the_same_seed_repeats_a_reply_and_another_does_not(ask: Asker) -> None:
 
 
 @pytest.mark.parametrize("stop", ["capital", ["nothing", "capital", " of Fr"]])
-def test_a_stop_string_and_what_follows_it_is_not_said(ask: Asker, stop: Any) -> None:
+def test_a_stop_string_and_what_follows_are_not_said(ask: Asker, stop: Any) -> None:
     fields: dict[str, Any] = {"messages": QUESTION, "temperature": 0, "stop": stop}
     reply = ask("chat.completions.create", **fields)
     assert (reply.choices[0].message.content, reply.choices[0].finish_reason) == ("The ", "stop")

@@ -43,7 +43,7 @@ WEATHER = {
 
 
 @pytest.mark.parametrize("temperature", [0, 1])
-def test_parse_returns_an_object_of_the_class_that_was_asked_for(ask: Asker, temperature: float) -> None:
+def test_parse_returns_an_object_of_the_class_asked_for(ask: Asker, temperature: float) -> None:
     reply = ask(
         "chat.completions.parse", messages=QUESTION, response_format=City, temperature=temperature, max_tokens=80
     )

@@ -1,4 +1,4 @@
-"""Each mistake raises the class of the openai client that is meant for it."""
+"""Each mistake raises the openai client's own class for it."""
 
 from __future__ import annotations
 
@@ -82,8 +82,8 @@ def test_an_endpoint_that_is_not_served_is_not_found(ask: Asker) -> None:
 
 
 def test_a_wrong_key_is_refused_by_torchserve_itself(ask: Asker) -> None:
-    """TorchServe looks at the key before any of our code runs. It answers 400 and not OpenAI's 401, in a shape of its
-    own, so that the client raises BadRequestError and not AuthenticationError."""
+    """TorchServe looks at the key before any of our code runs. It answers 400, not OpenAI's 401, in its own
+    shape, so the client raises BadRequestError, not AuthenticationError."""
     with pytest.raises(openai.BadRequestError, match="Token Authorization failed") as caught:
         ask("models.list", settings={"api_key": "sk-wrong"})
     assert caught.value.type == "InvalidKeyException"
@@ -94,7 +94,7 @@ def test_a_reply_that_comes_too_late_is_a_timeout(ask: Asker) -> None:
         ask("completions.create", **PROMPT, max_tokens=400, extra_body={"ignore_eos": True}, timeout=0.2)
 
 
-def test_a_server_that_is_away_is_a_connection_error(ask: Asker) -> None:
+def test_a_server_that_is_down_is_a_connection_error(ask: Asker) -> None:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
@@ -104,7 +104,7 @@ def test_a_server_that_is_away_is_a_connection_error(ask: Asker) -> None:
 
 def test_a_full_queue_is_a_503_and_passes(service: Service, model: str) -> None:
     """16 requests are live and 16 wait in TorchServe's queue; of 40 some must be refused. TorchServe does that before
-    any of our code runs, and in its own words: they speak of a missing worker first, and of the queue last."""
+    any of our code runs, and in its own words: they first mention a missing worker, and the queue last."""
     refused: list[openai.InternalServerError] = []
     served: list[str] = []
     leave = threading.Event()

@@ -29,7 +29,7 @@ class Speaker:
     def __init__(self, client: openai.OpenAI, model: str, index: int) -> None:
         self.random = random.Random(index)
         prompt = "".join(self.random.choices(PIECES, k=self.random.randint(3, 9)))
-        # Asked to go on with more of the same, a model speaks of emoji and ideographs.
+        # Asked to go on with more of the same, a model writes emoji and ideographs.
         prompt += self.random.choice(PIECES[:16]) * self.random.randint(0, 3)
         self.fields: dict[str, Any] = {"model": model, "temperature": 0, "max_tokens": self.random.randint(8, 12)}
         self.chats = index % 4 == 3
@@ -51,8 +51,8 @@ class Speaker:
         return [text for text in said if text], choices[-1].finish_reason
 
     def stop(self, deltas: list[str]) -> str | None:
-        """The end of one delta and the start of the next: a string across a token's border."""
-        # A reply that its length cuts within a character ends with U+FFFD, which no token says.
+        """The end of one delta and the start of the next: a string across token borders."""
+        # A reply cut off within a character ends with U+FFFD, which no token says.
         pairs = [pair for pair in itertools.pairwise(deltas) if "\ufffd" not in pair[1]]
         if not pairs:
             return None
@@ -62,7 +62,7 @@ class Speaker:
 
 @pytest.mark.timeout(900)
 def test_two_hundred_streams_equal_their_whole_replies(service: Service, model: str) -> None:
-    """Eight at once. Every other one again with a stop string across a token border of what it said."""
+    """Eight at once; every other one again with a stop string across two tokens of what it said."""
 
     def speak(index: int) -> tuple[str, bool]:
         speaker = Speaker(client, model, index)
