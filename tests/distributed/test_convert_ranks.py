@@ -20,7 +20,7 @@ from tests.support.ranks import run_ranks
 from tests.support.tokenizers import tiny_sentencepiece
 from tests.support.weights import meta_folder, random_weights, tiny_args
 
-# DCP says that one process acts alone, which is meant.
+# DCP warns that one process acts alone: intended.
 pytestmark = [pytest.mark.integration, pytest.mark.filterwarnings("ignore:.*single process.*")]
 
 DEGREES = (1, 2, 3, 4)
@@ -63,7 +63,7 @@ def load_all(folder: Path) -> dict[str, list[str]]:
         args = ModelArgs.load(source)
         state: dict[str, DTensor] = {}
         for name, shape in args.parameter_shapes().items():
-            # Vocabulary parallel: the embedding is loaded by rows, which Meta's shards split by columns.
+            # Vocabulary parallel: the embedding, which Meta's shards split by columns, loads by rows.
             axis = 0 if name == "tok_embeddings.weight" else shard_axis(name)
             placements = [Replicate() if axis is None else Shard(axis)]
             state[name] = empty_dtensor(shape, dtype=torch.bfloat16, device_mesh=mesh, placements=placements)

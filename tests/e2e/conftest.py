@@ -1,4 +1,4 @@
-"""Real servers for the end-to-end tests, each with free ports and a folder of its own."""
+"""Real servers for the end-to-end tests, each with free ports and its own folder."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ def serving(checkpoint: Path, config: Mapping[str, Any], environ: Mapping[str, s
 
 @pytest.fixture(scope="session")
 def served(smollm2_checkpoint: Path) -> Iterator[Served]:
-    """SmolLM2 at TP=2 on the CPU, in fp32: so that what is computed together cannot change a token."""
+    """SmolLM2 at TP=2 on the CPU, in fp32: what is computed together cannot change a token."""
     config = settings({"deviceType": "cpu"}, dtype="float32", max_seq_len=1024, max_batch_size=8, max_step_tokens=256)
     with serving(smollm2_checkpoint, config) as running:
         yield running

@@ -29,7 +29,7 @@ CITY = {
 
 
 class Api:
-    """An HTTP client of the API; what it returns has been found to be well."""
+    """An HTTP client of the API; what it returns has been checked."""
 
     def __init__(self, served: Served) -> None:
         self.base = f"{served.url}/1.0/v1"
@@ -81,7 +81,7 @@ def test_a_chat_is_answered_whole_and_streamed_with_the_same_words(api: Api) -> 
     assert "".join(delta.get("content", "") for delta in deltas) == choice["message"]["content"]
     assert (deltas[-1], events[-1]["choices"][0]["finish_reason"]) == ({}, "stop")
     usages = [{**reply["usage"], "prompt_tokens_details": None} for reply in (last, whole)]
-    assert usages[0] == usages[1], "all but the cached tokens, of which the second one has more"
+    assert usages[0] == usages[1], "all but the cached tokens: the second one has more of them"
 
 
 def test_a_stream_arrives_piece_by_piece(api: Api) -> None:
@@ -180,7 +180,7 @@ def test_what_a_request_has_in_common_with_an_earlier_one_is_counted(served: Ser
 
 
 @pytest.mark.parametrize(("path", "body", "status", "param"), REFUSED)
-def test_a_mistake_is_told_in_openais_shape(api: Api, path: str, body: Any, status: int, param: str | None) -> None:
+def test_a_mistake_has_openais_shape(api: Api, path: str, body: Any, status: int, param: str | None) -> None:
     for stream in (False, True):
         reply = api.client.post(f"{api.base}/{path}", json={**body, "stream": stream})
         assert (reply.status_code, reply.headers["content-type"]) == (status, "application/json")
@@ -190,7 +190,7 @@ def test_a_mistake_is_told_in_openais_shape(api: Api, path: str, body: Any, stat
 
 
 @pytest.mark.parametrize("content", [b'{"prompt": "a"', b"caf\xe9", b"", b"[1]", b'"a"'])
-def test_a_body_that_is_no_json_object_is_told_so(api: Api, content: bytes) -> None:
+def test_a_body_that_is_no_json_object_is_refused(api: Api, content: bytes) -> None:
     reply = api.client.post(f"{api.base}/completions", content=content, headers={"Content-Type": "application/json"})
     assert reply.status_code == 400
     assert reply.json()["error"]["type"] == "invalid_request_error"
@@ -199,12 +199,12 @@ def test_a_body_that_is_no_json_object_is_told_so(api: Api, content: bytes) -> N
 def test_a_client_that_leaves_a_stream_frees_its_place(served: Served, api: Api) -> None:
     body = {"prompt": PROMPT, "max_tokens": 900, "n": 3, "stream": True, "ignore_eos": True}
     with api.client.stream("POST", f"{api.base}/completions", json=body) as reply:
-        lines = reply.iter_lines()  # to let go of it is to leave
+        lines = reply.iter_lines()  # letting go of it leaves
         next(lines)
         wait_until(lambda: served.gauge("llama_requests_running") == 3, seconds=5)
     left = time.monotonic()
     wait_until(lambda: served.gauge("llama_requests_running") == 0, seconds=5)
-    # 100 ms on a machine that has nothing else to do; whoever gives up only after a second or more is found out.
+    # 100 ms on an idle machine; a server that notices only after a second or more fails.
     assert time.monotonic() - left < 1
 
 

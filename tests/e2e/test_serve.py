@@ -27,7 +27,7 @@ FOREVER = {"prompt": PROMPT, "max_new_tokens": None, "ignore_eos": True, "temper
 def wait_until(condition: Callable[[], bool], *, seconds: float) -> None:
     end = time.monotonic() + seconds
     while not condition():
-        assert time.monotonic() < end, "it did not come about in time"
+        assert time.monotonic() < end, "it did not happen in time"
         time.sleep(0.05)
 
 
@@ -104,7 +104,7 @@ def test_a_seed_gives_the_same_reply_again_and_another_seed_another(served: Serv
 def test_a_client_that_leaves_frees_its_place_at_once(served: Served, stream: bool) -> None:
     """The last client to leave is the hard case: TorchServe does not poll any more then."""
     with served.client() as client, client.stream("POST", served.url, json={**FOREVER, "stream": stream}) as reply:
-        lines = reply.iter_lines()  # to let go of it is to leave
+        lines = reply.iter_lines()  # letting go of it leaves
         if stream:
             next(lines)
         wait_until(lambda: served.gauge("llama_requests_running") == 1, seconds=5)
@@ -142,7 +142,7 @@ def test_bad_bodies_are_400s_that_say_why_and_a_stream_beside_them_does_not_noti
             assert reply.status_code == 400, (content[:40], reply.text)
             assert reply.headers["content-type"] == "application/json"
             assert message in reply.json()["error"]["message"]
-        assert not beside.done(), "the stream was to run all the time"
+        assert not beside.done(), "the stream should still be running"
         assert beside.result()["usage"]["completion_tokens"] == 150
 
 
@@ -173,7 +173,7 @@ def test_environment_and_truncation_take_effect(smollm2_checkpoint: Path) -> Non
 def test_a_killed_rank_ends_what_runs_and_the_group_comes_back_as_it_was(served: Served) -> None:
     """As it was: the first request without a seed draws what manual_seed gives again.
 
-    Rank 0 is held first, so that TorchServe waits for a reply: see "When a rank dies" in docs/architecture.md.
+    Rank 0 is held first, so TorchServe waits for a reply: see "When a rank dies" in docs/architecture.md.
     """
 
     def first_draw() -> str:
@@ -188,7 +188,7 @@ def test_a_killed_rank_ends_what_runs_and_the_group_comes_back_as_it_was(served:
         os.kill(served.rank_pid(0), signal.SIGSTOP)
         time.sleep(0.2)
         os.kill(served.rank_pid(1), signal.SIGKILL)
-        # Its 200 was out already: all that can still be said is that the connection ends too early.
+        # Its 200 has already been sent: all that can still fail is the connection.
         with pytest.raises(httpx.TransportError):
             accepted.result(timeout=20)
         before = first_draw()
@@ -201,7 +201,7 @@ def test_a_killed_rank_ends_what_runs_and_the_group_comes_back_as_it_was(served:
 
 
 def test_a_reply_that_outlives_its_group_does_not_end_the_next_group(served: Served) -> None:
-    """TorchServe waits for a reply and is held: it wakes to rank 0's reply beside the end of rank 1."""
+    """TorchServe waits for a reply and is held: it wakes to both rank 0's reply and rank 1's end."""
     (java,) = [process for process in served.server.processes() if process.name() == "java"]
     with served.client() as client, client.stream("POST", served.url, json={**FOREVER, "stream": True}) as reply:
         next(reply.iter_lines())

@@ -1,4 +1,4 @@
-"""A front is a thin thing: two of them serve the same replies from one service, which knows neither."""
+"""A front is thin: two of them serve the same replies from one service, which knows neither."""
 
 from __future__ import annotations
 
@@ -65,7 +65,7 @@ BODIES: list[tuple[str, dict[str, Any]]] = [
 
 
 def said(reply: str) -> list[Any]:
-    """Every text of a reply, whole or streamed, and all else that does not depend on when and as what it was made."""
+    """Every text of a reply, whole or streamed, and all else that does not depend on its time and id."""
     lines = [line.removeprefix("data: ") for line in reply.splitlines() if line not in ("", "data: [DONE]")]
     parsed = [json.loads(line) for line in lines]
     return sorted(
@@ -101,5 +101,5 @@ def test_a_client_that_leaves_is_aborted(service: Service, url: str) -> None:
         assert service.loop.stats().running == 1
     while service.loop.stats().running:
         time.sleep(0.01)
-    assert service.loop.stats().steps - before < 3000, "the reply was to have nearly 6000 tokens"
+    assert service.loop.stats().steps - before < 3000, "the whole reply has nearly 6000 tokens"
     assert service.loop.stats().free_blocks == service.loop.stats().total_blocks

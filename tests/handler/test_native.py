@@ -34,7 +34,7 @@ def prompts(tokenizer: Tokenizer, api: NativeApi, body: Any) -> list[str]:
 
 
 def answer(call: Call, *texts: str, finish_reason: Any = "stop") -> str:
-    """Feed one token of text after the other to each request of the call; all that it sends."""
+    """Feed each request of the call one token of text at a time; all that it sends."""
     sent = ""
     for request in call.begin():
         for text in texts:
@@ -137,7 +137,7 @@ def test_logprobs_come_one_per_token_with_their_text(api: NativeApi, tokenizer: 
     assert json.loads(call.piece().text)["logprobs"] == [{**token, "top": [token]}]
 
 
-def test_a_prompt_of_just_the_longest_length_is_taken_and_one_more_token_is_refused(api: NativeApi) -> None:
+def test_a_prompt_of_the_longest_length_is_taken_and_one_token_more_is_refused(api: NativeApi) -> None:
     assert api.read({"prompt": "a" * 39}).prompts[0].truncated == 0
     with pytest.raises(RequestError, match=r"prompt\[1\] has 40 tokens, but at most 39 are taken"):
         api.read({"prompt": ["a", "a" * 40]})

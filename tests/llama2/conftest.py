@@ -1,6 +1,6 @@
 """One tokenizer of each kind, made once for all tests of the package, and only where a test asks for it.
 
-So that tests which need no tokenizer run where a tokenizer's libraries are not installed.
+Tests that need no tokenizer thus run where its libraries are not installed.
 """
 
 from __future__ import annotations

@@ -143,7 +143,7 @@ class Server:
         )
 
     def logprob(self, token_id: int, request: Request) -> TokenLogprobs:
-        """A capital is less likely than the token "a", which is always likeliest but for a small letter itself."""
+        """A capital is less likely than the token "a", always likeliest but for a small letter itself."""
         (a,) = self.tokenizer.encode("a")
         capital = self.tokenizer.token_bytes(token_id).isupper()
         number = request.prompt_logprobs if request.prompt_logprobs is not None else request.params.logprobs

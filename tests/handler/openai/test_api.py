@@ -32,7 +32,7 @@ def test_any_other_path_is_a_404_that_names_it(server: Server, path: str) -> Non
     assert (status, path in message) == (404, True)
 
 
-def test_tokenize_and_detokenize_are_each_others_way_back(server: Server) -> None:
+def test_tokenize_and_detokenize_undo_each_other(server: Server) -> None:
     ids = server.tokenizer.encode("Hé!")
     reply = server.get("tokenize", prompt="Hé!", return_token_strs=True)
     assert reply == {

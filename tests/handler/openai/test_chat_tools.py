@@ -14,7 +14,7 @@ PATH = "v1/chat/completions"
 CALL = '{"name": "weather", "arguments": {"city": "Rome"}}'
 
 
-def test_tools_stand_in_the_prompt_unless_they_must_not_be_called(server_with_room: Server) -> None:
+def test_tools_are_in_the_prompt_unless_they_must_not_be_called(server_with_room: Server) -> None:
     server = server_with_room
     offered = server.shown(server.request(PATH, messages=[USER], tools=[WEATHER]).prompt_ids)
     assert '"weather"' in offered

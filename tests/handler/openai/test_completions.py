@@ -133,13 +133,13 @@ def test_logprobs_are_four_lists_whose_offsets_find_the_tokens_in_the_text(serve
     }
 
 
-def test_logprobs_zero_tell_of_the_chosen_tokens_alone(server: Server) -> None:
+def test_logprobs_zero_cover_only_the_chosen_tokens(server: Server) -> None:
     (choice,) = server.say(PATH, "A", prompt="p", logprobs=0)["choices"]
     assert choice["logprobs"]["top_logprobs"] == [{"A": -2.0}]
 
 
 def test_echo_repeats_the_prompt_and_scores_it(server: Server) -> None:
-    """The first token has nothing before it that could tell its probability."""
+    """Nothing before the first token could give it a probability."""
     request = server.request(PATH, prompt="pQ", echo=True, logprobs=1)
     assert (request.prompt_logprobs, request.generate) == (1, True)
     reply = server.say(PATH, "x", prompt="pQ", echo=True, logprobs=1, max_tokens=1, finish_reason="length")

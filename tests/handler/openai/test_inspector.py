@@ -44,7 +44,7 @@ def test_a_dry_run_shows_what_the_engine_would_be_given(server: Server) -> None:
 
 
 def test_every_token_of_a_chat_has_a_role(server: Server) -> None:
-    """Also where a message says what the template says around it."""
+    """Even where a message says what the template says around it."""
     messages = [
         {"role": "system", "content": "system"},
         {"role": "user", "content": "user"},
@@ -107,7 +107,7 @@ def test_a_bos_that_also_begins_turns_is_a_tag_there(tmp_path: Path) -> None:
     assert roles == ["BOS", "tag", "tag", "tag"]
 
 
-def test_a_bos_that_stands_twice_is_found(tmp_path: Path) -> None:
+def test_a_bos_that_comes_twice_is_found(tmp_path: Path) -> None:
     server = make_server(tmp_path, add_bos=True)
     bos = server.tokenizer.bos_id
     assert bos is not None

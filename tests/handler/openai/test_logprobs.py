@@ -44,7 +44,7 @@ def test_an_echoed_prompt_is_the_start_of_a_text_and_a_reply_is_not(tokenizer: T
 
 
 def test_of_two_tokens_with_one_name_the_likelier_counts(tokenizer: Tokenizer) -> None:
-    """As the letter e and the byte 0x65."""
+    """The letter e and the byte 0x65."""
     letter, byte = (index for index in reversed(range(512)) if tokenizer.token_bytes(index) == b"e")
     entry = TokenLogprobs(token_id=byte, logprob=-9.0, top=((letter, -0.1), (byte, -9.0)))
     writer = CompletionLogprobs(TokenNames(tokenizer), tokenizer, starts_text=False)

@@ -20,7 +20,7 @@ def test_a_refusal_is_not_kept_waiting_for_the_engine(worker: Worker) -> None:
 def test_a_poll_lasts_until_shortly_before_the_next_news_unless_somebody_is_new(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """News come at 1.00 s and 1.05 s; so the next are expected at 1.10 s, and the wait for them ends at 1.09 s."""
+    """News comes at 1.00 s and 1.05 s, so the next is expected at 1.10 s, and the wait for it ends at 1.09 s."""
     clock: Any = SimpleNamespace(now=0.0)
     clock.monotonic = lambda: clock.now
     monkeypatch.setattr(transport, "time", clock)
@@ -40,7 +40,7 @@ def test_a_poll_lasts_until_shortly_before_the_next_news_unless_somebody_is_new(
     assert wait(1.06) == pytest.approx(1.09 - 1.06)
     assert wait(1.07, ("b", {"say": ["x"]})) == least
     assert wait(1.08) == pytest.approx(1.09 - 1.08)
-    assert wait(1.3) == least, "they are late"
+    assert wait(1.3) == least, "it is late"
 
 
 def test_when_the_last_client_has_left_silence_aborts_it_once(worker: Worker, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -86,7 +86,7 @@ def test_a_refused_body_gets_its_own_status_and_nobody_else_notices(worker: Work
     assert worker.engine.live.keys() == {"a/0", "c/0"}
 
 
-def test_what_the_engine_refuses_is_a_400_and_the_rest_of_the_list_is_taken_back(worker: Worker) -> None:
+def test_what_the_engine_refuses_is_a_400_and_the_rest_of_the_list_is_aborted(worker: Worker) -> None:
     text, criterion = worker.poll(("a", {"say": ["x", "x" * 13]}))["a"]
     assert ("prompt_ids must not be 13" in text, criterion, worker.status["a"]) == (True, None, 400)
     assert "a/0" in worker.engine.aborted
@@ -130,10 +130,10 @@ def test_outputs_are_given_to_the_call_whose_id_they_carry_even_if_ids_hold_slas
     assert worker.poll() == {"a/0": ("X", True), "a": ("", False)}
 
 
-def test_beyond_so_many_replies_at_once_a_call_is_told_to_come_again(
+def test_beyond_so_many_replies_at_once_a_call_is_told_to_retry(
     worker: Worker, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """One call alone may always be made."""
+    """A single call is always allowed."""
     monkeypatch.setattr(service, "MAX_REPLIES", 3)
     assert worker.poll(("a", {"say": ["x", "y"], "n": 2})) == {"a": ("", False)}
     replies = worker.poll(("b", {"say": ["z"]}))

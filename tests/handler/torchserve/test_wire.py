@@ -73,7 +73,7 @@ def test_messages_arrive_whole_however_they_were_cut(ends: tuple[socket.socket, 
 
 
 def test_a_poll_is_read_in_one_piece(ends: tuple[socket.socket, socket.socket]) -> None:
-    """And never more is asked for than is there: the reader must not wait for a next message."""
+    """It never asks for more than is there: the reader must not wait for a next message."""
     server, worker = ends
     connection = Connection(worker, 1 << 20)
     for _ in range(3):

@@ -148,4 +148,4 @@ def eventually(condition: Callable[[], Any]) -> None:
         if condition():
             return
         time.sleep(0.01)
-    pytest.fail("it did not come about in time")
+    pytest.fail("it did not happen in time")

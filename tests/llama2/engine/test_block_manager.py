@@ -132,12 +132,12 @@ def test_the_last_token_is_always_left_to_compute() -> None:
 def test_a_block_is_known_by_all_tokens_before_it_too() -> None:
     blocks, first, second = BlockManager(20, 4), of(range(8)), of(range(100, 104), 1)
     fill(blocks, first)
-    second.token_ids += [4, 5, 6, 7, 8]  # the second block of `first`, after another first one
+    second.token_ids += [4, 5, 6, 7, 8]  # `first`'s second block, after another first block
     assert blocks.adopt_prefix(second)
     assert second.num_computed == 0
 
 
-def test_what_was_used_longest_ago_is_given_up_first_and_a_prefix_after_what_follows_it() -> None:
+def test_the_least_recently_used_block_goes_first_and_a_prefix_after_what_follows_it() -> None:
     blocks, old, new = BlockManager(4, 4), of(range(8)), of(range(100, 108), 1)
     fill(blocks, old)
     fill(blocks, new)

@@ -38,7 +38,7 @@ def test_without_any_seed_two_engines_draw_differently() -> None:
 
 
 def test_a_draw_depends_on_nothing_but_seed_and_position() -> None:
-    """Neither on what was sampled before it, nor on whether it was: a recomputed request goes on where it was."""
+    """Nor on what, if anything, was sampled before it: a recomputed request goes on where it was."""
     sampler = Sampler(0)
     whole = stream(make_sequence(**PLAIN), sampler)
     half = make_sequence(generated=whole[:10], **PLAIN)

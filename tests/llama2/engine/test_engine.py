@@ -151,7 +151,7 @@ def test_the_longest_prompt_that_is_taken_gets_one_token(engine: Engine) -> None
     assert (len(output.token_ids), output.finish_reason) == (1, "length")
 
 
-def test_seedless_requests_repeat_with_the_engines_seed_and_differ_among_each_other(folder: Path) -> None:
+def test_seedless_requests_repeat_with_the_engines_seed_and_differ_from_each_other(folder: Path) -> None:
     def replies(seed: int) -> list[list[int]]:
         engine = load_engine(folder, config=EngineConfig(max_seq_len=96, max_batch_size=4, seed=seed))
         for name in ("a", "b"):

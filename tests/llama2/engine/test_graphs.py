@@ -34,7 +34,7 @@ GREEDY = SamplingParams(temperature=0, max_new_tokens=25, ignore_eos=True)
 
 @dataclass
 class Recorder:
-    """Notes the replays of what it was given, by the sizes that it was given in this order."""
+    """Notes replays by size; `sizes` are those of what it is given, in this order."""
 
     sizes: list[str]
     replayed: list[str] = field(default_factory=list)
@@ -63,7 +63,7 @@ class Recorded:
 
 
 def recorder_of(max_batch_size: int, max_step_tokens: int = 512) -> Recorder:
-    """Of passes that decode so many sequences, "3", or that hold so many "tokens: 64"; the largest first."""
+    """Of passes that decode so many sequences, "3", or hold so many "tokens: 64"; largest first."""
     sizes = [(size, f"{size}") for size in batch_sizes(max_batch_size)]
     largest = EngineConfig(max_batch_size=max_batch_size, max_step_tokens=max_step_tokens).recorded_tokens
     sizes += [(size, f"tokens: {size}") for size in token_sizes(largest)]
@@ -112,7 +112,7 @@ def test_passes_with_prompts_are_recorded_as_far_as_it_pays(largest: int, sizes:
 
 
 def test_replies_are_the_same_recorded_and_not(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Also while prompts come in between, batches shrink, and rows are drawn from a distribution."""
+    """Even while prompts come in between, batches shrink, and rows are drawn from a distribution."""
     settings: dict[str, Any] = {"max_seq_len": 128, "max_batch_size": 6, "max_step_tokens": 40}
     llm, recorder = recorded(folder, monkeypatch, **settings)
     plain = LLM(folder, **settings)
@@ -143,7 +143,7 @@ def test_what_is_kept_beyond_the_step_is_not_replayed(folder: Path, monkeypatch:
 
 
 def test_a_row_whose_logits_nobody_wants_is_left_out(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """As of a prompt that is cut into single tokens, before its end."""
+    """Before the end of a prompt that is cut into single tokens."""
     settings: dict[str, Any] = {"max_seq_len": 64, "max_batch_size": 4}
     llm, recorder = recorded(folder, monkeypatch, **settings)
     wanted: tuple[Logits, ...] = ("last", "none", "last")
@@ -230,7 +230,7 @@ def test_a_first_pass_is_as_large_as_passes_become(
 
 
 def small_cache(*, block_size: int) -> KVCache:
-    """Of nine blocks, so that the tenth is the scratch block."""
+    """Of nine blocks; the tenth is the scratch block."""
     args = tiny_args()
     return KVCache(args, num_blocks=9, block_size=block_size, n_kv_heads=1, dtype=torch.float32, device=CPU)
 
@@ -259,8 +259,8 @@ def test_inputs_lie_where_the_plan_says() -> None:
     roomy = Inputs(Sizes(tokens=8, sequences=5, rows=3, blocks=4), CPU)
     roomy.fill(chunks, [0, 5], small_cache(block_size=4))
     assert roomy.ids_T.tolist() == [0, 11, 12, 13, 14, 15, 0, 0]
-    assert pool.gather(roomy).tolist() == [10, 11, 12, 13, 14, 15, 0, 0], "nobody's have an id that exists"
-    assert roomy.slot_mapping_T.tolist() == [32, 20, 21, 11, 12, 13, 36, 36], "nobody's write into the scratch block"
+    assert pool.gather(roomy).tolist() == [10, 11, 12, 13, 14, 15, 0, 0], "padding has an id that exists"
+    assert roomy.slot_mapping_T.tolist() == [32, 20, 21, 11, 12, 13, 36, 36], "padding goes to the scratch block"
     assert roomy.query_starts_S1.tolist() == [0, 1, 3, 6, 6, 6]
     assert roomy.seq_lens_S.tolist() == [5, 2, 10, 0, 0]
     dtypes = {

@@ -1,6 +1,6 @@
-"""An engine that plans a step before it has read the tokens of the one before replies as one that has read them.
+"""An engine that plans a step before it reads the last one's tokens replies as one that reads them first.
 
-So a GPU works. Here the engine is told to do it on a CPU, where the ids that the next step needs lie in the same place.
+A GPU works so. Here the engine is told to do it on a CPU, where the ids that the next step needs lie in the same place.
 """
 
 from __future__ import annotations
@@ -79,7 +79,7 @@ def requests(engine: Engine) -> list[Request]:
 
 
 def replies(engine: Engine) -> Replies:
-    """Of all requests, which join one by one while others run; one is dropped on its way."""
+    """Of all requests, which join one by one while others run; one is dropped midway."""
     waiting = requests(engine)
     outputs: dict[tuple[str, int], list[Output]] = {}
     engine.add(replace(waiting[0], request_id="dropped"))
@@ -105,7 +105,7 @@ def replies(engine: Engine) -> Replies:
 
 
 def assert_alike(ours: Replies, theirs: Replies) -> None:
-    """Log-probabilities up to rounding: prompts are cut elsewhere, and other sizes of products round otherwise."""
+    """Log-probabilities up to rounding: prompts are cut elsewhere, and products of other sizes round otherwise."""
     assert {key: reply[:3] for key, reply in ours.items()} == {key: reply[:3] for key, reply in theirs.items()}
     for key, reply in ours.items():
         assert reply[3] == pytest.approx(theirs[key][3], abs=1e-4)
@@ -146,7 +146,7 @@ def test_the_next_step_is_on_its_way_before_the_tokens_are_read(folder: Path, mo
 
 
 def test_no_step_takes_rows_by_a_list(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """On a GPU that is a copy from pageable memory: the host would wait for it, behind the step that it looks ahead to.
+    """On a GPU that copies from pageable memory: the host would wait for it, behind the step it looks ahead to.
 
     Rows are left over where a sequence ended while the next step was on its way, and told apart by what they ask for.
     """

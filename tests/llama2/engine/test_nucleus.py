@@ -84,7 +84,7 @@ def rows_of(vocab_size: int) -> torch.Tensor:
 @pytest.mark.parametrize("vocab_size", VOCAB_SIZES)
 @pytest.mark.parametrize("scale", [2.0**-8, 2.0**-140], ids=["normal", "subnormal"])
 def test_a_floor_is_that_of_a_sort(floors: Floors, vocab_size: int, scale: float) -> None:
-    """For every top_k with every top_p; a subnormal weight is a number as any other."""
+    """For every top_k with every top_p; a subnormal weight is a number like others."""
     rows_RV = rows_of(vocab_size) * scale
     top_k = sorted(
         {1, min(2, vocab_size), min(50, vocab_size), -(-vocab_size // 3), max(vocab_size - 1, 1), vocab_size}
@@ -127,8 +127,8 @@ def test_a_floor_has_the_same_bits_in_any_company(floors: Floors) -> None:
 
 
 @pytest.mark.parametrize("bad", [math.nan, -math.nan, math.inf])
-def test_a_row_of_no_numbers_ends_and_disturbs_no_other(floors: Floors, bad: float) -> None:
-    """Its floor is worth nothing, as the sampler refuses the row."""
+def test_a_nan_or_inf_row_ends_and_disturbs_no_other(floors: Floors, bad: float) -> None:
+    """Its floor means nothing: the sampler refuses the row."""
     weights_NV = rows_of(301)[:3]
     expected = floors(weights_NV, [40] * 3, [0.8] * 3)
     for broken_V in (torch.full((301,), bad), torch.where(torch.arange(301) == 5, bad, weights_NV[1])):

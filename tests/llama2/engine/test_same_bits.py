@@ -34,7 +34,7 @@ PROMPTS = [
 
 @dataclass(frozen=True, slots=True)
 class Model:
-    """Makes engines of one checkpoint, as large as one product does all of a step's rows."""
+    """Makes engines of one checkpoint, in whose steps one product does all rows."""
 
     folder: Path
     max_step_tokens: int
@@ -55,7 +55,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Model:
 
 @pytest.fixture(scope="module")
 def alone(model: Model) -> list[Any]:
-    """What each prompt is answered with by itself."""
+    """The reply to each prompt on its own."""
     llm = model.engine()
     return [llm.generate([prompt], GREEDY)[0] for prompt in PROMPTS]
 

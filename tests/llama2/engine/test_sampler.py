@@ -92,7 +92,7 @@ def test_the_draw_inverts_the_distribution_of_transformers(
 
 
 def test_draws_have_the_frequencies_of_their_probabilities() -> None:
-    """Chi-square over requests with seeds of their own, at the 0.1 % point for 5 degrees of freedom."""
+    """Chi-square over requests with their own seeds, at the 0.1 % point for 5 degrees of freedom."""
     logits_V = torch.tensor([2.0, 1.0, 0.0, 1.5, -1.0, 0.5])
     sequences = [make_sequence(arrival, **PLAIN) for arrival in range(20_000)]
     counts = torch.bincount(torch.tensor(sample_ids(logits_V.expand(20_000, -1), sequences)), minlength=6)
@@ -135,7 +135,7 @@ def test_the_host_waits_for_a_gpu_when_it_reads_and_not_before(
     monkeypatch: pytest.MonkeyPatch, rows: list[dict[str, Any]]
 ) -> None:
     """Every number that it asks of a tensor would be a wait; it asks for the ids, and for nothing else."""
-    # A GPU's search for the nucleus is a kernel; here any floor that takes no look at a number stands for it.
+    # A GPU's search for the nucleus is a kernel; here any floor that reads no number stands in for it.
     monkeypatch.setattr(sampler_module, "nucleus_floor", lambda weights_NV, *_: weights_NV.amax(dim=-1) / 2)
     asked: list[str] = []
     for name in ("tolist", "item", "__bool__", "__int__", "__float__", "nonzero"):
@@ -226,7 +226,7 @@ def test_an_extreme_repetition_penalty_is_no_fault_of_the_model(repetition_penal
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("filters", [{}, {"top_p": 1.0}, {"top_k": 70, "min_p": 0.1}])
-def test_a_model_that_computes_no_numbers_is_an_error_that_names_the_request(
+def test_a_nan_or_infinity_is_an_error_that_names_the_request(
     bad: float, temperature: float, dtype: torch.dtype, filters: dict[str, Any]
 ) -> None:
     logits = make_logits(3, 3000).to(dtype)
@@ -265,7 +265,7 @@ def test_logprobs_are_given_only_where_asked_and_equal_ones_in_order_of_id() -> 
 
 
 def test_equal_weights_stay_or_go_together() -> None:
-    """As with transformers' top_k: a border between equals would be wherever the device happens to sort it."""
+    """As with transformers' top_k: a cut between equals would be wherever the device happens to sort it."""
     logits = torch.zeros(400, 300)
     logits[:, 100:200] = 5.0
     for params in ({"top_k": 3}, {"top_p": 0.2, "temperature": 1.0}):

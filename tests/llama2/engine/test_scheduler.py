@@ -148,7 +148,7 @@ def test_a_request_id_is_refused_while_its_first_owner_lives_and_free_afterwards
     assert trial.scheduler.num_waiting == 1
 
 
-def test_a_request_that_can_never_fit_ends_the_engine_instead_of_turning_for_ever() -> None:
+def test_a_request_that_can_never_fit_ends_the_engine_instead_of_looping() -> None:
     trial = Trial(num_blocks=2, max_step_tokens=8)
     trial.add(6, max_new_tokens=4)
     with pytest.raises(RuntimeError, match="'r0' of 9 tokens does not fit into the empty KV cache of 2 blocks of 4"):

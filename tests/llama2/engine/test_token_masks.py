@@ -11,7 +11,7 @@ from llama2.engine import token_masks
 from llama2.engine.sampler import Sampler
 from llama2.engine.sequence import Request, SamplingParams, Sequence
 
-# None ends with a word.
+# None fills every word.
 VOCAB_SIZES = [1, 33, 1000]
 
 
@@ -63,7 +63,7 @@ class Only:
 
 
 def uploads_of(sequences: list[Sequence], monkeypatch: pytest.MonkeyPatch) -> tuple[int, list[int]]:
-    """How often numbers leave for the device while tokens are chosen, and these tokens."""
+    """How often numbers are sent to the device as tokens are chosen, and the tokens."""
     shapes: list[torch.Size] = []
     to = torch.Tensor.to
 
@@ -80,7 +80,7 @@ def uploads_of(sequences: list[Sequence], monkeypatch: pytest.MonkeyPatch) -> tu
 
 
 def make_sequences(constrained: int, unconstrained: int, **params: Any) -> list[Sequence]:
-    """The first ones with a grammar, each for a token of its own."""
+    """The first ones with a grammar, each for its own token."""
     request = Request(request_id="r", prompt_ids=(1,), params=SamplingParams(temperature=0, **params))
     sequences = [Sequence.of(request, row) for row in range(constrained + unconstrained)]
     for row, sequence in enumerate(sequences[:constrained]):

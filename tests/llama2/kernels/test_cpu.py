@@ -29,7 +29,7 @@ from llama2.weights.formats.plain import Plain
 from tests.support.batches import BLOCK_SIZE, CPU, NUM_BLOCKS, ragged_batch, random_cache
 from tests.support.models import make_model
 
-# Of a weight that is not packed: oneDNN makes the products of more.
+# For a weight that is not packed: oneDNN multiplies more rows.
 MAX_STREAMED_ROWS = 64
 DTYPES = [torch.float32, torch.bfloat16]
 # Relative to values near 1: fp32 sums in another order, and bf16 rounds to 8 bits.
@@ -270,7 +270,7 @@ torch.testing.assert_close(linear.product(x), expected, atol=0.1, rtol=0.02)
 """
 
 
-# What a processor with AMX runs is run here by one with AVX512: our own code has no instruction of AMX.
+# Here a processor with AVX512 runs what one with AMX runs: our own code has no AMX instructions.
 @pytest.mark.integration
 @pytest.mark.parametrize(
     ("capability", "needed", "flags"),

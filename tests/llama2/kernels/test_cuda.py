@@ -103,7 +103,7 @@ def test_add_rms_norm(kernels: CudaKernels, dtype: torch.dtype, shape: tuple[int
     branch = randn(*shape, dtype=dtype) if with_branch else None
     expected_x, expected = PLAIN.add_rms_norm(x, branch, weight, 1e-5)
     actual_x, actual = kernels.add_rms_norm(x.clone(), branch, weight, 1e-5)
-    assert_near(actual_x, expected_x)  # the interpreter cuts where a GPU rounds
+    assert_near(actual_x, expected_x)  # the interpreter truncates, GPUs round
     assert_near(actual, expected)
 
 
@@ -145,7 +145,7 @@ def test_attend(
 
 
 def test_attend_gives_a_decoding_row_the_same_bits_in_any_company(kernels: CudaKernels) -> None:
-    """Nor does the width of the table, and so the number of programs, matter."""
+    """Nor does the table's width, and so the number of programs, matter."""
     shared = random_cache(kv_heads=2, head_dim=16, dtype=HALF, device=DEVICE)
     spans = [(1, 530), (1, 3), (1, 257)]
     steps = ragged_batch(spans, shared)
@@ -172,7 +172,7 @@ def test_the_memory_plan_knows_the_pieces() -> None:
 
 
 def test_a_context_of_many_pieces(kernels: CudaKernels, monkeypatch: pytest.MonkeyPatch) -> None:
-    """More than are put together at a time, and more than there are programs."""
+    """More than are combined at a time, and more than there are programs."""
     from llama2.kernels.cuda import decode_attention
 
     for name, value in {"SPLIT": 64, "PIECES": 4, "MIN_PROGRAMS": 6}.items():

@@ -1,7 +1,7 @@
 """The Triton kernels as machine code for GPUs that are not here, at the shapes of the models that we serve.
 
 What an interpreter cannot show: that they compile, that registers suffice, how many programs fit on a multiprocessor,
-which way the weights take, and what a kernel does before it waits for the one before it. `make test-kernels` runs them.
+which path weights take, and what a kernel does before it waits for the one before it. `make test-kernels` runs them.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ SHARED_BYTES = {80: 164 << 10, 90: 228 << 10}
 
 
 def share_of(args: ModelArgs, ranks: int) -> ModelArgs:
-    """What one of `ranks` computes, as a model of its own."""
+    """What one of `ranks` computes, as its own model."""
     return replace(
         args,
         n_heads=args.n_heads // ranks,
@@ -72,7 +72,7 @@ class Built:
 
 @cache
 def launches_of(name: str, dtype: torch.dtype, hopper: bool) -> frozenset[Launch]:
-    """Those of a layer and the head: of passes that decode 1, 2 and 8 rows, and of some that hold a prompt too."""
+    """Those of a layer and the head, in passes that decode 1, 2 and 8 rows and in some that hold a prompt too."""
     from llama2.kernels.cuda.kernels import CudaKernels
     from tests.support.cuda_compiler import noted_launches
 
@@ -118,7 +118,7 @@ def kernels(request: pytest.FixtureRequest) -> list[Built]:
 
 def of(kernels: list[Built], name: str) -> list[Built]:
     found = [one for one in kernels if one.launch.name == name]
-    assert found, f"{name} is launched no more"
+    assert found, f"{name} is not launched"
     return found
 
 
@@ -128,7 +128,7 @@ def test_registers_suffice(kernels: list[Built]) -> None:
 
 
 def test_weights_go_from_memory_to_registers(kernels: list[Built]) -> None:
-    """Not by way of shared memory, which a product has for its sums over warps alone."""
+    """Not through shared memory, which a product uses only for its sums over warps."""
     for one in of(kernels, "_linear"):
         assert one.code.count("LDSM", "LDGSTS", "UBLKCP", "UTMALDG") == 0, one
         assert one.code.shared_bytes <= 256, one
