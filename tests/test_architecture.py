@@ -15,7 +15,7 @@ from tests.support.ranks import run_ranks
 from tests.support.weights import random_weights, tiny_args
 
 ROOT = Path(__file__).parents[1]
-# Which of its files run is the machine's affair.
+# Which of its files run depends on the machine.
 KERNELS = "llama2/kernels/"
 
 

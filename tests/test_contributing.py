@@ -23,7 +23,7 @@ def named_folders() -> set[PurePath]:
 
 
 def real_folders() -> set[PurePath]:
-    """Those of the repository; of the tests, which mirror the others, those that mirror none."""
+    """The repository's; of the tests' folders, only those that mirror no other."""
     command = ["git", "ls-files", "--cached", "--others", "--exclude-standard"]
     files = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout.splitlines()
     folders = {folder for file in files if (ROOT / file).exists() for folder in PurePath(file).parents}

@@ -1,4 +1,4 @@
-"""The floors of the house: a file imports only from lower ones, and what needs no torch pays for none."""
+"""The floors of the house: a file imports only from lower ones, and what needs no torch imports none."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 
-# A module's floor is that of the longest prefix of its name. On the floor of its caller a module may be imported by
-# another of the same room, as long as no circle comes of it.
+# A module's floor is that of the longest prefix of its name. A module may be imported by another
+# one of its floor and room, as long as that makes no cycle.
 FLOORS = {
     ("" if floor == "4" else "llama2.") + name: int(floor)
     for floor, row in re.findall(
@@ -112,16 +112,16 @@ def test_the_chat_page_knows_nothing_but_the_openai_api() -> None:
             assert not [name for name in imported(path) if not name.startswith("apps.")], module
 
 
-def test_no_circle_of_imports() -> None:
+def test_no_cycle_of_imports() -> None:
     graph = {module: set(imported(path)) for module, path in SOURCES.items()}
     while leaves := {module for module, needs in graph.items() if not needs & graph.keys()}:
         for leaf in leaves:
             del graph[leaf]
-    assert not graph, f"these import each other in a circle: {sorted(graph)}"
+    assert not graph, f"these import each other in a cycle: {sorted(graph)}"
 
 
 def test_what_knows_no_torch_does_not_bring_it_along() -> None:
-    """Also not by way of another module: asked of a fresh interpreter."""
+    """Nor by way of another module: asked of a fresh interpreter."""
     code = (
         "import importlib, sys\n"
         f"for name in {TORCH_FREE!r}:\n"

@@ -3,7 +3,7 @@ import pickle
 from llama2.errors import InvalidValue, shown
 
 
-def test_the_message_is_the_field_and_the_problem_and_survives_a_process_border() -> None:
+def test_the_message_is_the_field_and_the_problem_and_survives_pickling() -> None:
     error = pickle.loads(pickle.dumps(InvalidValue("tools[1].name", "must be a string, got 5")))
     assert (str(error), error.field) == ("tools[1].name must be a string, got 5", "tools[1].name")
 

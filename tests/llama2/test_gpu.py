@@ -33,7 +33,7 @@ BF16_ERROR = 2e-2
 
 @pytest.fixture(scope="module", autouse=True)
 def process_group() -> None:
-    """The one of a GPU, which serves the CPU too: whoever comes first decides."""
+    """A GPU's, which serves the CPU too: the first one initialized stays."""
     init_process_group(choose_device("cuda"))
 
 
@@ -48,7 +48,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def on_cpu(monkeypatch: pytest.MonkeyPatch) -> Callable[..., LLM]:
-    """Makes the reference: fp32 in plain PyTorch, as C++ kernels would have to be compiled in a test's time."""
+    """Makes the reference: fp32 in plain PyTorch, so no test spends its time compiling C++ kernels."""
 
     def make(folder: Path, **settings: Any) -> LLM:
         with monkeypatch.context() as patch:
@@ -123,7 +123,7 @@ def test_a_decoding_step_waits_for_the_gpu_once(
 ) -> None:
     """For the event behind the ids of the tokens; torch itself reports whatever else waits, in any step.
 
-    Also in those where two of three sequences have just ended: there some rows of the logits are left over.
+    Even where two of three sequences have just ended: some rows of the logits are left over there.
     """
     engine = LLM(folder, dtype=torch.bfloat16, device="cuda", max_seq_len=256, max_batch_size=3)._engine
     for index, length in enumerate((40, 9, 12)):
@@ -154,7 +154,7 @@ def test_a_decoding_step_waits_for_the_gpu_once(
 
 
 def test_no_request_waits_for_the_samplers_kernel_to_be_compiled(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """In batches of any size: numbers for an odd and for an even number of rows lie at other addresses."""
+    """In batches of any size: numbers for odd and even counts of rows lie at different addresses."""
     import triton
 
     from llama2.kernels.cuda import sampling

@@ -87,7 +87,7 @@ def test_decode_equals_prefill(tiny: Path) -> None:
 
 
 def test_a_batch_of_one_equals_a_batch_of_many(tiny: Path) -> None:
-    """Greedy and seeded replies alike do not depend on who runs beside them."""
+    """Greedy and seeded replies alike do not depend on others in the batch."""
     prompts = [ids(length, seed=length) for length in (1, 3, 16, 17, 40, 70)]
     params = [replace(SAMPLED, max_new_tokens=30, temperature=index % 2, seed=index) for index in range(len(prompts))]
     llm = LLM(tiny, max_seq_len=128, max_batch_size=8, max_step_tokens=32)

@@ -1,4 +1,4 @@
-"""What `make` does in a clone where nothing was set up yet."""
+"""What `make` does in a clone where nothing is set up yet."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from scripts.serve import ROOT
 
 
 @pytest.mark.parametrize("target", ["stop", "clean"])
-def test_what_takes_things_away_sets_nothing_up_first(target: str, tmp_path: Path) -> None:
+def test_what_removes_things_sets_nothing_up_first(target: str, tmp_path: Path) -> None:
     (tmp_path / "pyproject.toml").write_text("")
     (tmp_path / "build").mkdir()
     command = ["make", "--no-print-directory", "--file", str(ROOT / "Makefile"), target, "PYTHON=false"]

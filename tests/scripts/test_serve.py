@@ -27,7 +27,7 @@ def build(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         (1, 2, 2, "cpu"),  # NCCL wants a GPU for each rank
     ],
 )
-def test_each_rank_gets_a_gpu_of_its_own_or_all_share_the_cpu(
+def test_each_rank_gets_its_own_gpu_or_all_share_the_cpu(
     gpus: int, tp: int | None, ranks: int, device: str, build: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(serve, "_count_gpus", lambda: gpus)
@@ -53,7 +53,7 @@ GPU 2: NVIDIA H100 80GB HBM3 (UUID: GPU-03dd2e3f-4)
         ("1,2", 2),
         ("2", 1),
         ("0,3,1", 1),  # CUDA stops where one does not exist
-        ("GPU-03dd2e3f-4,GPU-8f1c", 2),  # as much of a UUID as says which
+        ("GPU-03dd2e3f-4,GPU-8f1c", 2),  # enough of a UUID to say which
         ("MIG-5d2e", 1),
         ("GPU-ffff,0", 0),
     ],
@@ -74,7 +74,7 @@ def test_gpus_are_counted_as_the_mask_leaves_them(
 
 
 @pytest.mark.parametrize(("tp", "threads"), [(1, 4), (2, 2), (3, 1), (8, 1)])
-def test_ranks_share_the_cores_and_none_is_left_without(
+def test_ranks_share_the_cores_and_each_gets_a_thread(
     tp: int, threads: int, build: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(os, "sched_getaffinity", lambda pid: {0, 1, 2, 3})

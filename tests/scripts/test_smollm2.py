@@ -1,4 +1,4 @@
-"""The demo's weights come to stand in Meta's layout, whole or not at all."""
+"""The demo's weights are written in Meta's layout, whole or not at all."""
 
 from __future__ import annotations
 

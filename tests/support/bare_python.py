@@ -10,7 +10,7 @@ from pathlib import Path
 ROOT = Path(__file__).parents[2]
 THERE = ("torch", "numpy", "triton")
 
-# The names are looked up where nothing is hidden yet. An extra of torch is no need of torch.
+# The names are looked up before anything is hidden. torch does not need its extras.
 HIDE = """
 import importlib.metadata, re, sys
 

@@ -13,7 +13,7 @@ CPU = torch.device("cpu")
 
 
 def random_cache(*, kv_heads: int, head_dim: int, dtype: torch.dtype, device: torch.device = CPU) -> KVCache:
-    """Of one layer; torch's own generator on the CPU decides, so that devices can be compared."""
+    """Of one layer, drawn by torch's generator on the CPU so that devices can be compared."""
     args = ModelArgs(
         dim=8, n_layers=1, n_heads=kv_heads, n_kv_heads=kv_heads, head_dim=head_dim, hidden_dim=8, vocab_size=8
     )
@@ -24,7 +24,7 @@ def random_cache(*, kv_heads: int, head_dim: int, dtype: torch.dtype, device: to
 
 
 def ragged_batch(spans: list[tuple[int, int]], cache: KVCache) -> Batch:
-    """Sequences of (length, context), each on blocks of its own in shuffled order."""
+    """Sequences of (length, context), each on its own blocks in shuffled order."""
     device = cache.keys[0].device
     free = iter(torch.randperm(NUM_BLOCKS).tolist())
     tables = [[next(free) for _ in range(-(-context // BLOCK_SIZE))] for _, context in spans]

@@ -16,7 +16,7 @@ def write_checkpoint(folder: Path, args: ModelArgs, weights: dict[str, torch.Ten
     """Save Meta-shaped `weights` in their at-rest shapes, with `model_args.json` and the tokenizer beside them."""
     state = {name: weights[name].reshape(shape) for name, shape in args.parameter_shapes().items()}
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # DCP warns that one process saves alone, which is meant
+        warnings.simplefilter("ignore")  # DCP warns that one process saves alone: intended
         dcp.save(state, checkpoint_id=folder, no_dist=True)
     args.save(folder)
     for file in tokenizer_files:

@@ -115,7 +115,7 @@ def compile_for(launch: Launch, capability: int) -> MachineCode:
 
 
 def _launch_of(kernel: JITFunction, args: tuple[Any, ...], kwargs: Any, options: Any) -> Launch:
-    """Specialized as Triton's own launcher does: a 1 is a constant, and what 16 divides is known to be aligned."""
+    """Specialized as Triton's own launcher does: a 1 is a constant, and what 16 divides counts as aligned."""
     given = inspect.signature(kernel.fn).bind(*args, **kwargs).arguments
     types, constants, aligned = [], [], []
     for index, parameter in enumerate(kernel.params):

@@ -36,7 +36,7 @@ def smollm2_tokenizer(folder: Path) -> Path:
 
 @cache
 def _smollm2() -> GgufFile:
-    # The demo's packages are asked for where its model is: every test of the package comes by this file.
+    # Imported only where the demo's model is used: every test of the package imports this file.
     from llama2.weights.readers.gguf import GgufFile
     from scripts.smollm2 import gguf_file
 

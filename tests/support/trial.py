@@ -133,7 +133,7 @@ class Trial:
         """The plan of the step after which `condition` holds."""
         while True:
             plan = self.step()
-            assert plan is not None, "all work ended before"
+            assert plan is not None, "all work ended first"
             if condition():
                 return plan
 
@@ -149,20 +149,20 @@ class Trial:
         assert len(keys) <= self.config.max_batch_size
         assert sum(chunk.length for chunk in plan.chunks) <= self.config.max_step_tokens
         places = [sequence.pool_place for sequence in self.scheduler.running.values()]
-        assert len({*places}) == len(places), "each has a place of its own in the token pool"
+        assert len({*places}) == len(places), "each has its own place in the token pool"
         live = [
             sequence.arrival
             for sequence in self.sequences
             if sequence.status is not Status.FINISHED and sequence not in ending
         ]
         assert keys == live[: len(keys)], "the oldest are served"
-        assert not preempted or set(keys) <= before.keys(), "nobody is admitted beside a preemption"
+        assert not preempted or set(keys) <= before.keys(), "none is admitted beside a preemption"
         for chunk in plan.chunks:
             sequence = self.sequences[chunk.key]
             if chunk.key in before:
                 assert chunk.start == before[chunk.key], "positions follow each other"
             else:
-                assert chunk.start % self.blocks.block_size == 0, "a start is after nothing, or after full blocks"
+                assert chunk.start % self.blocks.block_size == 0, "it starts at zero or after full blocks"
             assert chunk.length > 0
             assert list(chunk.token_ids) == sequence.token_ids[chunk.start : chunk.end]
             assert chunk.unread == (sequence.pool_place,) * (chunk.end > len(sequence.token_ids))
@@ -172,7 +172,7 @@ class Trial:
             assert chunk.logits == ("all" if sequence.request.score else "last" if reaches_end else "none")
 
     def drain(self) -> None:
-        """Run to the end, within the number of steps in which the oldest sequence alone would have been through."""
+        """Run to the end, in no more steps than serving one sequence after another would take."""
         limit = self.steps + sum(
             len(sequence.token_ids) + (sequence.request.params.max_new_tokens or 0) for sequence in self.sequences
         )

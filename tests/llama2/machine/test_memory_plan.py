@@ -1,4 +1,4 @@
-"""A GPU's memory is shared out before anything is made of it. The GPU is told how much it has."""
+"""A GPU's memory is divided up before any of it is used. How much it has is faked here."""
 
 from __future__ import annotations
 
@@ -77,14 +77,14 @@ def test_all_sequences_fit_beside_what_is_reserved_or_are_refused(monkeypatch: p
 
 
 @pytest.mark.parametrize("fraction", [0.5, 0.9, 1.0])
-def test_a_fraction_is_one_of_what_is_left(monkeypatch: pytest.MonkeyPatch, fraction: float) -> None:
+def test_a_fraction_is_of_what_is_left(monkeypatch: pytest.MonkeyPatch, fraction: float) -> None:
     left = 40 << 30
     blocks = count(monkeypatch, TOTAL + left, kv_memory_fraction=fraction)
     assert (blocks + 1) * BLOCK <= fraction * left < (blocks + 2) * BLOCK
 
 
 @pytest.mark.parametrize("free", [TOTAL - 1, TOTAL + 255 * BLOCK])
-def test_not_one_sequence_is_refused_with_every_name(monkeypatch: pytest.MonkeyPatch, free: int) -> None:
+def test_room_for_no_sequence_names_all_reservations(monkeypatch: pytest.MonkeyPatch, free: int) -> None:
     with pytest.raises(ValueError, match="but one sequence of max_seq_len=4096 needs 256") as caught:
         count(monkeypatch, free, kv_memory_fraction=1.0)
     assert describe(RESERVED) in str(caught.value)

@@ -12,7 +12,7 @@ import torch
 from llama2.machine.threads import hand_over, undivided
 
 
-def test_within_nothing_is_divided_here_and_in_threads_begun_here() -> None:
+def test_undivided_holds_here_and_in_threads_begun_here() -> None:
     before = torch.get_num_threads()
     seen = []
     with undivided() as threads:

@@ -15,7 +15,7 @@ from llama2.parallel.shared_memory import SharedMemory
 
 
 @pytest.mark.parametrize("spin_seconds", [0.0, 1.0])
-def test_a_waiting_rank_spins_as_long_as_it_shall_and_then_sleeps(
+def test_a_waiting_rank_spins_as_long_as_told_and_then_sleeps(
     monkeypatch: pytest.MonkeyPatch, spin_seconds: float
 ) -> None:
     looks, now, pauses = 0, 0.0, 0

@@ -1,4 +1,4 @@
-"""Which rank gets which GPU. No GPU is needed: torch.cuda is asked what there is, and here it is told."""
+"""Which rank gets which GPU. No GPU is needed: torch.cuda is asked what there is, and it is faked."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def test_gpus_that_are_too_few_are_left_alone_and_one_rank_says_so(
 
 
 @pytest.mark.parametrize(("built", "warnings"), [(True, 1), (False, 0)])
-def test_no_gpu_at_all_is_worth_a_word_only_where_torch_was_built_for_one(
+def test_a_missing_gpu_is_a_warning_only_where_torch_was_built_for_one(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, built: bool, warnings: int
 ) -> None:
     be_rank(monkeypatch, local_rank=0, ranks=1, gpus=0)

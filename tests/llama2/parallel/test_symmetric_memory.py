@@ -1,6 +1,6 @@
-"""Which sums go past NCCL, and that all ranks go back to it together. That the kernels sum right is test_gpu.py's.
+"""Which sums bypass NCCL, and that all ranks go back to it together. test_gpu.py checks the kernels' sums.
 
-Ranks are processes on the CPU, with gloo in the place of torch's kernels.
+Ranks are processes on the CPU, with gloo in place of torch's kernels.
 """
 
 from __future__ import annotations
@@ -84,7 +84,7 @@ def sum_over_gloo(shared: torch.Tensor, operation: str, group: str) -> torch.Ten
 
 
 def pretend(step: str | None, rank: int) -> None:
-    """Replace all that asks for a GPU; `step` fails on that rank alone, and those who meet it wait for it."""
+    """Replace all that asks for a GPU; `step` fails on that rank alone, and those that meet wait for it."""
     is_broken = dist.get_rank() == rank
 
     def fail_at(here: str) -> None:
@@ -99,7 +99,7 @@ def pretend(step: str | None, rank: int) -> None:
         fail_at("meeting")
         if step == "meeting":
             group.get_group_store().wait(["the one that failed"])
-        return dist.get_rank() == 0  # multicast on one GPU is of no use
+        return dist.get_rank() == 0  # multicast is useless on one GPU
 
     def sum_wrong(shared: torch.Tensor, operation: str, group: str) -> torch.Tensor:
         return sum_over_gloo(shared, operation, group) + (step == "sum" and is_broken)

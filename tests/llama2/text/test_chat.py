@@ -76,7 +76,7 @@ def test_the_layout_of_llama_2(sp: Tokenizer) -> None:
 
 
 def _meta_reference(sp: Tokenizer, messages: list[dict[str, str]]) -> list[int]:
-    """What Meta's llama/generation.py, `chat_completion`, does to a dialog, told again."""
+    """What `chat_completion` in Meta's llama/generation.py does to a dialog, rewritten."""
     contents = [message["content"] for message in messages]
     if messages[0]["role"] == "system":
         contents = [f"<<SYS>>\n{contents[0]}\n<</SYS>>\n\n{contents[1]}", *contents[2:]]
@@ -109,7 +109,7 @@ def test_a_vocabulary_without_template_that_is_not_llama_2s_has_no_chat(bpe: Tok
         encode_dialog(load_tokenizer(tmp_path), dialog("Hello"))
 
 
-# ---- Dialogs that are none
+# ---- Malformed dialogs
 
 
 def _roles(*roles: str) -> list[dict[str, str]]:
@@ -238,7 +238,7 @@ def test_a_lone_surrogate_beside_a_tag_is_refused(sp: Tokenizer) -> None:
         encode_dialog(sp, dialog("\ud800</s>"), special_tags="encode")
 
 
-def test_a_vocabulary_that_knows_no_difference_refuses_the_tag(tmp_path: Path) -> None:
+def test_a_vocabulary_of_single_characters_refuses_the_tag(tmp_path: Path) -> None:
     small = load_tokenizer(tiny_sentencepiece(tmp_path, vocab_size=345))
     assert max(len(small.token_bytes(token_id).strip()) for token_id in small.encode("[INST]")) == 1
     with pytest.raises(ValueError, match=r"encodes '\[INST\]' character by character"):
@@ -254,7 +254,7 @@ def test_private_use_characters_in_a_message_stay_what_they_are(sp: Tokenizer) -
         encode_dialog(sp, dialog(everything + "</s>"), special_tags="encode")
 
 
-# ---- A chat template of the model's own
+# ---- The model's own chat template
 
 
 @pytest.mark.parametrize("messages", DIALOGS)
@@ -270,7 +270,7 @@ def test_a_template_gives_the_ids_that_transformers_gives(
 
 @pytest.mark.parametrize("messages", DIALOGS)
 @pytest.mark.parametrize("legacy", [True, False])
-def test_so_it_does_with_a_converted_llama_tokenizer(
+def test_it_does_so_with_a_converted_llama_tokenizer(
     sp: Tokenizer, tmp_path: Path, messages: list[dict[str, str]], legacy: bool
 ) -> None:
     path = llama_tokenizer_json(tmp_path, sp.files[0], legacy=legacy)
@@ -286,7 +286,7 @@ def test_so_it_does_with_a_converted_llama_tokenizer(
 def test_llama_2s_format_as_a_template_gives_the_same_ids(
     sp: Tokenizer, tmp_path: Path, messages: list[dict[str, str]]
 ) -> None:
-    """With SentencePiece: the format by ids and Hugging Face's template of it are two tellings of one thing."""
+    """With SentencePiece: the format by ids and Hugging Face's template of it agree."""
     assert encode_dialog(with_template(sp, tmp_path, LLAMA2_TEMPLATE), messages) == encode_dialog(sp, messages)
 
 

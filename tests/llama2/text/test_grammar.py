@@ -1,4 +1,4 @@
-"""Whatever a model's logits are, the reply is what the grammar says: for both kinds of vocabulary."""
+"""Whatever a model's logits are, the reply follows the grammar, for both kinds of vocabulary."""
 
 from __future__ import annotations
 
@@ -103,7 +103,7 @@ def test_a_reply_follows_its_schema_whatever_the_logits(sp: Both, schema: dict[s
 
 @settings(deadline=None, max_examples=15)
 @given(schema=_schemas(), seed=st.integers(0, 2**32))
-def test_so_it_does_with_a_byte_level_vocabulary(bpe: Both, schema: dict[str, Any], seed: int) -> None:
+def test_it_does_so_with_a_byte_level_vocabulary(bpe: Both, schema: dict[str, Any], seed: int) -> None:
     test_a_reply_follows_its_schema_whatever_the_logits.hypothesis.inner_test(bpe, schema, seed)  # type: ignore[attr-defined]
 
 
@@ -159,7 +159,7 @@ def test_any_object_is_an_object(model: Both) -> None:
 
 
 def test_white_space_comes_to_an_end(sp: Both) -> None:
-    """A model that wants nothing but spaces, or as many digits as there may be, is led on."""
+    """A model that prefers spaces, and as many digits as are allowed, still ends."""
     tokenizer, compiler = sp
     wanted = {
         token_id: 100.0
@@ -227,7 +227,7 @@ def test_a_reply_is_one_of_its_choices(sp: Both, texts: list[str]) -> None:
 
 
 def test_a_text_of_its_own_may_begin_as_the_model_writes_words(sp: Both) -> None:
-    """With SentencePiece a first word has a space, which is not shown; text that goes on has what is shown."""
+    """With SentencePiece a first word has a space, which is not shown; a continuation shows all it has."""
     tokenizer, compiler = sp
     grammar = compiler.choice(["the dog"])
     word = tokenizer.encode("the")[0]
@@ -235,7 +235,7 @@ def test_a_text_of_its_own_may_begin_as_the_model_writes_words(sp: Both) -> None
     zeros_V = torch.zeros(tokenizer.vocab_size + PADDING)
     assert restrict(grammar.matcher(continues_prompt=True), zeros_V)[word] == -torch.inf
     assert restrict(grammar.matcher(continues_prompt=False), zeros_V)[word] == 0
-    # Where the text itself begins with a space, that word does not: its own is not shown.
+    # The word cannot begin a text that itself begins with a space: its own is not shown.
     for seed in range(5):
         assert random_reply(tokenizer, compiler.choice([" the dog"]), seed) == (" the dog", True)
     assert restrict(compiler.choice([" the dog"]).matcher(continues_prompt=False), zeros_V)[word] == -torch.inf
@@ -276,8 +276,8 @@ def test_replies_of_one_grammar_do_not_disturb_each_other(sp: Both) -> None:
     assert rows[1][tokenizer.spell(b"c")[0]] == 0
 
 
-def test_behind_its_end_a_reply_can_only_end(sp: Both) -> None:
-    """Also where the engine goes on for some reason, or a token came that nobody allowed."""
+def test_after_its_end_a_reply_can_only_end(sp: Both) -> None:
+    """Even where the engine goes on for some reason, or a token came that was forbidden."""
     tokenizer, compiler = sp
     for tokens in ([], [2], [2, 2]):
         matcher = compiler.choice(["a"]).matcher()

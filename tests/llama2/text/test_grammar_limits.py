@@ -80,8 +80,8 @@ def test_what_would_cost_too_much_is_refused_in_a_moment(compiler: GrammarCompil
         lambda link: {**link, "type": ["null", "array"]},
     ],
 )
-def test_what_is_nested_as_deep_as_may_be_does_not_overflow_a_stack(compiler: GrammarCompiler, link: Any) -> None:
-    """Of a thread, too. An overflow would end this process."""
+def test_the_deepest_allowed_nesting_does_not_overflow_a_stack(compiler: GrammarCompiler, link: Any) -> None:
+    """Nor a thread's. An overflow would end this process."""
     length = MAX_LEVELS // len(re.findall("{", json.dumps(link({})))) - 10
     thread = threading.Thread(target=lambda: done.append(compiler.json_schema(_chain(length, link))))
     done: list[Any] = []

@@ -1,4 +1,4 @@
-"""A schema is followed to the letter, or refused by what is wrong with it. What random replies show of this is in
+"""A schema is followed to the letter, or refused by what is wrong with it. Random replies are checked in
 test_grammar."""
 
 from __future__ import annotations
@@ -56,8 +56,8 @@ def test_optional_properties_may_be_left_out_and_others_not_added(allows: Allows
         assert allows({**schema, "additionalProperties": True}, dict.fromkeys(names)), names
 
 
-def test_schemas_that_are_combined_leave_each_other_room(allows: Allows) -> None:
-    """A property that one of them declares is one of the others' for the other."""
+def test_combined_schemas_allow_each_others_properties(allows: Allows) -> None:
+    """A property that one of them declares is an additional one for the other."""
     base = {"type": "object", "properties": {"a": {"type": "null"}}, "required": ["a"]}
     more = {"properties": {"b": {"type": "boolean"}}, "required": ["b"]}
     for schema in (
@@ -153,7 +153,7 @@ NUMBERS = st.integers(-(10**6), 10**6) | st.decimals(-2000, 2000, places=4).map(
 @settings(deadline=None, max_examples=150)
 @given(data=st.data(), kind=st.sampled_from(["integer", "number"]))
 def test_bounds_are_met_exactly(sp: Tokenizer, compiler: GrammarCompiler, data: st.DataObject, kind: str) -> None:
-    """Of numbers near them exactly those between can be written, some with all six decimals only."""
+    """Only the numbers between them can be written, some only with all six decimals."""
     low, high = sorted((data.draw(NUMBERS), data.draw(NUMBERS)))
     names = data.draw(st.sampled_from([("minimum", "maximum"), ("exclusiveMinimum", "exclusiveMaximum")]))
     schema = {"type": kind, names[0]: low, names[1]: high}
@@ -263,12 +263,12 @@ def test_what_only_annotates_changes_nothing(allows: Allows, annotation: Any) ->
     ],
 )
 def test_what_cannot_be_followed_is_refused(compiler: GrammarCompiler, schema: Any, problem: str) -> None:
-    """In one line, with its place where that is known."""
+    """In one line, with its place where known."""
     with pytest.raises(ValueError, match=f"^{re.escape(problem)}[^\n]*$"):
         compiler.json_schema(schema)
 
 
-def test_a_case_that_is_narrowed_is_no_more_exclusive_for_that(compiler: GrammarCompiler, allows: Allows) -> None:
+def test_narrowing_a_case_does_not_make_it_more_exclusive(compiler: GrammarCompiler, allows: Allows) -> None:
     """{"a": null} follows both, though it would not follow the second as it is written here."""
     cases = [{"type": "object", "properties": {name: {"type": "null"}}} for name in "ab"]
     cases[0]["required"] = ["a"]

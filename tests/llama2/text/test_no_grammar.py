@@ -15,7 +15,7 @@ from llama2.text.tokenizer import Tokenizer
 
 
 def test_what_cannot_be_written_is_refused(bpe: Tokenizer, sp: Tokenizer) -> None:
-    """SmolLM2's vocabulary has no token for some control characters, so no reply could have them."""
+    """SmolLM2's vocabulary has no token for some control characters, so no reply can have them."""
     byte_level, words = (GrammarCompiler(tokenizer, tokenizer.vocab_size) for tokenizer in (bpe, sp))
     assert byte_level.choice(["a"])
     for refused in (
@@ -45,7 +45,7 @@ def test_a_model_that_never_ends_cannot_be_held_to_a_grammar(sp: Tokenizer) -> N
 
 
 def test_without_llguidance_only_grammars_are_missing(sp: Tokenizer, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The module is imported all the same, and whoever asks for a grammar is told what to install."""
+    """The module can still be imported, and asking for a grammar says what to install."""
     monkeypatch.setitem(sys.modules, "llguidance", None)
     spec = importlib.util.spec_from_file_location("fresh_grammar", llama2.text.grammar.__file__)
     assert spec is not None

@@ -143,7 +143,7 @@ HOSTILE = [
 
 @pytest.mark.parametrize("pattern", HOSTILE)
 def test_ambiguity_costs_little(bpe: Tokenizer, caplog: pytest.LogCaptureFixture, pattern: str) -> None:
-    """Patterns that keep a backtracking matcher busy for ages are followed, and with a large vocabulary."""
+    """Patterns that keep a backtracking matcher busy for ages are followed, even in a large vocabulary."""
     start = time.process_time()
     grammar = GrammarCompiler(bpe, bpe.vocab_size + PADDING).regex(pattern)
     assert time.process_time() - start < 2

@@ -29,7 +29,7 @@ def test_the_config_names_bos_and_eos_and_says_whether_bos_is_added(bpe: Tokeniz
     assert _with_config(bpe, tmp_path, config).encode_prompt("Hello") == bpe.encode("Hello")
 
 
-def test_the_chat_template_is_read_wherever_it_stands(sp: Tokenizer, bpe: Tokenizer, tmp_path: Path) -> None:
+def test_the_chat_template_is_read_wherever_it_is(sp: Tokenizer, bpe: Tokenizer, tmp_path: Path) -> None:
     named = [{"name": "tool_use", "template": "A"}, {"name": "default", "template": "B"}]
     assert _with_config(bpe, tmp_path, {}).chat_template is None
     assert _with_config(bpe, tmp_path, {"chat_template": "C"}).chat_template == "C"

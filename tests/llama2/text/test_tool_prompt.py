@@ -71,7 +71,7 @@ def test_a_model_that_knows_no_tools_is_told_in_its_system_prompt(sp: Tokenizer,
 
 
 def test_its_calls_and_their_results_are_turns_of_text(sp: Tokenizer, bpe: Tokenizer) -> None:
-    """Also where the tools are not offered any more."""
+    """Even where the tools are no longer offered."""
     call = '<tool_call>\n{"name": "get_weather", "arguments": {"city": "Paris"}}\n</tool_call>'
     responses = "<tool_response>\nsun\n</tool_response>\n<tool_response>\nrain\n</tool_response>"
     for tokenizer in (sp, bpe):

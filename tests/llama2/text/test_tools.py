@@ -30,7 +30,7 @@ CLOCK = Tool(name="clock")
 def test_a_forced_call_follows_its_tools_schema_whatever_the_logits(
     bpe: Tokenizer, sp: Tokenizer, tools: list[Tool]
 ) -> None:
-    """References in the parameters are theirs; cut short, it is still a call with what there is of its arguments."""
+    """References resolve within the parameters; cut short, it is still a call with its arguments so far."""
     for tokenizer in (sp, bpe):
         grammar = GrammarCompiler(tokenizer, tokenizer.vocab_size + PADDING).json_schema(call_schema(tools))
         names = set()

@@ -1,4 +1,4 @@
-"""The command `convert_checkpoints.py`: a folder complete by itself, one line for each error, and nothing half done."""
+"""The command `convert_checkpoints.py`: a complete folder, one line for each error, and nothing half done."""
 
 import errno
 import os
@@ -125,7 +125,7 @@ def test_back_to_metas_layout_through_the_command(source, tmp_path, command):
         assert all(same_bits(result.read(name).flatten(), weight.flatten()) for name, weight in WEIGHTS.items())
 
 
-def test_a_tokenizer_of_any_name_comes_along_under_the_name_that_is_looked_for(source, tmp_path, command):
+def test_a_tokenizer_of_any_name_comes_along_under_the_expected_name(source, tmp_path, command):
     (source / "tokenizer.model").rename(tmp_path / "my.model")
     assert command(*flags(source, tmp_path / "out"), "--tokenizer_path", tmp_path / "my.model")[0] == 0
     assert_holds(tmp_path / "out")
@@ -252,7 +252,7 @@ def test_a_disk_that_fills_up_midway_leaves_the_old_checkpoint(source, tmp_path,
     assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "source"]
 
 
-def test_an_error_that_the_disk_tells_while_the_file_grows_is_not_lost(source, tmp_path, monkeypatch):
+def test_a_disk_error_while_the_file_grows_is_not_lost(source, tmp_path, monkeypatch):
     """The kernel reports it once, to whoever flushes first."""
     save, flushed = torch.save, threading.Event()
 
@@ -273,7 +273,7 @@ def test_an_error_that_the_disk_tells_while_the_file_grows_is_not_lost(source, t
 
 @pytest.mark.integration
 def test_a_write_that_the_system_refuses_names_the_file(source, tmp_path):
-    """torch.save puts an error of its own in the place of the system's."""
+    """torch.save replaces the system's error with its own."""
     limited = (
         "import resource, sys; resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, 50_000));"
         "import convert_checkpoints; convert_checkpoints.main()"

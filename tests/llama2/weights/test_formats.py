@@ -1,4 +1,4 @@
-"""A format of weights is one file: its parts are cut, stored, loaded and multiplied with as its values would be."""
+"""A format of weights is one file: its parts are cut, stored, loaded and multiplied as its values would be."""
 
 from __future__ import annotations
 
@@ -110,7 +110,7 @@ def test_a_format_of_two_parts_gives_the_logits_of_its_values_at_every_degree(
     torch.testing.assert_close(own, expected, atol=1e-5, rtol=0)
 
 
-def test_some_weights_may_have_another_format_than_others(folders: dict[str, str], tmp_path: Path) -> None:
+def test_weights_may_have_different_formats(folders: dict[str, str], tmp_path: Path) -> None:
     """As a head in 8 bits above layers in 4."""
     toy, plain = DcpFolder(folders["toy"], formats=FORMATS), DcpFolder(folders["plain"])
     mixed = {"output": FORMATS["output"], "w2": FORMATS["w2"]}
@@ -127,7 +127,7 @@ def test_some_weights_may_have_another_format_than_others(folders: dict[str, str
 def test_units_and_their_parts_at_rest() -> None:
     tensors = Spec(args=ARGS, dtype=torch.bfloat16, formats=FORMATS).tensors()
     assert {name: tensors[f"layers.0.{name}"].shape for name in SHAPES} == SHAPES
-    # One format decides how its inputs are cut, and so how the outputs are that it is multiplied with.
+    # A format decides how its inputs are cut, and so how the outputs that they come from are.
     mixed = Spec(args=ARGS, dtype=torch.bfloat16, formats={"w2": Int8Groups(32)})
     assert mixed.units() == {"hidden": 32}
     assert mixed.tensors()["layers.0.feed_forward.w1.weight"].shape == (8, 32, 96)

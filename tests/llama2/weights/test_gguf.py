@@ -1,4 +1,4 @@
-"""A GGUF file is read as transformers reads it, and a file that is broken or of another kind is refused."""
+"""A GGUF file is read as transformers reads it, and one that is broken or of another kind is refused."""
 
 from __future__ import annotations
 
