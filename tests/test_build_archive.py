@@ -123,7 +123,7 @@ def test_a_mistake_is_found_before_anything_is_built(
 @pytest.mark.parametrize(
     ("text", "message"), [("a: [", "is no valid yaml"), ("just words", "holds no keys"), ("\x00", "is no valid yaml")]
 )
-def test_a_yaml_that_is_none_is_refused(project: Path, text: str, message: str) -> None:
+def test_a_malformed_yaml_is_refused(project: Path, text: str, message: str) -> None:
     (project / "model-config.yaml").write_text(text)
     with pytest.raises(ValueError, match=message):
         build(project)

@@ -114,7 +114,7 @@ def test_a_peer_that_is_not_there_is_named_with_its_command_and_the_run_goes_on(
 def test_a_peer_that_is_not_there_is_named_before_anything_is_measured(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
-    """Before our own measurement takes minutes, in which it could have been installed."""
+    """Our own measurement takes minutes, in which it could be installed."""
 
     class Measured(Exception):
         pass

@@ -1,4 +1,4 @@
-"""Shared memory moves what gloo would move, and notices a rank that is elsewhere."""
+"""Shared memory moves what gloo would move, and notices a rank out of step."""
 
 from __future__ import annotations
 

@@ -146,7 +146,7 @@ def test_a_mistake_is_refused_in_words_that_name_it(base: Path, settings: dict[s
     assert str(caught.value).startswith("model-config.yaml: ")
 
 
-def test_a_fingerprint_is_the_same_for_the_same_weights_and_sizes_alone(tmp_path: Path) -> None:
+def test_a_fingerprint_is_the_same_for_the_same_weights_and_sizes_only(tmp_path: Path) -> None:
     (tmp_path / ".metadata").write_bytes(b"weights")
     (tmp_path / "model_args.json").write_text("{}")
     before = config(tmp_path).fingerprint()

@@ -80,7 +80,7 @@ def test_a_shape_at_rest_is_a_view_of_metas() -> None:
     ],
     ids=str,
 )
-def test_a_wrong_params_file_is_refused_by_the_name_of_its_fault(changes: dict[str, Any], message: str) -> None:
+def test_a_wrong_params_file_is_refused_with_its_fault_named(changes: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         tiny_args(**changes)
 

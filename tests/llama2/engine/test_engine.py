@@ -1,4 +1,4 @@
-"""The engine's loop on a small random model: what ends a request, who may join and leave, and what is left behind."""
+"""The engine's loop on a small random model: what ends a request, what joins and leaves, and what is left behind."""
 
 from __future__ import annotations
 

@@ -84,7 +84,7 @@ def rows_of(vocab_size: int) -> torch.Tensor:
 @pytest.mark.parametrize("vocab_size", VOCAB_SIZES)
 @pytest.mark.parametrize("scale", [2.0**-8, 2.0**-140], ids=["normal", "subnormal"])
 def test_a_floor_is_that_of_a_sort(floors: Floors, vocab_size: int, scale: float) -> None:
-    """For every top_k with every top_p; a subnormal weight is a number like others."""
+    """For every top_k with every top_p; a subnormal weight counts like any other."""
     rows_RV = rows_of(vocab_size) * scale
     top_k = sorted(
         {1, min(2, vocab_size), min(50, vocab_size), -(-vocab_size // 3), max(vocab_size - 1, 1), vocab_size}

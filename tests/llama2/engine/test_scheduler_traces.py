@@ -65,7 +65,7 @@ def test_every_request_ends_with_the_tokens_it_would_have_alone(
     prefix_cache: bool,
     looks_ahead: bool,
 ) -> None:
-    """Whatever comes and goes, whoever shares a prefix, with the prefix cache or without, whether tokens are read
+    """Whatever comes, goes or shares a prefix, with the prefix cache or without, whether tokens are read
     before the next step is planned or after, and however small the pool: from one longest request on."""
     trial = Trial(
         num_blocks=-(-40 // block_size) + spare_blocks,

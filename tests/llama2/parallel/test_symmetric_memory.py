@@ -45,7 +45,7 @@ KERNELS = {"one shot": "one_shot_all_reduce", "multicast": "multimem_all_reduce_
     ],
 )
 @pytest.mark.parametrize("has_multicast", [True, False])
-def test_a_sums_size_and_type_say_who_makes_it(
+def test_a_sums_size_and_type_decide_its_path(
     monkeypatch: pytest.MonkeyPatch, x: torch.Tensor, path: str, has_multicast: bool
 ) -> None:
     taken: list[str] = []
