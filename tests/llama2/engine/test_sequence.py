@@ -61,9 +61,7 @@ def test_what_is_in_range_is_kept_as_it_is(fields: dict[str, Any]) -> None:
     ("name", "value", "allowed"),
     [(name, value, allowed) for name, values, allowed in ILLEGAL for value in values],
 )
-def test_what_is_out_of_range_is_refused_with_its_field_value_and_range(
-    name: str, value: Any, allowed: str
-) -> None:
+def test_what_is_out_of_range_is_refused_with_its_field_value_and_range(name: str, value: Any, allowed: str) -> None:
     with pytest.raises(InvalidValue) as caught:
         SamplingParams(**{name: value})
     message = str(caught.value)
