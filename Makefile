@@ -54,8 +54,8 @@ lint: $(READY)  ## format, lint and types
 	$(BIN)/mypy
 
 # Whoever writes a test that takes longer than these seconds marks it `integration`.
-check: lint  ## lint, types and the fast tests, in about two minutes
-	$(BIN)/python -m pytest --quiet -m 'not integration' --timeout 30
+check: lint  ## lint, types and the fast tests, in about a minute
+	$(BIN)/python -m pytest --quiet -m 'not integration' --timeout 30 -n logical --maxprocesses 8 --dist worksteal
 
 test: lint  ## lint, types, and all tests: unit, distributed, end to end
 	$(BIN)/python -m pytest

@@ -9,6 +9,8 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
+import pytest
+
 from tests.handler.support import byte_tokenizer, config
 from tests.support.checkpoints import write_checkpoint
 from tests.support.ranks import run_ranks
@@ -65,6 +67,7 @@ def files_of_a_stream(folder: Path) -> set[str]:
     return trace.files()
 
 
+@pytest.mark.integration
 def test_the_files_that_a_decoded_token_passes_are_those_that_the_page_lists(tmp_path: Path) -> None:
     byte_tokenizer(tmp_path)
     args = tiny_args(vocab_size=260)

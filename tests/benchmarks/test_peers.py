@@ -26,6 +26,8 @@ from tests.support.weights import random_weights, tiny_args
 ARGS = tiny_args(vocab_size=512)
 PROMPTS = np.random.default_rng(0).integers(0, ARGS.vocab_size, (3, 20)).tolist()
 
+pytestmark = pytest.mark.integration
+
 
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
@@ -101,7 +103,6 @@ def test_a_shape_is_exported_without_weights_which_its_reader_makes_up(tmp_path:
     assert [file.name for file in folder.iterdir()] == ["config.json"]
 
 
-@pytest.mark.integration
 @pytest.mark.parametrize("name", ["transformers", "transformers_batching"])
 def test_a_peer_in_its_own_process_gives_our_greedy_tokens(
     engine: Engine, exported: Path, tmp_path: Path, name: str

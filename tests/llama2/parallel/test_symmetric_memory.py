@@ -130,6 +130,7 @@ def sums_of_all_sizes() -> list[bool]:
     return same
 
 
+@pytest.mark.integration
 def test_one_buffer_serves_sums_of_all_sizes_one_after_the_other() -> None:
     for same in run_ranks(2, sums_of_all_sizes):
         assert all(same)
@@ -151,6 +152,7 @@ def attempt(step: str, rank: int) -> tuple[bool, list[str], float, bool]:
     return memory is not None, messages, time.monotonic() - begin, store.timeout == before
 
 
+@pytest.mark.integration
 @pytest.mark.parametrize("rank", [0, 2])
 @pytest.mark.parametrize(
     ("step", "reason"),

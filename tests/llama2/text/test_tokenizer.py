@@ -284,6 +284,7 @@ def test_a_lone_surrogate_is_refused_by_its_place(sp: Tokenizer, bpe: Tokenizer)
         assert type(caught.value) is ValueError
 
 
+@pytest.mark.integration
 def test_the_tokenizer_and_the_chat_need_no_torch(bpe: Tokenizer) -> None:
     """Not even when a template is rendered: a front that only encodes must start fast."""
     code = (

@@ -93,6 +93,7 @@ def run(folder: str, formats: dict[str, Format], kernels: PlainKernels | None = 
     return model(torch.randint(ARGS.vocab_size, (48,)), batch, torch.arange(48))
 
 
+@pytest.mark.integration
 @pytest.mark.parametrize("degree", [1, 2, 3])
 def test_a_format_of_two_parts_gives_the_logits_of_its_values_at_every_degree(
     folders: dict[str, str], degree: int
@@ -110,6 +111,7 @@ def test_a_format_of_two_parts_gives_the_logits_of_its_values_at_every_degree(
     torch.testing.assert_close(own, expected, atol=1e-5, rtol=0)
 
 
+@pytest.mark.integration
 def test_weights_may_have_different_formats(folders: dict[str, str], tmp_path: Path) -> None:
     """As a head in 8 bits above layers in 4."""
     toy, plain = DcpFolder(folders["toy"], formats=FORMATS), DcpFolder(folders["plain"])

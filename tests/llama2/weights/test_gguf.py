@@ -30,6 +30,7 @@ def demo() -> GgufFile:
     return GgufFile(gguf_file())
 
 
+@pytest.mark.integration
 def test_the_architecture_of_the_demo_model(demo: GgufFile) -> None:
     assert demo.args == ModelArgs(
         dim=576,
@@ -56,6 +57,7 @@ def test_the_weights_of_the_demo_model_are_those_that_transformers_reads(demo: G
         assert torch.equal(tensor, theirs["model.embed_tokens.weight" if tied else name]), name
 
 
+@pytest.mark.integration
 def test_the_tokenizer_of_the_demo_model_is_the_one_that_transformers_builds(demo: GgufFile, tmp_path: Path) -> None:
     demo.write_tokenizer(tmp_path)
     ours = load_tokenizer(tmp_path)
