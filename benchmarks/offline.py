@@ -35,12 +35,14 @@ from llama2.engine.engine import Engine
 from llama2.engine.loading import load_engine
 from llama2.parallel.process_group import choose_device, init_process_group
 from llama2.progress import progress
-from scripts.flags import check_counts, given, run, several
+from scripts.flags import check_counts, describe_options, given, run, several
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 CACHE = ROOT / "build" / "peers"
+ENGINE = EngineConfig()
 
 
+@describe_options(EngineConfig)
 def benchmark(
     *,
     checkpoint: str | None = None,
@@ -55,8 +57,8 @@ def benchmark(
     threads: int | None = None,
     max_step_tokens: int | None = None,
     max_seq_len: int | None = None,
-    cuda_graphs: bool = True,
-    symm_mem_all_reduce: bool = False,
+    cuda_graphs: bool = ENGINE.cuda_graphs,
+    symm_mem_all_reduce: bool = ENGINE.symm_mem_all_reduce,
     gpt_fast: str | None = None,
     name: str | None = None,
     out: str | None = None,
@@ -79,8 +81,6 @@ def benchmark(
         threads: of each rank on a CPU, by default OMP_NUM_THREADS, else all cores; a peer gets those of all ranks.
         max_step_tokens: of one forward pass; by default the engine's own, or more where the largest batch needs it.
         max_seq_len: positions that a sequence may take; by default as many as the longest work needs.
-        cuda_graphs: as in model-config.yaml.
-        symm_mem_all_reduce: as in model-config.yaml.
         gpt_fast: the clone of gpt-fast's repository; by default .venv-peers/gpt-fast.
         name: what the model is called in tables and file names; by default its shape, or its folder's name.
         out: the JSON file; by default build/results/offline-DEVICE-NAME.json. The plot is the same, but .png.
@@ -94,7 +94,7 @@ def benchmark(
     check_counts(**given(threads=threads, max_step_tokens=max_step_tokens, max_seq_len=max_seq_len))
     check_counts(least=0, seed=seed)
     largest = max(several(batches))
-    max_step_tokens = max_step_tokens or max(EngineConfig().max_step_tokens, 2 * largest)
+    max_step_tokens = max_step_tokens or max(ENGINE.max_step_tokens, 2 * largest)
     if max_step_tokens <= largest:
         raise ValueError(f"max_step_tokens must be more than the largest batch, {largest}, got {max_step_tokens}")
     if threads is not None:

@@ -45,7 +45,8 @@ from benchmarks.plots import Line, Panel, draw
 from benchmarks.results import RESULTS, ROOT, save
 from benchmarks.slo import Slo, highest_rate
 from benchmarks.tables import table
-from scripts.flags import check_amounts, check_counts, given, run, several
+from llama2.config import EngineConfig
+from scripts.flags import check_amounts, check_counts, describe_options, given, run, several
 from scripts.serve import local_settings
 from scripts.temporary_server import MODEL, temporary_server
 from scripts.torchserve import ServerError
@@ -53,6 +54,7 @@ from scripts.torchserve import ServerError
 READY_SECONDS = 1200
 LATE_SECONDS = 1.0
 TRIES = 3
+ENGINE = EngineConfig()
 _OWN_SERVER = ("tp", "batch_size", "max_seq_len", "max_step_tokens")
 
 
@@ -102,6 +104,7 @@ class Bench:
         return load
 
 
+@describe_options(EngineConfig)
 def benchmark(
     *,
     url: str | None = None,
@@ -109,8 +112,8 @@ def benchmark(
     checkpoint: str = str(ROOT / "build" / "converted_checkpoints"),
     tp: int | None = None,
     batch_size: int = 32,
-    max_seq_len: int = 2048,
-    max_step_tokens: int = 512,
+    max_seq_len: int = ENGINE.max_seq_len,
+    max_step_tokens: int = ENGINE.max_step_tokens,
     concurrency: int | Sequence[int] = (1, 8, 32),
     rates: float | Sequence[float] = (),
     prompt_tokens: int = 128,
@@ -132,8 +135,6 @@ def benchmark(
         checkpoint: what to serve; also the tokenizer that tokens are counted with.
         tp: ranks of the server that is started; by default as in `make serve`.
         batch_size: sequences that it computes together; it accepts twice as many at once.
-        max_seq_len: prompt and reply together, in tokens.
-        max_step_tokens: tokens of one of its forward passes.
         concurrency: loads of this many clients, each of which sends its next request once it has its reply.
         rates: loads of this many requests per second, Poisson arrivals.
         prompt_tokens: of each request.

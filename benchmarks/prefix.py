@@ -20,10 +20,11 @@ from llama2.config import EngineConfig
 from llama2.engine.engine import Engine
 from llama2.engine.loading import load_engine
 from llama2.engine.sequence import Request, SamplingParams
-from scripts.flags import check_counts, run
+from scripts.flags import check_counts, describe_options, run
 
 WANTED_PREFIX = 1000
 WANTED_RATIO = 0.2
+ENGINE = EngineConfig()
 SEED = 1
 
 
@@ -55,13 +56,14 @@ def measure(engine: Engine, *, prefix_tokens: int, suffix_tokens: int, rounds: i
     }
 
 
+@describe_options(EngineConfig)
 def benchmark(
     *,
     checkpoint: str = str(ROOT / "build" / "converted_checkpoints"),
     prefix_tokens: int = WANTED_PREFIX,
     suffix_tokens: int = 24,
     rounds: int = 5,
-    max_step_tokens: int = 512,
+    max_step_tokens: int = ENGINE.max_step_tokens,
     device: str | None = None,
     out: str = str(RESULTS / "prefix.json"),
 ) -> None:
@@ -72,7 +74,6 @@ def benchmark(
         prefix_tokens: tokens that two prompts have in common.
         suffix_tokens: tokens that follow, and differ.
         rounds: how many prefixes are tried.
-        max_step_tokens: tokens of one forward pass.
         device: cuda or cpu; by default the best available.
         out: the JSON file to write.
     """

@@ -6,12 +6,15 @@ Fire calls the function first and complains about what is left over afterwards, 
 
 from __future__ import annotations
 
+import dataclasses
 import difflib
 import inspect
 import math
 import sys
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, TypeVar
+
+_Command = TypeVar("_Command", bound=Callable[..., Any])
 
 
 def run(function: Callable[..., Any], *, mistakes: tuple[type[Exception], ...] = (ValueError,)) -> None:
@@ -25,6 +28,21 @@ def run(function: Callable[..., Any], *, mistakes: tuple[type[Exception], ...] =
         fire.Fire(function)
     except mistakes as error:
         raise SystemExit(f"error: {error}") from None
+
+
+def describe_options(config: type) -> Callable[[_Command], _Command]:
+    """Decorates a command: its flags that are fields of the dataclass `config`, and that its docstring leaves out, get
+    the help that the fields have. "Args" must be the docstring's last part."""
+
+    def describe(command: _Command) -> _Command:
+        flags, text = inspect.signature(command).parameters, inspect.getdoc(command) or ""
+        own = [
+            field for field in dataclasses.fields(config) if field.name in flags and f"    {field.name}:" not in text
+        ]
+        command.__doc__ = "\n".join([text, *(f"    {field.name}: {field.metadata['help']}." for field in own)])
+        return command
+
+    return describe
 
 
 def check_flags(arguments: Sequence[str], function: Callable[..., Any]) -> None:

@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import dataclasses
+import inspect
 import sys
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 
+from benchmarks import offline, online, prefix
+from llama2.config import EngineConfig
 from scripts.flags import check_amounts, check_counts, given, run, several
 
 
@@ -43,3 +48,15 @@ def test_a_command_without_fire_says_what_is_missing(monkeypatch: pytest.MonkeyP
     monkeypatch.setitem(sys.modules, "fire", None)
     with pytest.raises(SystemExit, match=r"^error: this command needs fire for its flags: pip install fire$"):
         run(lambda: pytest.fail("ran"))
+
+
+@pytest.mark.parametrize("command", [offline.benchmark, online.benchmark, prefix.benchmark])
+def test_an_option_of_the_engine_has_the_engines_help_and_default(command: Callable[..., None]) -> None:
+    described = dict(line.strip().split(": ", 1) for line in (command.__doc__ or "").splitlines() if ": " in line)
+    parameters = inspect.signature(command).parameters
+    assert parameters.keys() <= described.keys()
+    shared = [field for field in dataclasses.fields(EngineConfig) if f"{field.metadata['help']}." in described.values()]
+    assert shared
+    for field in shared:
+        assert described[field.name] == f"{field.metadata['help']}."
+        assert parameters[field.name].default == field.default
