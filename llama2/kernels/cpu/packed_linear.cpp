@@ -115,7 +115,7 @@ void linear(const Team& team, const BFloat16* x, const BFloat16* w, BFloat16* y,
   constexpr auto sizes = std::make_integer_sequence<int, kRows>();
   constexpr auto plain = tiles_up_to<false>(sizes), fetching = tiles_up_to<true>(sizes);
   // Tiles of equal size: one of few rows waits for its own sums.
-  const int64_t count = ceil_div(rows, kRows), pace = ceil_div(2 * kOutputs, count);
+  const int64_t count = ceil_div(rows, kRows), pace = ceil_div(2 * kOutputs, std::max<int64_t>(count, 1));
   // The first tile of a block waits for memory and the others only compute, unless each fetches a part of the next
   // block.
   const auto& tiles = count > 1 && count <= kFetching ? fetching : plain;
