@@ -9,7 +9,7 @@ import enum
 import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Protocol, cast
+from typing import Protocol
 
 from handler.errors import RequestError
 from llama2.engine.sequence import FinishReason, Output, Request, TokenLogprobs
@@ -54,8 +54,7 @@ class Format(Protocol):
 
     @property
     def prepare(self) -> Callable[[], None] | None:
-        """What must be done before `requests`, where that may take long. It runs in a thread, and may raise
-        RequestError."""
+        """What must be done before `requests`, if anything. It may raise RequestError."""
 
     def requests(self, call_id: str) -> list[Request]:
         """What the engine is to do; the id of each request starts with `call_id`."""
@@ -94,16 +93,16 @@ class Call:
     """One HTTP call: it takes what the engine makes for it, and gives what can be sent. Any thread may do either.
 
     It is prepared, runs from `begin` on, and has ended when every reply is complete or `fail` says why none will be.
+    While it is prepared there is no `piece`: its status is not known.
     """
 
-    def __init__(self, call_id: str, form: Format | None = None, *, on_news: Callable[[], None] = lambda: None) -> None:
-        """`on_news` is called, by whichever thread, when the state changes or there may be more to send. Without a
-        `form`, because the body could not be read, the next to come is `fail`."""
+    def __init__(self, call_id: str, *, on_news: Callable[[], None] = lambda: None) -> None:
+        """`on_news` is called, by whichever thread, when the state changes or there may be more to send."""
         self.call_id = call_id
         self.state = State.PREPARING
         self.is_new = True  # no piece of it was sent
         self.requests: list[Request] = []
-        self._form = cast(Format, form)
+        self._form: Format
         self._on_news = on_news
         self._error: RequestError | None = None
         self._position: dict[tuple[str, int], int] = {}
@@ -119,16 +118,12 @@ class Call:
     def ended(self) -> bool:
         return self.state is State.ENDED
 
-    @property
-    def prepare(self) -> Callable[[], None] | None:
-        """As `Format.prepare`."""
-        return self._form.prepare if self._form else None
-
-    def begin(self) -> list[Request]:
-        """What the engine shall do; nothing, if the call needs no engine or has failed meanwhile."""
+    def begin(self, form: Format) -> list[Request]:
+        """What the engine shall do; nothing, if the call needs no engine or has failed. `form` is prepared."""
         with self._changed:
             if not self.ended:
-                self.requests = self._form.requests(self.call_id)
+                self._form = form
+                self.requests = form.requests(self.call_id)
                 replies = [(request.request_id, index) for request in self.requests for index in range(request.n)]
                 self._position = {reply: position for position, reply in enumerate(replies)}
                 self._progress = [Progress() for _ in replies]
@@ -156,6 +151,7 @@ class Call:
     def piece(self) -> Piece:
         """What can be sent now and has not been; a call that is not streamed has all of it at its end."""
         with self._changed:
+            assert self.state is not State.PREPARING
             is_first, self.is_new = self.is_new, False
             if self._error is not None and is_first:
                 text, status, content_type = self._error.as_json(), self._error.status, "application/json"

@@ -32,6 +32,9 @@ logger = logging.getLogger(__name__)
 # One call may ask for many replies, so a front's own limit on calls does not bound what waits in the engine.
 MAX_REPLIES = 4096
 
+# So that a body which takes long, with a long text or a large grammar, holds up few others.
+READERS = 4
+
 # From all that is behind the model's own path, and the way to the body, which not every path needs.
 Read = Callable[[str, Callable[[], dict[str, Any] | str]], Format]
 
@@ -45,7 +48,7 @@ class Service:
         self._read = read
         self._running: dict[str, Call] = {}
         self._lock = threading.RLock()
-        self._pool = ThreadPoolExecutor(1, thread_name_prefix="prepare")
+        self._pool = ThreadPoolExecutor(READERS, thread_name_prefix="reader")
 
     @classmethod
     def load(
@@ -85,20 +88,13 @@ class Service:
         is_json: bool = False,
         on_news: Callable[[], None] = lambda: None,
     ) -> Call:
-        """Accept a call. A fault in it, found now or later, is told by its pieces.
+        """Accept a call, which other threads prepare. A fault in it is told by its pieces.
 
         `call_id` is unique among live calls. `path` is what the client has asked for behind the model's own path, and
         `body` what it has sent, as `read_body` takes it.
         """
-        try:
-            call = Call(call_id, self._read(path, lambda: read_body(body, is_json=is_json)), on_news=on_news)
-        except Exception as error:
-            call = Call(call_id, on_news=on_news)
-            call.fail(_as_request_error(error))
-        if call.prepare is None:
-            self._start(call)
-        else:
-            self._pool.submit(self._start, call)
+        call = Call(call_id, on_news=on_news)
+        self._pool.submit(self._start, call, lambda: self._read(path, lambda: read_body(body, is_json=is_json)))
         return call
 
     def deliver(self, timeout: float) -> bool:
@@ -125,12 +121,15 @@ class Service:
             for request in call.requests:
                 self.loop.abort(request.request_id)
 
-    def _start(self, call: Call) -> None:
+    def _start(self, call: Call, read: Callable[[], Format]) -> None:
+        if call.ended:
+            return
         try:
-            if call.prepare is not None and not call.ended:
-                call.prepare()
+            form = read()
+            if form.prepare is not None:
+                form.prepare()
             with self._lock:
-                requests = call.begin()
+                requests = call.begin(form)
                 live = sum(other.num_replies for other in self._running.values())
                 if live and live + call.num_replies > MAX_REPLIES:
                     raise RequestError(

@@ -59,8 +59,8 @@ def files_of_a_stream(folder: Path) -> set[str]:
         tokens = 0
         while tokens < 30:
             (text,) = handler.handle([item], context)
-            item = {}  # as TorchServe does, from the second poll on
-            tokens += len(text.splitlines())
+            item = item if text is None else {}  # as TorchServe does, once there is a reply
+            tokens += len((text or "").splitlines())
             trace.recording = tokens > 0
         sys.setprofile(None)
     service.close()

@@ -71,7 +71,7 @@ class LlamaHandler:
             metrics = EngineMetrics(context.metrics, context.model_name)
             threading.Thread(target=self._keep_house, args=(metrics,), name="housekeeping", daemon=True).start()
 
-    def handle(self, data: list[dict[str, Any]], context: Any) -> list[str]:
+    def handle(self, data: list[dict[str, Any]], context: Any) -> list[str | None]:
         if self._service.loop.engine.rank != 0:
             return [""] * len(data)
         from handler.torchserve.wire import NoReply

@@ -32,8 +32,10 @@ logger = logging.getLogger(__name__)
 POLL_SECONDS = 0.01
 PART_OF_STEP = 0.8
 LONGEST_STEP_SECONDS = 0.25
-# How long everybody waits for what new calls need first: an error that comes later has no status of its own.
-PREPARE_SECONDS = 0.05
+# How long a poll waits for calls that are being prepared, while others are live and while nobody is. TorchServe sends
+# their bodies again with every poll until they have a reply.
+PREPARE_SECONDS = 0.02
+ALONE_SECONDS = 0.25
 # TorchServe calls again within milliseconds while anybody is live, and not at all once the last client has left. After
 # so many looks without a call the engine gives its memory back and waits: looks, and not seconds, since on a machine
 # that is short of processors they come as late as the calls do. After so many seconds nobody is expected any more.
@@ -54,10 +56,11 @@ class Transport:
         self._last_news = time.monotonic()
         self._step_seconds = 0.0  # from the news before these, if that was a step's time
 
-    def poll(self, data: list[dict[str, Any]], context: Any) -> list[str] | None:
+    def poll(self, data: list[dict[str, Any]], context: Any) -> list[str | None] | None:
         """One exchange. `context` is TorchServe's: request ids and headers in, statuses and criteria out.
 
-        None: nothing may be sent, since TorchServe holds a reply too many.
+        None in the list: no reply to that request, which is being prepared. None instead of a list: nothing may be
+        sent, since TorchServe holds a reply too many.
         """
         call_ids: list[str] = [context.get_request_id(index) for index in range(len(data))]
         if self._is_behind(call_ids, data):
@@ -72,19 +75,22 @@ class Transport:
                     self._calls[call_id] = self._open(call_id, index, data[index], context)
             if self._service.deliver(self._patience()):
                 self._note_news()
-            pieces = [self._calls[call_id].piece() for call_id in call_ids]
-            for call_id, piece in zip(call_ids, pieces, strict=True):
+            calls = [self._calls[call_id] for call_id in call_ids]
+            pieces = [None if call.state is State.PREPARING else call.piece() for call in calls]
+            self._replied = {
+                call_id: piece for call_id, piece in zip(call_ids, pieces, strict=True) if piece is not None
+            }
+            for call_id, piece in self._replied.items():
                 if piece.is_last:
                     del self._calls[call_id]
-            self._replied = dict(zip(call_ids, pieces, strict=True))
             self._last_poll = time.monotonic()
             self._looks = 0
-        for index, piece in enumerate(pieces):
-            if piece.is_first:
-                context.set_response_status(piece.status, http.HTTPStatus(piece.status).phrase, index)
-                context.set_response_content_type(index, piece.content_type)
-        context.stopping_criteria = [_criterion(piece) for piece in pieces]
-        return [piece.text for piece in pieces]
+        for index, one in enumerate(pieces):
+            if one is not None and one.is_first:
+                context.set_response_status(one.status, http.HTTPStatus(one.status).phrase, index)
+                context.set_response_content_type(index, one.content_type)
+        context.stopping_criteria = [None if one is None else _criterion(one) for one in pieces]
+        return [None if one is None else one.text for one in pieces]
 
     def watch(self) -> None:
         """A look, to be taken every 10 ms or so: stop working for clients that nobody asks for any more."""
@@ -121,13 +127,13 @@ class Transport:
         """How long to wait for news: not at all for somebody's last piece, a moment while anybody is new, else until
         shortly before the next step ends, if it takes as long as the last. Then there is a poll for who came."""
         calls = self._calls.values()
-        deadline = time.monotonic() + PREPARE_SECONDS
-        for call in calls:
-            if call.is_new:
-                call.wait_until_prepared(deadline - time.monotonic())
+        preparing = [call for call in calls if call.state is State.PREPARING]
+        deadline = time.monotonic() + (ALONE_SECONDS if len(preparing) == len(calls) else PREPARE_SECONDS)
+        for call in preparing:
+            call.wait_until_prepared(deadline - time.monotonic())
         if any(call.ended for call in calls):
             return 0
-        if any(call.is_new or call.state is State.PREPARING for call in calls):
+        if any(call.is_new for call in calls):
             return POLL_SECONDS
         return max(POLL_SECONDS, self._last_news + PART_OF_STEP * self._step_seconds - time.monotonic())
 

@@ -5,6 +5,11 @@ asks the socket for each field of them by itself: two thousand calls for 32 requ
 lock, which the engine's thread takes at once, and has to win it back: together they held up both threads for a fifth of
 the time.
 
+Bodies come as they were sent: TorchServe's worker would parse JSON between two polls, and log a traceback where it
+cannot.
+
+A request can be left out of a reply, and hears nothing until a later one.
+
 A poll can be left unanswered. TorchServe 0.12 keeps one queue of replies for a worker and does not empty it when the
 worker's group is lost: a reply that arrived just then is taken for the answer to the new group's first message, and
 from then on every poll for that of the one before. Sooner or later such an answer names a request that TorchServe has
@@ -15,8 +20,10 @@ Knows nothing of what the bytes mean.
 
 from __future__ import annotations
 
+import os
 import socket
 import sys
+from collections.abc import Mapping
 from typing import Any
 
 from ts import service
@@ -53,19 +60,25 @@ class BufferedReader:
         return part
 
 
-class NoReply(list[str]):
+class NoReply(list[str | None]):
     """What a handler returns when nothing is to be sent; of any length that TorchServe's worker expects."""
 
 
-def _replies_if_any(replies: list[str] | None, *args: Any, **kwargs: Any) -> bytes | bytearray | None:
+def _replies_if_any(
+    replies: list[str | None] | None, call_ids: Mapping[int, str], *args: Any, **kwargs: Any
+) -> bytes | bytearray | None:
     """Takes the place of TorchServe's `create_predict_response`."""
     if isinstance(replies, NoReply):
         return b""
-    message: bytearray | None = otf_message_handler.create_predict_response(replies, *args, **kwargs)
+    if replies is not None:
+        call_ids = {index: call_id for index, call_id in call_ids.items() if replies[index] is not None}
+    message: bytearray | None = otf_message_handler.create_predict_response(replies, call_ids, *args, **kwargs)
     return message
 
 
 def install() -> None:
-    """Let TorchServe's worker in this process read in large pieces and send no `NoReply` from now on."""
+    """From now on TorchServe's worker in this process reads in large pieces, parses no body, and sends no `NoReply` and
+    no reply that is None."""
+    os.environ["TS_DECODE_INPUT_REQUEST"] = "false"
     otf_message_handler._retrieve_buffer = BufferedReader()
     service.create_predict_response = _replies_if_any

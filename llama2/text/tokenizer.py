@@ -256,7 +256,9 @@ class BpeTokenizer(Tokenizer):
         )
 
     def _encode(self, text: str, after_special: bool) -> list[int]:
-        return (self._inner if after_special else self._tokenizer).encode(text, add_special_tokens=False).ids
+        # A batch of one: alone, a text is encoded without letting other threads run, for seconds if it is long.
+        tokenizer = self._inner if after_special else self._tokenizer
+        return tokenizer.encode_batch_fast([text], add_special_tokens=False)[0].ids
 
     def _special_regex(self, piece: str) -> str:
         # Some special tokens swallow the white space beside them.

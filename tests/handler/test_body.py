@@ -1,4 +1,5 @@
 import json
+import time
 from typing import Any
 
 import pytest
@@ -51,3 +52,18 @@ def test_a_refusal_is_json_with_message_type_param_and_code() -> None:
         "error": {"message": "no", "type": "invalid_request_error", "param": "top_p", "code": 400}
     }
     assert json.loads(RequestError("oops", status=500).as_json())["error"]["type"] == "server_error"
+
+
+@pytest.mark.parametrize("many", ["1,", "[],", "{},", "[[],"])
+def test_a_body_of_more_values_than_a_prompt_can_have_is_refused_before_it_is_parsed(many: str) -> None:
+    """Two million of them took a parser half a second, in which no other thread ran."""
+    started = time.perf_counter()
+    with pytest.raises(RequestError, match="commas and brackets at most") as caught:
+        read_body(('{"prompt": [' + many * 2_000_000 + "1]}").encode(), is_json=True)
+    assert caught.value.status == 413
+    assert time.perf_counter() - started < 0.25
+
+
+def test_a_long_prompt_of_token_ids_is_read() -> None:
+    ids = list(range(128 * 1024))
+    assert read_body(json.dumps({"prompt": ids}).encode(), is_json=True) == {"prompt": ids}

@@ -97,8 +97,8 @@ def test_a_client_that_leaves_is_aborted(service: Service, url: str) -> None:
     body = {"prompt": PROMPT, "max_new_tokens": None, "stream": True, **GREEDY}
     before = service.loop.stats().steps
     with httpx.stream("POST", f"{url}/", json=body, timeout=60, trust_env=False) as reply:
-        next(reply.iter_lines())
-        assert service.loop.stats().running == 1
+        first = next(reply.iter_lines())
+        assert service.loop.stats().running == 1, first
     while service.loop.stats().running:
         time.sleep(0.01)
     assert service.loop.stats().steps - before < 3000, "the whole reply has nearly 6000 tokens"

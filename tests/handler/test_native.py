@@ -4,7 +4,7 @@ from typing import Any
 
 import pytest
 
-from handler.call import Call
+from handler.call import Call, Format
 from handler.errors import RequestError
 from handler.native import MAX_PROMPTS, NativeApi
 from llama2.engine.sequence import Output, TokenLogprobs
@@ -33,10 +33,10 @@ def prompts(tokenizer: Tokenizer, api: NativeApi, body: Any) -> list[str]:
     return [shown(tokenizer, request.prompt_ids) for request in api.read(body).requests("id")]
 
 
-def answer(call: Call, *texts: str, finish_reason: Any = "stop") -> str:
-    """Feed each request of the call one token of text at a time; all that it sends."""
-    sent = ""
-    for request in call.begin():
+def answer(form: Format, *texts: str, finish_reason: Any = "stop") -> str:
+    """Feed each request of a call one token of text at a time; all that it sends."""
+    sent, call = "", Call("id")
+    for request in call.begin(form):
         for text in texts:
             last = text is texts[-1]
             call.take(
@@ -92,11 +92,11 @@ def test_sampling_fields_win_over_the_files_defaults(api: NativeApi) -> None:
 
 
 def test_one_prompt_gives_one_object_and_a_list_gives_a_list(api: NativeApi) -> None:
-    one = json.loads(answer(Call("id", api.read({"prompt": "abc"})), "x", "", "y"))
+    one = json.loads(answer(api.read({"prompt": "abc"}), "x", "", "y"))
     usage = {"prompt_tokens": 3, "completion_tokens": 3}
     assert one == {"generation": "xy", "finish_reason": "stop", "usage": usage}
-    assert json.loads(answer(Call("id", api.read({"prompt": ["abc"]})), "x", "", "y")) == [one]
-    both = json.loads(answer(Call("id", api.read({"prompt": ["abc", "de"]})), "é", finish_reason="length"))
+    assert json.loads(answer(api.read({"prompt": ["abc"]}), "x", "", "y")) == [one]
+    both = json.loads(answer(api.read({"prompt": ["abc", "de"]}), "é", finish_reason="length"))
     assert [(reply["generation"], reply["finish_reason"], reply["usage"]["prompt_tokens"]) for reply in both] == [
         *(("é", "length", 3), ("é", "length", 2)),
     ]
@@ -105,22 +105,22 @@ def test_one_prompt_gives_one_object_and_a_list_gives_a_list(api: NativeApi) -> 
 def test_a_chat_is_answered_with_a_message(tmp_path: Path, tokenizer: Tokenizer) -> None:
     api = NativeApi(tokenizer, config(tmp_path))
     dialog = [{"role": "user", "content": "Hi"}]
-    reply = json.loads(answer(Call("id", api.read({"dialog": dialog})), "Yo"))
+    reply = json.loads(answer(api.read({"dialog": dialog}), "Yo"))
     assert reply["generation"] == {"role": "assistant", "content": "Yo"}
-    assert len(json.loads(answer(Call("id", api.read({"dialog": [dialog, dialog]})), "Yo"))) == 2
+    assert len(json.loads(answer(api.read({"dialog": [dialog, dialog]}), "Yo"))) == 2
 
 
 def test_a_stream_is_one_object_per_line_whose_texts_add_up_and_whose_last_has_the_usage(api: NativeApi) -> None:
     form = api.read({"prompt": "abc", "stream": True})
     assert form.content_type == "application/x-ndjson"
-    lines = [json.loads(line) for line in answer(Call("id", form), "x\n", "", "y").splitlines()]
+    lines = [json.loads(line) for line in answer(form, "x\n", "", "y").splitlines()]
     usage = {"prompt_tokens": 3, "completion_tokens": 3}
     assert lines == [{"text": "x\n"}, {"text": "y", "finish_reason": "stop", "usage": usage}]
 
 
 def test_a_streamed_list_says_on_each_line_whose_it_is(api: NativeApi) -> None:
-    call = Call("id", api.read({"prompt": ["a", "b"], "stream": True}))
-    lines = [json.loads(line) for line in answer(call, "x", "y").splitlines()]
+    form = api.read({"prompt": ["a", "b"], "stream": True})
+    lines = [json.loads(line) for line in answer(form, "x", "y").splitlines()]
     assert [(line["index"], line["text"], line.get("finish_reason")) for line in lines] == [
         *((0, "x", None), (0, "y", "stop"), (1, "x", None), (1, "y", "stop")),
     ]
@@ -128,8 +128,8 @@ def test_a_streamed_list_says_on_each_line_whose_it_is(api: NativeApi) -> None:
 
 @pytest.mark.parametrize("stream", [False, True])
 def test_logprobs_come_one_per_token_with_their_text(api: NativeApi, tokenizer: Tokenizer, stream: bool) -> None:
-    call = Call("id", api.read({"prompt": "a", "logprobs": 1, "stream": stream}))
-    call.begin()
+    call = Call("id")
+    call.begin(api.read({"prompt": "a", "logprobs": 1, "stream": stream}))
     (x,) = tokenizer.encode("x")
     entry = TokenLogprobs(token_id=x, logprob=-0.5, top=((x, -0.5),))
     call.take(Output(request_id="id/0", text="x", token_ids=(x,), logprobs=(entry,), finish_reason="length"))
@@ -149,7 +149,7 @@ def test_truncation_left_keeps_the_end_and_room_for_the_reply_and_says_how_much_
     api = NativeApi(tokenizer, config(tmp_path, max_seq_len=40, max_new_tokens=10, truncation="left"))
     form = api.read({"prompt": "a" * 30 + "b" * 30})
     assert shown(tokenizer, form.requests("id")[0].prompt_ids) == "b" * 30
-    usage = json.loads(answer(Call("id", form), "x"))["usage"]
+    usage = json.loads(answer(form, "x"))["usage"]
     assert usage == {"prompt_tokens": 30, "completion_tokens": 1, "truncated_tokens": 30}
     assert prompts(tokenizer, api, {"prompt": "a" * 39}) == ["a" * 39]
     assert prompts(tokenizer, api, {"prompt": "a" * 40, "max_new_tokens": 1000}) == ["a" * 20]

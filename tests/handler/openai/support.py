@@ -83,8 +83,8 @@ class Server:
 
     def get(self, path: str, **body: Any) -> Any:
         """The reply to what needs no engine."""
-        call = Call("id", self.read(path, **body))
-        assert not call.begin()
+        call = Call("id")
+        assert not call.begin(self.read(path, **body))
         return json.loads(call.piece().text)
 
     def refused(self, path: str, **body: Any) -> tuple[int, str | None, str]:
@@ -94,16 +94,16 @@ class Server:
 
     def say(self, path: str, *replies: str, finish_reason: Any = "stop", **body: Any) -> Any:
         """The JSON of a whole reply, where the engine makes `replies`, in the order in which they are counted."""
-        call = Call("id", self.read(path, **body))
-        for output in self.outputs(call.begin(), replies, finish_reason):
+        call = Call("id")
+        for output in self.outputs(call.begin(self.read(path, **body)), replies, finish_reason):
             call.take(output)
         assert call.ended
         return json.loads(call.piece().text)
 
     def stream(self, path: str, *replies: str, finish_reason: Any = "stop", **body: Any) -> list[Any]:
         """The events of a stream; its end is checked here."""
-        call = Call("id", self.read(path, stream=True, **body))
-        requests, first = call.begin(), call.piece()
+        call = Call("id")
+        requests, first = call.begin(self.read(path, stream=True, **body)), call.piece()
         assert first.content_type.startswith("text/event-stream")
         sent = first.text
         for output in self.outputs(requests, replies, finish_reason):

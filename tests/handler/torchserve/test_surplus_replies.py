@@ -37,8 +37,14 @@ class FrontEnd:
         context.request_processor = [RequestProcessor({}) for _ in call_ids]
         texts = self._worker.transport.poll([self._live[call_id] for call_id in call_ids], context)
         if texts is not None:
-            criteria = [criterion(text) for criterion, text in zip(context.stopping_criteria, texts, strict=True)]
-            self.queue.append(dict(zip(call_ids, zip(texts, criteria, strict=True), strict=True)))
+            criteria = context.stopping_criteria
+            self.queue.append(
+                {
+                    call_id: (text, criterion(text))
+                    for call_id, text, criterion in zip(call_ids, texts, criteria, strict=True)
+                    if text is not None
+                }
+            )
         assert self.queue, "TorchServe waits for a reply that does not come"
         for call_id, (text, criterion) in self.queue.popleft().items():
             assert call_id in self._live, f"Unexpected job in sendResponse(): {call_id}"

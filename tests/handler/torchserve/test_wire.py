@@ -8,6 +8,8 @@ import struct
 from collections.abc import Iterator
 
 import pytest
+from ts import service
+from ts.context import Context, RequestProcessor
 from ts.protocol import otf_message_handler
 
 from handler.torchserve import wire
@@ -19,7 +21,7 @@ def field(content: bytes) -> bytes:
     return struct.pack("!i", len(content)) + content
 
 
-def message(bodies: list[bytes]) -> bytes:
+def message(bodies: list[bytes], content_type: bytes = b"application/octet-stream") -> bytes:
     """A poll with a request of each body, as TorchServe writes it."""
     end = struct.pack("!i", -1)
     requests = [
@@ -27,7 +29,7 @@ def message(bodies: list[bytes]) -> bytes:
         + b"".join(field(name.encode()) + field(value.encode()) for name, value in HEADERS.items())
         + end
         + field(b"body")
-        + field(b"application/octet-stream")
+        + field(content_type)
         + field(body)
         + end
         for index, body in enumerate(bodies)
@@ -51,6 +53,8 @@ class Connection:
 @pytest.fixture
 def ends(monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[socket.socket, socket.socket]]:
     monkeypatch.setattr(otf_message_handler, "_retrieve_buffer", otf_message_handler._retrieve_buffer)
+    monkeypatch.setattr(service, "create_predict_response", service.create_predict_response)
+    monkeypatch.setenv("TS_DECODE_INPUT_REQUEST", "true")
     wire.install()
     with contextlib.ExitStack() as stack:
         server, worker = (stack.enter_context(end) for end in socket.socketpair())
@@ -98,3 +102,26 @@ def test_a_worker_whose_server_is_gone_ends(ends: tuple[socket.socket, socket.so
     server.close()
     with pytest.raises(SystemExit):
         otf_message_handler.retrieve_msg(worker)
+
+
+def test_a_body_comes_as_it_was_sent_and_a_broken_one_logs_nothing(
+    ends: tuple[socket.socket, socket.socket], caplog: pytest.LogCaptureFixture
+) -> None:
+    server, worker = ends
+    bodies = [b'{"prompt": "a"}', b'{"prompt": ', b"caf\xe9"]
+    for content_type in (b"application/json", b"text/plain"):
+        server.sendall(message(bodies, content_type))
+        _, requests = otf_message_handler.retrieve_msg(worker)
+        assert [request["parameters"][0]["value"] for request in requests] == bodies
+    assert "decoding" not in caplog.text
+
+
+def test_a_request_without_a_reply_is_left_out_of_the_message(ends: tuple[socket.socket, socket.socket]) -> None:
+    context = Context("llama", "", None, 1, None, "0")
+    context.stopping_criteria = [None, lambda _: False]
+    context.request_processor = [RequestProcessor({}), RequestProcessor({})]
+    sent = service.create_predict_response([None, "text"], {0: "waits", 1: "hears"}, "", 200, context=context)
+    assert b"waits" not in sent
+    assert field(b"hears") in sent
+    assert field(b"text") in sent
+    assert service.create_predict_response(wire.NoReply(["", ""]), {0: "a", 1: "b"}, "", 200, context=context) == b""

@@ -100,22 +100,28 @@ class Worker:
         self.engine = FakeEngine()
         self.transport = Transport(service or Service(cast(ServiceLoop, self.engine), Upper))
         self.live: list[str] = []
+        self.unanswered: dict[str, Any] = {}  # bodies, which TorchServe sends until there is a reply
         self.context = Context("llama", "", None, 1, None, "0")
 
     def poll(self, *arrivals: tuple[str, Any], headers: dict[str, Any] | None = None) -> dict[str, tuple[str, Any]]:
-        """Per live request: the text, and the criterion."""
+        """Per live request that has a reply: the text, and the criterion."""
         self.live += [call_id for call_id, _ in arrivals]
-        bodies = dict(arrivals)
-        data = [{"body": bodies[call_id]} if call_id in bodies else {} for call_id in self.live]
+        self.unanswered |= dict(arrivals)
+        data = [{"body": self.unanswered[call_id]} if call_id in self.unanswered else {} for call_id in self.live]
         self.context.request_ids = dict(enumerate(self.live))
         self.context.request_processor = [RequestProcessor(dict(headers or {})) for _ in self.live]
         texts = self.transport.poll(data, self.context)
         assert texts is not None
         assert len(texts) == len(self.live) == len(self.context.stopping_criteria)
-        criteria = [criterion(text) for criterion, text in zip(self.context.stopping_criteria, texts, strict=True)]
-        replies = dict(zip(self.live, zip(texts, criteria, strict=True), strict=True))
+        replies = {
+            call_id: (text, criterion(text))
+            for call_id, text, criterion in zip(self.live, texts, self.context.stopping_criteria, strict=True)
+            if text is not None
+        }
         self.status = {call_id: self.context.get_response_status(index)[0] for index, call_id in enumerate(self.live)}
-        self.live = [call_id for call_id, (_, criterion) in replies.items() if criterion is False]
+        self.live = [call_id for call_id in self.live if call_id not in replies or replies[call_id][1] is False]
+        for call_id in replies:
+            self.unanswered.pop(call_id, None)
         return replies
 
 

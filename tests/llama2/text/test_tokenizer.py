@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+import threading
+import time
 from pathlib import Path
 
 import pytest
@@ -295,3 +297,26 @@ def test_the_tokenizer_and_the_chat_need_no_torch(bpe: Tokenizer) -> None:
     )
     root = Path(__file__).parents[3]
     subprocess.run([sys.executable, "-c", code, str(bpe.files[0])], cwd=root, check=True)
+
+
+def test_a_long_text_lets_other_threads_run(bpe: Tokenizer) -> None:
+    """Encoding one megabyte takes hundreds of milliseconds; an engine's thread must not wait for that."""
+    text = "The quick brown fox. " * 50_000
+    longest, ended = 0.0, threading.Event()
+
+    def look() -> None:
+        nonlocal longest
+        last = time.perf_counter()
+        while not ended.is_set():
+            time.sleep(0.001)
+            now = time.perf_counter()
+            longest, last = max(longest, now - last), now
+
+    thread = threading.Thread(target=look)
+    thread.start()
+    begin = time.perf_counter()
+    bpe.encode(text)
+    seconds = time.perf_counter() - begin
+    ended.set()
+    thread.join()
+    assert longest < seconds / 2
