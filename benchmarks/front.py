@@ -29,7 +29,7 @@ def engine_alone(checkpoint: Path, server: Mapping[str, Any], work: Work) -> dic
     Raises:
         LoadError: the engine failed.
     """
-    handler, torchrun = server["handler"], server["torchrun"]
+    handler, degree = server["handler"], server["handler"]["tensor_parallel_size"]
     options: dict[str, Any] = {
         "checkpoint": checkpoint,
         "clients": CLIENTS,
@@ -42,9 +42,9 @@ def engine_alone(checkpoint: Path, server: Mapping[str, Any], work: Work) -> dic
     if server["deviceType"] == "cpu":
         options["device"] = "cpu"
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
-    command += ["--nproc_per_node", str(torchrun["nproc-per-node"]), "-m", "benchmarks.engine_only"]
+    command += ["--nproc_per_node", str(degree), "-m", "benchmarks.engine_only"]
     command += [word for name, value in options.items() for word in (f"--{name}", str(value))]
-    environ = {**os.environ, "OMP_NUM_THREADS": str(torchrun["OMP_NUMBER_THREADS"])}
+    environ = {**os.environ, "OMP_NUM_THREADS": str(max(1, len(os.sched_getaffinity(0)) // degree))}
     done = complete(command, cwd=ROOT, environ=environ)
     lines = [line for line in done.stdout.splitlines() if line.startswith("{")]
     if done.returncode or not lines:

@@ -171,7 +171,7 @@ def benchmark(
     server["handler"] |= {
         "max_batch_size": batch_size, "max_seq_len": max_seq_len, "max_step_tokens": max_step_tokens
     }  # fmt: skip
-    settings |= {"checkpoint": Path(checkpoint).name, "tp": server["torchrun"]["nproc-per-node"]}
+    settings |= {"checkpoint": Path(checkpoint).name, "tp": server["handler"]["tensor_parallel_size"]}
     if url is not None:  # unknown for a server not started here
         settings = {name: value for name, value in settings.items() if name not in _OWN_SERVER}
     work = Work(prompt_tokens=prompt_tokens, output_tokens=output_tokens, requests=requests, seconds=seconds)

@@ -8,6 +8,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import hashlib
+import os
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -32,7 +33,9 @@ _CHOICES = {
 }
 _ENGINE_KEYS = {field.metadata.get("key", field.name): field.name for field in dataclasses.fields(EngineConfig)}
 _SAMPLING_KEYS = ("max_new_tokens", "temperature", "top_p")
-KEYS = {*PATH_KEYS, *_CHOICES, *_ENGINE_KEYS, *_SAMPLING_KEYS, "max_input_token_length"}
+_RANK_KEYS = ("tensor_parallel_size", "threads", "step_timeout")
+KEYS = {*PATH_KEYS, *_CHOICES, *_ENGINE_KEYS, *_SAMPLING_KEYS, *_RANK_KEYS, "max_input_token_length"}
+STEP_TIMEOUT = 30
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -40,7 +43,8 @@ class HandlerConfig:
     """The settings of one service.
 
     `device` None means the best one available. `max_input_tokens` is the longest prompt accepted unchanged;
-    `truncation` says what happens to a longer one. `mode` is for bodies whose shape does not tell.
+    `truncation` says what happens to a longer one. `mode` is for bodies whose shape does not tell. `degree` ranks have
+    `threads` OpenMP threads each; if nothing moves in them for `step_timeout` seconds, they hang.
     """
 
     converted_ckpt_dir: Path
@@ -54,6 +58,9 @@ class HandlerConfig:
     special_tags: SpecialTags
     engine: EngineConfig
     sampling: SamplingParams
+    degree: int
+    threads: int
+    step_timeout: int
 
     @classmethod
     def read(cls, settings: Mapping[str, Any], *, base: Path, device: str | None = None) -> HandlerConfig:
@@ -70,6 +77,7 @@ class HandlerConfig:
         engine = _engine(given)
         choices: dict[str, Any] = {key: _choice(key, given.get(key, allowed[0])) for key, allowed in _CHOICES.items()}
         paths: dict[str, Any] = {key: _path(key, given[key], base) if key in given else None for key in PATH_KEYS}
+        degree = positive("tensor_parallel_size", given.get("tensor_parallel_size", 1))
         return cls(
             **paths,
             **choices,
@@ -77,6 +85,9 @@ class HandlerConfig:
             max_input_tokens=_max_input_tokens(given, engine),
             engine=engine,
             sampling=SamplingParams(**{key: settings[key] for key in _SAMPLING_KEYS if key in settings}),
+            degree=degree,
+            threads=positive("threads", given.get("threads", max(1, len(os.sched_getaffinity(0)) // degree))),
+            step_timeout=positive("step_timeout", given.get("step_timeout", STEP_TIMEOUT)),
         )
 
     def fingerprint(self) -> str:

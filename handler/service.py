@@ -7,13 +7,13 @@ client leaves, and has one thread that delivers what the engine has made.
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import logging
+import os
 import threading
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any
-
-import torch
+from typing import Any, Protocol
 
 from handler.body import read_body
 from handler.call import Call, Format
@@ -21,11 +21,16 @@ from handler.config import HandlerConfig
 from handler.errors import RequestError
 from handler.native import NativeApi
 from handler.openai.api import OpenAiApi, Served
-from llama2.engine.loading import load_engine
-from llama2.engine.service_loop import ServiceLoop
-from llama2.errors import InvalidValue
+from llama2.config import ModelArgs
+from llama2.engine.limits import Limits
+from llama2.engine.messages import Settings
+from llama2.engine.remote import RemoteEngine
+from llama2.engine.sequence import Output, Request
+from llama2.engine.stats import EngineStats
+from llama2.errors import EngineFailure, InvalidValue
 from llama2.text.chat import encode_dialog
 from llama2.text.grammar import GrammarCompiler
+from llama2.text.tokenizer import Tokenizer, load_tokenizer
 
 logger = logging.getLogger(__name__)
 
@@ -34,48 +39,87 @@ MAX_REPLIES = 4096
 
 # So that a body which takes long, with a long text or a large grammar, holds up few others.
 READERS = 4
+READER_NICE = 5
 
 # From all that is behind the model's own path, and the way to the body, which not every path needs.
 Read = Callable[[str, Callable[[], dict[str, Any] | str]], Format]
 
 
-class Service:
-    """One model that is served. All of it may be used from any thread of rank 0; other ranks only load and close."""
+class EngineLoop(Protocol):
+    """What a service needs of an engine, in this process (`ServiceLoop`) or in others (`RemoteEngine`)."""
 
-    def __init__(self, loop: ServiceLoop, read: Read) -> None:
+    def add(self, request: Request) -> None: ...
+
+    def abort(self, request_id: str) -> None: ...
+
+    def suspend(self) -> None: ...
+
+    def resume(self) -> None: ...
+
+    def poll(self, timeout: float) -> list[Output]: ...
+
+    def stats(self) -> EngineStats: ...
+
+    def close(self) -> None: ...
+
+
+class Service:
+    """One model that is served. All of it may be used from any thread."""
+
+    def __init__(self, loop: EngineLoop, read: Read) -> None:
         """`read` turns a path and a body into a call's format, or raises RequestError."""
         self.loop = loop
         self._read = read
         self._running: dict[str, Call] = {}
         self._lock = threading.RLock()
-        self._pool = ThreadPoolExecutor(READERS, thread_name_prefix="reader")
+        self._pool = ThreadPoolExecutor(READERS, thread_name_prefix="reader", initializer=_give_way)
 
     @classmethod
     def load(
-        cls, config: HandlerConfig, *, names: Sequence[str], on_failure: Callable[[BaseException], None]
+        cls,
+        config: HandlerConfig,
+        *,
+        names: Sequence[str],
+        on_failure: Callable[[EngineFailure], None] = lambda _: None,
     ) -> Service:
-        """Load the model and start its engine. Called on every rank.
+        """Start the engine's ranks, and wait until they have loaded the model.
 
-        `names` are those that the model answers to, the first of which it calls itself. `on_failure` is called on a
-        rank whose engine has failed: the group cannot go on without it.
+        `names` are those that the model answers to, the first of which it calls itself. `on_failure` is called when
+        the engine has failed, in a thread of its own, when every call has been told.
 
         Raises:
-            ValueError: the checkpoint, the tokenizer, the degree or a size is wrong.
-            LockstepError: the ranks were given different settings.
+            ValueError: the tokenizer or the model's description is wrong.
+            EngineFailure: the checkpoint, the degree or a size is; or a rank has died.
         """
-        engine = load_engine(
-            config.converted_ckpt_dir,
+        settings = Settings(
+            checkpoint_dir=config.converted_ckpt_dir,
             tokenizer_path=config.tokenizer_path,
             model_args_path=config.model_args_path,
-            dtype=getattr(torch, config.dtype) if config.dtype else None,
+            dtype=config.dtype,
             device=config.device,
             config=config.engine,
         )
-        loop = ServiceLoop(engine, on_failure)
-        return cls(loop, _apis(loop, config, names) if engine.rank == 0 else _no_api)
+        args = ModelArgs.load(config.model_args_path or config.converted_ckpt_dir)
+        tokenizer = load_tokenizer(config.tokenizer_path or config.converted_ckpt_dir)
+        engine = RemoteEngine(settings, degree=config.degree, threads=config.threads, step_timeout=config.step_timeout)
+        try:
+            grammars = _warm_up(tokenizer, args.vocab_size)
+            ready = engine.wait_until_ready()
+        except BaseException:
+            engine.close()
+            raise
+        config = dataclasses.replace(config, engine=ready.config)
+        service = cls(engine, _apis(tokenizer, grammars, ready.limits, config, names, engine.stats))
+
+        def fail(failure: EngineFailure) -> None:
+            service.fail(failure)
+            on_failure(failure)
+
+        engine.on_failure(fail)
+        return service
 
     def close(self) -> None:
-        """End the engine on every rank. All ranks call it."""
+        """End the engine."""
         self._pool.shutdown(cancel_futures=True)
         self.loop.close()
 
@@ -121,6 +165,13 @@ class Service:
             for request in call.requests:
                 self.loop.abort(request.request_id)
 
+    def fail(self, failure: EngineFailure) -> None:
+        """Give up every call that runs: the engine has failed."""
+        with self._lock:
+            for call in self._running.values():
+                call.fail(_as_request_error(failure))
+            self._running.clear()
+
     def _start(self, call: Call, read: Callable[[], Format]) -> None:
         if call.ended:
             return
@@ -145,29 +196,40 @@ class Service:
             self.abort(call, _as_request_error(error))
 
 
-def _apis(loop: ServiceLoop, config: HandlerConfig, names: Sequence[str]) -> Read:
-    """The model's own path is the native API, and all behind it is OpenAI's."""
-    tokenizer, vocab_size = loop.engine.tokenizer, loop.engine.args.vocab_size
+def _give_way() -> None:
+    """Let a long body's thread have less of a processor than what computes: on Linux each thread has its own nice."""
+    os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), READER_NICE)
+
+
+def _warm_up(tokenizer: Tokenizer, vocab_size: int) -> GrammarCompiler:
+    """Do what imports and compiles at its first time, which no client should wait for."""
     grammars = GrammarCompiler(tokenizer, vocab_size)
-    # The first of these import and compile, which no client should wait for.
     with contextlib.suppress(ValueError):  # a model without a chat format
         encode_dialog(tokenizer, [{"role": "user", "content": "Hello!"}])
     with contextlib.suppress(ValueError):  # a vocabulary without an end of text
         grammars.json_object()
+    return grammars
+
+
+def _apis(
+    tokenizer: Tokenizer,
+    grammars: GrammarCompiler,
+    limits: Limits,
+    config: HandlerConfig,
+    names: Sequence[str],
+    stats: Callable[[], EngineStats],
+) -> Read:
+    """The model's own path is the native API, and all behind it is OpenAI's."""
     native = NativeApi(tokenizer, config)
     openai = OpenAiApi(
         tokenizer,
         config,
-        vocab_size=vocab_size,
+        vocab_size=limits.vocab_size,
         served=Served(names=tuple(dict.fromkeys(names)), system_fingerprint=config.fingerprint()),
         grammars=grammars,
-        stats=loop.stats,
+        stats=stats,
     )
     return lambda path, body: openai.read(path, body) if path else native.read(body())
-
-
-def _no_api(path: str, body: Callable[[], Any]) -> Format:
-    raise AssertionError("requests go to rank 0")
 
 
 def _as_request_error(error: Exception) -> RequestError:
@@ -175,5 +237,7 @@ def _as_request_error(error: Exception) -> RequestError:
         return error
     if isinstance(error, InvalidValue):
         return RequestError.of(error)
+    if isinstance(error, EngineFailure):
+        return RequestError("the engine has failed and is started anew: try again in a moment", status=503)
     logger.error("a request has met a fault of the server", exc_info=error)
     return RequestError("the server failed on this request; its log says why", status=500)

@@ -1,4 +1,4 @@
-"""Owns the error for a value that a user got wrong, which says in which field it stands.
+"""Owns the errors that cross floors: a value that a user got wrong, with its field, and an engine that has failed.
 
 Knows no field's meaning: what is allowed is said where it is checked.
 """
@@ -22,6 +22,10 @@ class InvalidValue(ValueError):
 
     def __str__(self) -> str:
         return f"{self.field} {self.problem}"
+
+
+class EngineFailure(RuntimeError):
+    """An engine has ended, and every request to it with it; the message says why, for a log."""
 
 
 def shown(value: object) -> str:

@@ -114,9 +114,8 @@ def local_settings(tp: int | None) -> dict[str, Any]:
     on_gpu = gpus >= ranks
     if gpus and not on_gpu:
         print(f"== TP={ranks}, but there are {gpus} GPUs: the CPU is used")
-    cores = len(os.sched_getaffinity(0))
     settings["deviceType"] = "gpu" if on_gpu else "cpu"
-    settings["torchrun"] |= {"nproc-per-node": ranks, "OMP_NUMBER_THREADS": max(1, cores // ranks)}
+    settings["handler"]["tensor_parallel_size"] = ranks
     return settings
 
 

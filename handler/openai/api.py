@@ -24,7 +24,7 @@ from llama2.errors import InvalidValue
 from llama2.text.tokenizer import Tokenizer
 
 if TYPE_CHECKING:
-    from llama2.engine.engine import EngineStats
+    from llama2.engine.stats import EngineStats
 
 STALL_SECONDS = 60.0
 _READERS: dict[str, Callable[[Model, Any], Format]] = {
@@ -84,14 +84,13 @@ class OpenAiApi:
             self._seen = (stats.steps, now)
         if (seconds := now - self._seen[1]) > STALL_SECONDS:
             raise RequestError(f"the engine has work and has made no step for {seconds:.0f} s", status=503)
-        age = stats.seconds_since_step
         return Immediate(
             reply={
                 "status": "ok",
                 "running": stats.running,
                 "waiting": stats.waiting,
                 "steps": stats.steps,
-                "last_step_age": None if age is None else round(age, 3),
+                "last_step_age": None if stats.last_step_at is None else round(now - stats.last_step_at, 3),
             }
         )
 

@@ -1,17 +1,17 @@
-"""Owns the life of one rank inside a TorchServe worker: load the service, pass polls on, die loudly.
+"""Owns the life of a TorchServe worker: load the service, pass polls on, and leave when the engine has failed.
 
-TorchServe loads the one class of this module and calls `handle` on every rank with the same requests; only what rank 0
-returns is read. `handle` runs no model step: the engine's threads do, and rank 0's tells the others what to run.
+TorchServe loads the one class of this module and calls `handle` with all live requests, again and again. It computes
+nothing: the engine's ranks are processes of their own.
 """
 
 from __future__ import annotations
 
-import ctypes
 import itertools
 import logging
 import os
-import signal
+import sys
 import threading
+import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,18 +19,23 @@ if TYPE_CHECKING:
     from handler.service import Service
     from handler.torchserve.metrics import EngineMetrics
     from handler.torchserve.transport import Transport
+    from llama2.errors import EngineFailure
 
 logger = logging.getLogger(__name__)
 
 LOOK_SECONDS = 0.01
 LOOKS_PER_PUBLISHING = 50
-_PR_SET_PDEATHSIG = 1
+# A thread that wants to run waits so long for one that does not stop by itself: polls, for bodies that are being read.
+SWITCH_SECONDS = 0.0005
+# How long a worker whose engine has failed waits for its last replies to be sent, and to be asked for them.
+PARTING_SECONDS = 0.3
+LONGEST_PARTING_SECONDS = 5.0
 # TorchServe's worker logs these at every poll, a hundred times a second.
-_POLL_NOISE = ("Backend received inference at", "skip sending response at rank", "[METRICS]PredictionTime")
+_POLL_NOISE = ("Backend received inference at", "[METRICS]PredictionTime")
 
 
 class LlamaHandler:
-    """One rank of one worker."""
+    """One worker."""
 
     _service: Service
     _transport: Transport
@@ -41,8 +46,8 @@ class LlamaHandler:
         Raises:
             RuntimeError: the one kind of error that TorchServe reports as a failure to load.
         """
-        # A rank that hangs in a collective would outlive its killed parent and keep its memory.
-        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+        sys.setswitchinterval(SWITCH_SECONDS)
+        os.environ["TOKENIZERS_PARALLELISM"] = "false"  # a text is encoded in the thread that reads it
         for sink in logging.getLogger().handlers:
             sink.addFilter(lambda record: not str(record.msg).startswith(_POLL_NOISE))
         try:
@@ -65,15 +70,12 @@ class LlamaHandler:
         wire.install()
         folder = Path(context.system_properties["model_dir"])
         config = read_model_config(context.model_yaml_config, base=folder, environ=os.environ)
-        self._service = Service.load(config, names=(context.model_name, "llama"), on_failure=_end_process)
-        if self._service.loop.engine.rank == 0:
-            self._transport = Transport(self._service)
-            metrics = EngineMetrics(context.metrics, context.model_name)
-            threading.Thread(target=self._keep_house, args=(metrics,), name="housekeeping", daemon=True).start()
+        self._service = Service.load(config, names=(context.model_name, "llama"), on_failure=self._leave)
+        self._transport = Transport(self._service)
+        metrics = EngineMetrics(context.metrics, context.model_name)
+        threading.Thread(target=self._keep_house, args=(metrics,), name="housekeeping", daemon=True).start()
 
     def handle(self, data: list[dict[str, Any]], context: Any) -> list[str | None]:
-        if self._service.loop.engine.rank != 0:
-            return [""] * len(data)
         from handler.torchserve.wire import NoReply
 
         replies = self._transport.poll(data, context)
@@ -91,10 +93,11 @@ class LlamaHandler:
                 metrics.publish(stats)
                 running = stats.running
 
-
-def _end_process(error: BaseException) -> None:
-    """The engine has failed on this rank. The group cannot go on without it, and TorchServe starts a new one when any
-    process of it ends; an exception would leave the other ranks waiting for ever."""
-    logger.critical("the engine has failed and takes its process group down: %r", error)
-    logging.shutdown()
-    os._exit(1)
+    def _leave(self, failure: EngineFailure) -> None:
+        """End this process, so that TorchServe starts another; first everybody who waits for a reply gets its end."""
+        logger.critical("the engine has failed, and this worker ends: %s", failure)
+        end = time.monotonic() + LONGEST_PARTING_SECONDS
+        while time.monotonic() < end and not self._transport.is_quiet(PARTING_SECONDS):
+            time.sleep(LOOK_SECONDS)
+        logging.shutdown()
+        os._exit(1)

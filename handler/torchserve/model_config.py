@@ -1,4 +1,4 @@
-"""Owns `model-config.yaml` as TorchServe reads it: its own keys, those of torchrun, and the environment's overrides.
+"""Owns `model-config.yaml` as TorchServe reads it: its own keys, and the environment's overrides.
 
 Knows no key of the section `handler`. Starts nothing: `build_archive.py` checks a file with it before a server does.
 """
@@ -10,26 +10,29 @@ from pathlib import Path
 from typing import Any
 
 from handler.config import KEYS, HandlerConfig, nearest, positive
+from llama2.errors import shown
 
 # What TorchServe 0.12 itself reads (org.pytorch.serve.archive.model.ModelConfig), as far as it can work here.
 _POSITIVE = {"batchSize", "maxBatchDelay", "responseTimeout", "startupTimeout", "jobQueueSize", "maxRetryTimeoutInSec"}
+_REQUIRED = {"minWorkers", "maxWorkers"}
+_OWN_RANKS = (
+    "the worker starts its ranks itself, with no store that other hosts can reach; how many they are is "
+    "tensor_parallel_size under handler:"
+)
 _IMPOSSIBLE = {
-    "asyncCommunication": "with torchrun it leaves clients hanging",
+    "asyncCommunication": "it leaves clients hanging when a worker dies",
     "clientTimeoutInMills": "a request that expires in the queue leaves its client hanging",
     "sequenceBatching": "requests are batched by continuousBatching",
     "useJobTicket": "requests are batched by continuousBatching",
-    "parallelLevel": "the number of ranks is torchrun: nproc-per-node",
+    "deviceIds": "which GPUs are used is said by CUDA_VISIBLE_DEVICES, or LLAMA_VISIBLE_DEVICES for torchserve --start",
+    **dict.fromkeys(("parallelType", "parallelLevel", "torchrun"), _OWN_RANKS),
 }
 _SECTIONS: dict[str, Collection[str]] = {
     "": {
         *_POSITIVE,
+        *_REQUIRED,
         *_IMPOSSIBLE,
-        *("minWorkers", "maxWorkers", "deviceType", "deviceIds", "parallelType", "continuousBatching", "useVenv"),
-        *("torchrun", "handler"),
-    },
-    "torchrun": {
-        *("nproc-per-node", "nnodes", "node-rank", "rdzv-backend", "rdzv-endpoint", "rdzv-id", "rdzv-conf"),
-        *("monitor-interval", "master-addr", "master-port", "OMP_NUMBER_THREADS"),
+        *("deviceType", "continuousBatching", "useVenv", "handler"),
     },
     "handler": KEYS,
 }
@@ -72,15 +75,18 @@ def _check(settings: Mapping[str, Any]) -> None:
             raise ValueError(f"the section {name}: is missing or holds no keys")
         for key in section:
             _check_key(str(key), name)
-    if settings.get("parallelType") != "tp":
-        raise ValueError(f"parallelType must be tp, got {settings.get('parallelType')}")
     if settings.get("continuousBatching") is not True:
         raise ValueError(f"continuousBatching must be true, got {str(settings.get('continuousBatching')).lower()}")
     if settings.get("deviceType", "gpu") not in ("cpu", "gpu"):
         raise ValueError(f"deviceType must be cpu or gpu, got {settings['deviceType']}")
-    for key in ("minWorkers", "maxWorkers", *_POSITIVE & set(settings)):
+    for key in _POSITIVE & set(settings):
         positive(key, settings.get(key))  # TorchServe would only log it and go on
-    positive("torchrun: nproc-per-node", settings["torchrun"].get("nproc-per-node"))
+    for key in _REQUIRED:
+        if settings.get(key) != 1:
+            raise ValueError(
+                f"{key} must be 1, got {shown(settings.get(key))}: the ranks of one worker take all the GPUs that they "
+                "see; several servers, each with its own GPUs and ports, are what several workers would be"
+            )
 
 
 def _check_key(key: str, section: str) -> None:

@@ -92,6 +92,11 @@ class Transport:
         context.stopping_criteria = [None if one is None else _criterion(one) for one in pieces]
         return [None if one is None else one.text for one in pieces]
 
+    def is_quiet(self, seconds: float) -> bool:
+        """Is nobody live, and has nobody been for so many seconds?"""
+        with self._lock:
+            return not self._calls and time.monotonic() - self._last_poll > seconds
+
     def watch(self) -> None:
         """A look, to be taken every 10 ms or so: stop working for clients that nobody asks for any more."""
         with self._lock:

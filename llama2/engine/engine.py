@@ -7,7 +7,6 @@ Rank 0 leads: it schedules, has the plan run, and samples. The other ranks follo
 from __future__ import annotations
 
 import time
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -15,32 +14,16 @@ import torch
 from llama2.config import EngineConfig, ModelArgs
 from llama2.engine.block_manager import BlockManager
 from llama2.engine.detokenizer import Detokenizer
+from llama2.engine.limits import Limits
 from llama2.engine.lockstep import Lockstep
 from llama2.engine.prompt_scores import PromptScores
 from llama2.engine.runner import Runner
 from llama2.engine.sampler import Choice, Sampler
 from llama2.engine.scheduler import Plan, Scheduler
 from llama2.engine.sequence import Output, Request, Sequence
+from llama2.engine.stats import EngineStats
 from llama2.engine.transfer import row_index, select
-from llama2.errors import InvalidValue, shown
 from llama2.text.tokenizer import Tokenizer
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class EngineStats:
-    """A snapshot of rank 0's engine. `seconds_since_step` is None before the first step.
-
-    `prompt_tokens` counts those of all sequences started, `cached_tokens` those among them found in the prefix cache.
-    """
-
-    running: int
-    waiting: int
-    free_blocks: int
-    total_blocks: int
-    steps: int
-    prompt_tokens: int
-    cached_tokens: int
-    seconds_since_step: float | None
 
 
 class Engine:
@@ -59,6 +42,9 @@ class Engine:
         """`looks_ahead`: launch a step before the tokens of the previous one are read."""
         self.args = args
         self.config = config
+        self.limits = Limits(
+            vocab_size=args.vocab_size, max_seq_len=config.max_seq_len, max_batch_size=config.max_batch_size
+        )
         self.tokenizer = tokenizer
         self.rank = group.rank
         self._group = group
@@ -73,30 +59,8 @@ class Engine:
         self._last_step_at: float | None = None
 
     def check(self, request: Request) -> None:
-        """Refuse a request that can never run; any rank, any thread.
-
-        Raises:
-            InvalidValue: it is empty or too long, or an id is outside the vocabulary.
-        """
-        length, longest = len(request.prompt_ids), self.config.max_seq_len
-        room = longest - request.generate
-        if not 1 <= length <= room:
-            reply = " and the reply needs at least one" if request.generate else ""
-            raise InvalidValue(
-                "prompt_ids", f"must have from 1 to {room} tokens, got {length}: max_seq_len is {longest}{reply}"
-            )
-        if request.n > self.config.max_batch_size:
-            raise InvalidValue("n", f"must be at most max_batch_size={self.config.max_batch_size}, got {request.n}")
-        params = request.params
-        named = {
-            "prompt_ids": request.prompt_ids,
-            "stop_token_ids": params.stop_token_ids,
-            "logit_bias": params.logit_bias,
-        }
-        for name, ids in named.items():
-            wrong = [token_id for token_id in ids if not 0 <= token_id < self.args.vocab_size]
-            if wrong:
-                raise InvalidValue(name, f"must be from 0 to {self.args.vocab_size - 1}, got {shown(wrong[0])}")
+        """As `Limits.check`; any rank, any thread."""
+        self.limits.check(request)
 
     def add(self, request: Request) -> None:
         """Queue a request.
@@ -180,7 +144,7 @@ class Engine:
             steps=self._group.steps,
             prompt_tokens=self._scheduler.num_prompt_tokens,
             cached_tokens=self._scheduler.num_cached_tokens,
-            seconds_since_step=None if self._last_step_at is None else time.monotonic() - self._last_step_at,
+            last_step_at=self._last_step_at,
         )
 
     def check_integrity(self) -> None:

@@ -18,7 +18,7 @@ from llama2.machine.threads import undivided
 from llama2.model import Transformer
 from llama2.parallel.collectives import Collectives, connect
 from llama2.parallel.plan import build_mesh, local_size
-from llama2.parallel.process_group import choose_device, init_process_group
+from llama2.parallel.process_group import Launched, choose_device, init_process_group
 from llama2.text.tokenizer import Tokenizer, load_tokenizer
 from llama2.weights.loader import load_model
 from llama2.weights.readers.dcp import DcpFolder
@@ -34,10 +34,12 @@ def load_engine(
     dtype: torch.dtype | None = None,
     device: torch.device | str | None = None,
     config: EngineConfig,
+    launched: Launched | None = None,
 ) -> Engine:
     """Load a converted checkpoint over all ranks of the process group, which is set up here if needed.
 
-    `dtype` defaults to bf16 on a GPU and to the checkpoint's own on a CPU. Called on every rank.
+    `dtype` defaults to bf16 on a GPU and to the checkpoint's own on a CPU. Called on every rank. `launched` is for
+    ranks that `launch.Ranks` has started.
 
     Raises:
         ValueError: the checkpoint, the tokenizer, the degree or a size is wrong.
@@ -53,10 +55,12 @@ def load_engine(
     checkpoint = DcpFolder(checkpoint_dir, args)
     device = choose_device(device)
     dtype = dtype or (torch.bfloat16 if device.type == "cuda" else checkpoint.dtype)
-    init_process_group(device)
+    init_process_group(device, launched)
     mesh = build_mesh(checkpoint.spec, device.type)
     with undivided() as threads:
-        collectives = connect(device, symm_mem_all_reduce=config.symm_mem_all_reduce)
+        collectives = connect(
+            device, symm_mem_all_reduce=config.symm_mem_all_reduce, memory=None if launched is None else launched.memory
+        )
         model = load_model(
             checkpoint,
             mesh,

@@ -107,7 +107,10 @@ class Matcher(Protocol):
 
 
 class Grammar(Protocol):
-    """What a reply must look like."""
+    """What a reply must look like. `source` says it in llguidance's words, for another process."""
+
+    @property
+    def source(self) -> str: ...
 
     def matcher(self, *, continues_prompt: bool) -> Matcher:
         """For one reply; `continues_prompt` as in `Request`."""

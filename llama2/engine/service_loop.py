@@ -11,8 +11,9 @@ from collections import deque
 from collections.abc import Callable
 from dataclasses import replace
 
-from llama2.engine.engine import Engine, EngineStats
+from llama2.engine.engine import Engine
 from llama2.engine.sequence import Output, Request
+from llama2.engine.stats import EngineStats
 from llama2.errors import InvalidValue
 from llama2.machine.threads import hand_over
 

@@ -7,6 +7,7 @@ Knows no model and no engine. All ranks must make the same calls in the same ord
 
 from __future__ import annotations
 
+import mmap
 import platform
 import socket
 from datetime import timedelta
@@ -100,9 +101,10 @@ class ProcessGroupCollectives:
         return box[0]
 
 
-def connect(device: torch.device, *, symm_mem_all_reduce: bool = False) -> Collectives:
+def connect(device: torch.device, *, symm_mem_all_reduce: bool = False, memory: mmap.mmap | None = None) -> Collectives:
     """The fastest transport that the default process group allows for tensors on `device`. Called on every rank.
 
+    `memory` is what the ranks of this host share already, of `shared_layout.mapping_bytes`, else one of them makes it.
     `symm_mem_all_reduce` asks for symmetric memory between the GPUs of one host; where there is none, NCCL does it all.
     """
     if dist.get_world_size() == 1:
@@ -112,7 +114,7 @@ def connect(device: torch.device, *, symm_mem_all_reduce: bool = False) -> Colle
     shared = None
     if one_host:
         # A pause between two looks is as long as a step of 7B on 8 GPUs. On CPUs a look takes time from computing.
-        shared = SharedMemory.connect(spin_seconds=0.0 if device.type == "cpu" else SPIN_SECONDS)
+        shared = SharedMemory.connect(memory, spin_seconds=0.0 if device.type == "cpu" else SPIN_SECONDS)
     if shared is not None and device.type == "cpu":
         return shared
     symmetric = None

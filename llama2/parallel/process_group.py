@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import logging
+import mmap
 import os
 import socket
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -54,8 +56,33 @@ def choose_device(device: str | torch.device | None = None) -> torch.device:
     return device
 
 
-def init_process_group(device: torch.device) -> None:
-    """Join the group that torchrun set up, or make a group of one; a group that is up already is kept.
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Launched:
+    """What a rank gets from `launch.Ranks`: its place, the port of the store and the descriptor of the socket that
+    listens there, which rank 0 serves, and the memory that all ranks share."""
+
+    rank: int
+    world_size: int
+    port: int
+    listener: int
+    memory: mmap.mmap
+
+    def store(self) -> dist.Store:
+        """The store that the ranks meet at."""
+        if self.rank != 0:
+            os.close(self.listener)
+            return dist.TCPStore("127.0.0.1", self.port, self.world_size, wait_for_workers=False)
+        return dist.TCPStore(
+            *("127.0.0.1", self.port, self.world_size),
+            is_master=True,
+            wait_for_workers=False,
+            master_listen_fd=self.listener,
+        )
+
+
+def init_process_group(device: torch.device, launched: Launched | None = None) -> None:
+    """Join the group of those that were launched together, or that torchrun set up, or make a group of one; a group
+    that is up already is kept.
 
     Raises:
         ValueError: two ranks were given the same GPU.
@@ -64,8 +91,15 @@ def init_process_group(device: torch.device) -> None:
         torch.cuda.set_device(device)
     if dist.is_initialized():
         return
+    if os.environ.get("LOCAL_WORLD_SIZE") == os.environ.get("WORLD_SIZE"):
+        # Nobody on another host has business with the ranks of one host.
+        for backend in ("GLOO", "NCCL"):
+            os.environ.setdefault(f"{backend}_SOCKET_IFNAME", "lo")
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
-    if "RANK" in os.environ:
+    if launched is not None:
+        rank, world_size = launched.rank, launched.world_size
+        dist.init_process_group(backend, store=launched.store(), rank=rank, world_size=world_size)
+    elif "RANK" in os.environ:
         dist.init_process_group(backend)
     else:
         dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)

@@ -19,10 +19,8 @@ import torch.distributed as dist
 
 from llama2.kernels.cpu.library import load_library
 from llama2.parallel.process_group import LockstepError
+from llama2.parallel.shared_layout import LINE, SLOT_BYTES, header, mapping_bytes
 
-SLOT_BYTES = 1 << 20
-LINE_BYTES = 64
-LINE = LINE_BYTES // 8
 STALL_SECONDS = 300.0
 
 # What an operator needs to sum over the ranks by itself: the mapping, this rank, how many there are, the bytes of a
@@ -33,11 +31,9 @@ Shared = tuple[torch.Tensor | None, int, int, int, float]
 class SharedMemory:
     """`Collectives` of the ranks of one host: each copies into its slot, flags it, and waits for the others.
 
-    Layout: per rank a cache line of int64 (its flag, and the bytes in its slot of either buffer), then two buffers of
-    one slot per rank. The flag is the number of operations that a rank has contributed to. Operation n uses buffer
-    n % 2, so a rank may fill its slot for n as soon as every flag is at least n - 1: whoever contributed to n - 1 has
-    finished reading n - 2. Flags are published by plain stores, which x86 keeps in order; other processors take the
-    process group instead.
+    The layout is that of `shared_layout`. Operation n uses buffer n % 2, so a rank may fill its slot for n as soon as
+    every flag is at least n - 1: whoever contributed to n - 1 has finished reading n - 2. Flags are published by
+    plain stores, which x86 keeps in order; other processors take the process group instead.
     """
 
     def __init__(
@@ -55,10 +51,9 @@ class SharedMemory:
         self.world_size = world_size
         self._stall_seconds = stall_seconds
         self._spin_seconds = spin_seconds
-        header_bytes = world_size * LINE_BYTES
-        self._header = memoryview(mapping)[:header_bytes].cast("q")
+        self._header = header(mapping, world_size)
         self._mapping = torch.frombuffer(mapping, dtype=torch.uint8)
-        self._slots = self._mapping[header_bytes:].view(2, world_size, SLOT_BYTES)
+        self._slots = self._mapping[self._header.nbytes :].view(2, world_size, SLOT_BYTES)
 
     @cached_property
     def _has_operators(self) -> bool:
@@ -71,19 +66,18 @@ class SharedMemory:
             return None
         return self._mapping, self.rank, self.world_size, SLOT_BYTES, self._stall_seconds
 
-    @staticmethod
-    def mapping_bytes(world_size: int) -> int:
-        return world_size * (LINE_BYTES + 2 * SLOT_BYTES)
-
     @classmethod
-    def connect(cls, *, spin_seconds: float = 0.0) -> SharedMemory:
-        """Map one file on every rank of the default process group; the file has no name by the time this returns.
+    def connect(cls, memory: mmap.mmap | None = None, *, spin_seconds: float = 0.0) -> SharedMemory:
+        """Share `memory`, or map one file on every rank of the default process group; the file has no name by the time
+        this returns.
 
         Raises:
             OSError: /dev/shm has no room for `mapping_bytes`.
         """
         rank, world_size = dist.get_rank(), dist.get_world_size()
-        size = cls.mapping_bytes(world_size)
+        if memory is not None:
+            return cls(memory, rank, world_size, spin_seconds=spin_seconds)
+        size = mapping_bytes(world_size)
         path: list[Any] = [None]
         if rank == 0:
             shm = Path("/dev/shm")

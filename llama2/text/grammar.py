@@ -71,6 +71,10 @@ class GrammarCompiler:
             raise ValueError(f"its texts must have at most {MAX_CHOICE_CHARACTERS} characters together")
         return self._compiled(_of_choices, json.dumps(texts))
 
+    def source(self, source: str) -> CompiledGrammar:
+        """A grammar in llguidance's own words, such as a `CompiledGrammar`'s."""
+        return self._compiled(_as_it_is, source)
+
     def _compile(self, write: Callable[[str, _Vocabulary], str], source: str) -> CompiledGrammar:
         return CompiledGrammar(write(source, self._vocabulary), self._vocabulary)
 
@@ -92,7 +96,7 @@ class CompiledGrammar:
         Raises:
             ValueError: llguidance refuses it, or it allows nothing.
         """
-        self._source = source
+        self.source = source
         self._vocabulary = vocabulary
         self._beginning = vocabulary.follow(source, vocabulary.tokens)
         _fill(vocabulary.empty_mask(), self._beginning)
@@ -115,7 +119,7 @@ class CompiledGrammar:
     def _first_mask_W(self) -> Tensor:
         """The mask of the first token of a text of its own: where its space is dropped, the rest of it decides."""
         mask_W = self._vocabulary.empty_mask()
-        _fill(mask_W, self._vocabulary.follow(self._source, self._vocabulary.first_tokens))
+        _fill(mask_W, self._vocabulary.follow(self.source, self._vocabulary.first_tokens))
         return mask_W
 
 
@@ -238,6 +242,10 @@ def _reason(message: str) -> str:
         return f"{pattern[1]!r}: {fault[1]}" if pattern else fault[1]
     header = r'^(at \d+\(\d+\): )?(invalid regex ".*" \(in regex\): |failed to compile JSON schema: )?'
     return re.sub(header, "", message.split("\n")[0])
+
+
+def _as_it_is(source: str, vocabulary: _Vocabulary) -> str:
+    return source
 
 
 def _of_schema(source: str, vocabulary: _Vocabulary) -> str:

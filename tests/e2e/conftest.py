@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import re
-from collections.abc import Iterator, Mapping
+import time
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,17 @@ import pytest
 from scripts.temporary_server import temporary_server
 from scripts.torchserve import TorchServe
 from tests.handler.support import settings
+
+SETTINGS = settings({"deviceType": "cpu"}, dtype="float32", max_seq_len=1024, max_batch_size=8, max_step_tokens=256)
+PROMPT = "The history of the lighthouse begins"
+FOREVER = {"prompt": PROMPT, "max_new_tokens": None, "ignore_eos": True, "temperature": 0}
+
+
+def wait_until(condition: Callable[[], bool], *, seconds: float) -> None:
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end, "it did not happen in time"
+        time.sleep(0.05)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -64,6 +76,5 @@ def serving(checkpoint: Path, config: Mapping[str, Any], environ: Mapping[str, s
 @pytest.fixture(scope="session")
 def served(smollm2_checkpoint: Path) -> Iterator[Served]:
     """SmolLM2 at TP=2 on the CPU, in fp32: what is computed together cannot change a token."""
-    config = settings({"deviceType": "cpu"}, dtype="float32", max_seq_len=1024, max_batch_size=8, max_step_tokens=256)
-    with serving(smollm2_checkpoint, config) as running:
+    with serving(smollm2_checkpoint, SETTINGS) as running:
         yield running

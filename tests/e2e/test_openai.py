@@ -257,7 +257,7 @@ def test_a_forced_call_has_arguments_that_follow_the_tools_schema(api: Api) -> N
 
 def test_beyond_the_queue_a_call_is_a_503_that_says_so(smollm2_checkpoint: Path) -> None:
     """One call at a time, one in the queue: the others are turned away at once, and the two are answered."""
-    config = settings({"deviceType": "cpu", "batchSize": 1, "jobQueueSize": 1}, {"nproc-per-node": 1})
+    config = settings({"deviceType": "cpu", "batchSize": 1, "jobQueueSize": 1}, tensor_parallel_size=1)
     with serving(smollm2_checkpoint, config) as running:
         api = Api(running)
         body = {"prompt": PROMPT, "max_tokens": 100, "ignore_eos": True}

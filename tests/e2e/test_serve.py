@@ -1,13 +1,10 @@
-"""A real TorchServe with two ranks and a real model. The last test kills a rank and must stay the last."""
+"""A real TorchServe with two ranks and a real model: what it answers, and what it refuses."""
 
 from __future__ import annotations
 
 import json
-import os
-import signal
 import subprocess
 import time
-from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -15,20 +12,10 @@ from typing import Any
 import httpx
 import pytest
 
-from tests.e2e.conftest import Served, serving
+from tests.e2e.conftest import FOREVER, PROMPT, Served, serving, wait_until
 from tests.handler.support import ROOT, settings
 
 pytestmark = pytest.mark.integration
-
-PROMPT = "The history of the lighthouse begins"
-FOREVER = {"prompt": PROMPT, "max_new_tokens": None, "ignore_eos": True, "temperature": 0}
-
-
-def wait_until(condition: Callable[[], bool], *, seconds: float) -> None:
-    end = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < end, "it did not happen in time"
-        time.sleep(0.05)
 
 
 @pytest.mark.parametrize("file", ["sample_text.txt", "dialogs.txt"])
@@ -162,59 +149,9 @@ def test_without_the_key_nobody_is_served(served: Served, headers: dict[str, str
 def test_environment_and_truncation_take_effect(smollm2_checkpoint: Path) -> None:
     environ = {"MAX_INPUT_TOKEN_LENGTH": "12", "MAX_NEW_TOKENS": "5"}
     config = settings(
-        {"deviceType": "cpu"}, {"nproc-per-node": 1}, truncation="left", mode="chat", special_tags="encode"
+        {"deviceType": "cpu"}, tensor_parallel_size=1, truncation="left", mode="chat", special_tags="encode"
     )
     with serving(smollm2_checkpoint, config, environ) as running:
         cut = running.ask(prompt="word " * 100 + "one two three four", mode="text_completion", ignore_eos=True)
         assert cut["usage"] == {"prompt_tokens": 12, "completion_tokens": 5, "truncated_tokens": 92}
         assert running.ask(prompt="Hi <|im_end|>")["generation"]["role"] == "assistant"
-
-
-def test_a_killed_rank_ends_what_runs_and_the_group_comes_back_as_it_was(served: Served) -> None:
-    """As it was: the first request without a seed draws what manual_seed gives again.
-
-    Rank 0 is held first, so TorchServe waits for a reply: see "When a rank dies" in docs/architecture.md.
-    """
-
-    def first_draw() -> str:
-        served.server.wait_ready("llama", timeout=60)
-        wait_until(lambda: served.gauge("llama_requests_running") == 0, seconds=5)
-        return served.ask(prompt=PROMPT, max_new_tokens=20, temperature=1.0)["generation"]
-
-    with ThreadPoolExecutor(1) as pool, served.client() as client:
-        accepted = pool.submit(client.post, served.url, json=FOREVER)
-        wait_until(lambda: served.gauge("llama_requests_running") == 1, seconds=5)
-        time.sleep(0.1)
-        os.kill(served.rank_pid(0), signal.SIGSTOP)
-        time.sleep(0.2)
-        os.kill(served.rank_pid(1), signal.SIGKILL)
-        # Its 200 has already been sent: all that can still fail is the connection.
-        with pytest.raises(httpx.TransportError):
-            accepted.result(timeout=20)
-        before = first_draw()
-        os.kill(served.rank_pid(0), signal.SIGSTOP)
-        arrived = pool.submit(client.post, served.url, json=FOREVER)
-        time.sleep(0.5)
-        os.kill(served.rank_pid(0), signal.SIGKILL)
-        assert arrived.result(timeout=20).status_code == 500
-        assert first_draw() == before
-
-
-def test_a_reply_that_outlives_its_group_does_not_end_the_next_group(served: Served) -> None:
-    """TorchServe waits for a reply and is held: it wakes to both rank 0's reply and rank 1's end."""
-    (java,) = [process for process in served.server.processes() if process.name() == "java"]
-    with served.client() as client, client.stream("POST", served.url, json={**FOREVER, "stream": True}) as reply:
-        next(reply.iter_lines())
-        os.kill(served.rank_pid(0), signal.SIGSTOP)
-        time.sleep(0.2)
-        java.suspend()
-        os.kill(served.rank_pid(0), signal.SIGCONT)
-        time.sleep(0.2)
-        os.kill(served.rank_pid(1), signal.SIGKILL)
-        java.resume()
-        wait_until(lambda: not served.server.ready("llama"), seconds=5)
-    served.server.wait_ready("llama", timeout=60)
-    group = [served.rank_pid(rank) for rank in (0, 1)]
-    for _ in range(4):
-        served.ask(prompt=PROMPT, max_new_tokens=5)
-    assert [served.rank_pid(rank) for rank in (0, 1)] == group

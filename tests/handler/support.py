@@ -34,12 +34,9 @@ def byte_tokenizer(folder: Path, *, add_bos: bool = False) -> Tokenizer:
     return load_tokenizer(folder)
 
 
-def settings(
-    top: dict[str, Any] | None = None, torchrun: dict[str, Any] | None = None, **handler: Any
-) -> dict[str, Any]:
+def settings(top: dict[str, Any] | None = None, **handler: Any) -> dict[str, Any]:
     """The repository's model-config.yaml with some keys changed."""
     values = yaml.safe_load((ROOT / "model-config.yaml").read_text())
-    values["torchrun"] |= torchrun or {}
     values["handler"] |= handler
     return values | (top or {})
 

@@ -57,11 +57,11 @@ def test_a_refusal_is_json_with_message_type_param_and_code() -> None:
 @pytest.mark.parametrize("many", ["1,", "[],", "{},", "[[],"])
 def test_a_body_of_more_values_than_a_prompt_can_have_is_refused_before_it_is_parsed(many: str) -> None:
     """Two million of them took a parser half a second, in which no other thread ran."""
-    started = time.perf_counter()
+    started = time.thread_time()
     with pytest.raises(RequestError, match="commas and brackets at most") as caught:
         read_body(('{"prompt": [' + many * 2_000_000 + "1]}").encode(), is_json=True)
     assert caught.value.status == 413
-    assert time.perf_counter() - started < 0.25
+    assert time.thread_time() - started < 0.25
 
 
 def test_a_long_prompt_of_token_ids_is_read() -> None:

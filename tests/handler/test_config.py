@@ -1,4 +1,5 @@
 import dataclasses
+import os
 from pathlib import Path
 from typing import Any
 
@@ -28,9 +29,7 @@ def test_the_shipped_file_has_every_key_of_torchserves_example_and_is_valid(base
         "maxWorkers",
         "maxBatchDelay",
         "responseTimeout",
-        "parallelType",
         "deviceType",
-        "torchrun",
         "handler",
     }
     assert top <= settings.keys()
@@ -54,6 +53,8 @@ def test_the_shipped_file_has_every_key_of_torchserves_example_and_is_valid(base
         ("max_new_tokens", 12, lambda config: config.sampling.max_new_tokens),
         ("temperature", 0.25, lambda config: config.sampling.temperature),
         ("top_p", 0.75, lambda config: config.sampling.top_p),
+        ("threads", 3, lambda config: config.threads),
+        ("step_timeout", 7, lambda config: config.step_timeout),
     ],
 )
 def test_each_handler_key_takes_effect(base: Path, key: str, value: Any, seen: Any) -> None:
@@ -67,15 +68,24 @@ def test_each_option_of_the_engine_is_a_key(base: Path, option: dataclasses.Fiel
     value: Any = {"kv_memory_fraction": 0.5, "seed": 1234}.get(option.name)
     if value is None:
         value = not default if isinstance(default, bool) else default + 1
-    config = read_model_config(shipped(None, None, **{key: value}), base=base)
+    config = read_model_config(shipped(None, **{key: value}), base=base)
     assert getattr(config.engine, option.name) == value
     with pytest.raises(ValueError, match=rf"handler: {key} must be .*, got \[5\]"):
-        read_model_config(shipped(None, None, **{key: [5]}), base=base)
+        read_model_config(shipped(None, **{key: [5]}), base=base)
 
 
 def test_device_type_cpu_keeps_off_the_gpu_and_gpu_takes_the_best_there_is(base: Path) -> None:
     assert read_model_config(shipped({"deviceType": "cpu"}), base=base).device == "cpu"
     assert read_model_config(shipped({"deviceType": "gpu"}), base=base).device is None
+
+
+@pytest.mark.parametrize(("degree", "threads"), [(1, 4), (2, 2), (3, 1), (8, 1)])
+def test_ranks_share_the_processors_and_each_gets_a_thread(
+    degree: int, threads: int, base: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: {0, 1, 2, 3})
+    config = read_model_config(shipped(tensor_parallel_size=degree), base=base)
+    assert (config.degree, config.threads) == (degree, threads)
 
 
 def test_a_large_batch_brings_its_own_step_size(base: Path) -> None:
@@ -114,20 +124,21 @@ def test_a_bad_environment_variable_is_an_error_that_names_it(base: Path, text: 
             "unknown key 'responseTimeOut' at the top level; did you mean 'responseTimeout'?",
         ),
         (
-            shipped(torchrun={"nproc_per_node": 2}),
-            "unknown key 'nproc_per_node' under torchrun:; did you mean 'nproc-per-node'?",
+            shipped({"parallelType": "tp", "torchrun": {"nproc-per-node": 2}}),
+            "parallelType cannot be used here: the worker starts its ranks itself",
         ),
         (shipped({"max_seq_len": 5}), "'max_seq_len' stands at the top level, but belongs under handler:"),
         (shipped(batchSize=5), "'batchSize' stands under handler:, but belongs at the top level"),
         (shipped({"handler": None}), "the section handler: is missing"),
-        (shipped({"parallelType": "pp"}), "parallelType must be tp, got pp"),
         (shipped({"continuousBatching": False}), "continuousBatching must be true, got false"),
         (shipped({"asyncCommunication": True}), "asyncCommunication cannot be used here"),
         (shipped({"clientTimeoutInMills": 10}), "clientTimeoutInMills cannot be used here"),
         (shipped({"deviceType": "tpu"}), "deviceType must be cpu or gpu, got tpu"),
-        (shipped({"maxWorkers": None}), "maxWorkers must be a positive integer, got null"),
+        (shipped({"maxWorkers": None}), "maxWorkers must be 1, got None"),
+        (shipped({"minWorkers": 2}), "minWorkers must be 1, got 2"),
+        (shipped({"deviceIds": [4]}), "deviceIds cannot be used here: which GPUs"),
         (shipped({"responseTimeout": "5"}), "responseTimeout must be a positive integer"),
-        (shipped(torchrun={"nproc-per-node": 0}), "nproc-per-node must be a positive integer, got 0"),
+        (shipped(tensor_parallel_size=0), "tensor_parallel_size must be a positive integer, got 0"),
         (shipped(converted_ckpt_dir=None), "converted_ckpt_dir is missing"),
         (shipped(tokenizer_path=5), "tokenizer_path must be a path, got 5"),
         (shipped(mode="completion"), "mode must be one of text_completion, chat, got completion"),

@@ -1,4 +1,3 @@
-import os
 import shutil
 from pathlib import Path
 
@@ -32,7 +31,7 @@ def test_each_rank_gets_its_own_gpu_or_all_share_the_cpu(
 ) -> None:
     monkeypatch.setattr(serve, "_count_gpus", lambda: gpus)
     settings = yaml.safe_load(serve._write_config(tp, build).read_text())
-    assert (settings["torchrun"]["nproc-per-node"], settings["deviceType"]) == (ranks, device)
+    assert (settings["handler"]["tensor_parallel_size"], settings["deviceType"]) == (ranks, device)
     assert read_model_config(settings, base=Path("/")).converted_ckpt_dir == build
 
 
@@ -71,15 +70,6 @@ def test_gpus_are_counted_as_the_mask_leaves_them(
     else:
         monkeypatch.setenv("CUDA_VISIBLE_DEVICES", mask)
     assert serve._count_gpus() == count
-
-
-@pytest.mark.parametrize(("tp", "threads"), [(1, 4), (2, 2), (3, 1), (8, 1)])
-def test_ranks_share_the_cores_and_each_gets_a_thread(
-    tp: int, threads: int, build: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: {0, 1, 2, 3})
-    settings = yaml.safe_load(serve._write_config(tp, build).read_text())
-    assert settings["torchrun"]["OMP_NUMBER_THREADS"] == threads
 
 
 def test_a_running_server_is_kept_only_for_the_same_settings_gpus_and_code(

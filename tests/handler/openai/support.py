@@ -13,8 +13,8 @@ import pytest
 from handler.call import Call, Format
 from handler.errors import RequestError
 from handler.openai.api import OpenAiApi, Served
-from llama2.engine.engine import EngineStats
 from llama2.engine.sequence import Output, Request, TokenLogprobs
+from llama2.engine.stats import EngineStats
 from llama2.text.tokenizer import Tokenizer
 from tests.handler.support import byte_tokenizer, config
 
@@ -28,7 +28,7 @@ class FakeStats:
     running: int = 0
     waiting: int = 0
     steps: int = 0
-    seconds_since_step: float | None = None
+    last_step_at: float | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -32,7 +32,7 @@ def test_the_thread_serves_whoever_comes(served: ServiceLoop) -> None:
         finished |= {output.request_id: output.finish_reason for output in served.poll(0.1) if output.finish_reason}
     assert finished == {"a": "length", "b": "length"}
     assert served.stats().running == 0
-    assert served.stats().seconds_since_step is not None
+    assert served.stats().last_step_at is not None
 
 
 def test_an_abort_reaches_a_running_thread(served: ServiceLoop) -> None:

@@ -161,6 +161,7 @@ class Exactly:
     """A grammar of one sentence, in token ids; then EOS."""
 
     failed = False
+    source = "in no other process"
 
     def __init__(self, token_ids: Sequence[int]) -> None:
         self.token_ids = list(token_ids)

@@ -23,6 +23,7 @@ from llama2.kernels.plain import PlainKernels
 from llama2.kv_cache import KVCache
 from llama2.model import Transformer, rotary_table
 from llama2.parallel.collectives import Collectives
+from llama2.parallel.shared_layout import mapping_bytes
 from llama2.parallel.shared_memory import SharedMemory
 from llama2.weights.formats import Weight
 from llama2.weights.formats.plain import Plain
@@ -236,7 +237,7 @@ def test_all_layers_as_one_operator_give_the_bits_of_the_steps_one_by_one(
 
 
 def test_a_rank_that_does_not_come_ends_the_layers_on_every_thread(set_threads: Callable[[int], None]) -> None:
-    mapping = mmap.mmap(-1, SharedMemory.mapping_bytes(2))
+    mapping = mmap.mmap(-1, mapping_bytes(2))
     model = small_model(SharedMemory(mapping, 0, 2, stall_seconds=0.1))
     batch = ragged_batch([(1, 33)], empty_cache(model.args))
     set_threads(2)

@@ -11,6 +11,7 @@ import torch
 
 from llama2.parallel import collectives, shared_memory
 from llama2.parallel.collectives import SPIN_SECONDS, connect
+from llama2.parallel.shared_layout import mapping_bytes
 from llama2.parallel.shared_memory import SharedMemory
 
 
@@ -31,7 +32,7 @@ def test_a_waiting_rank_spins_as_long_as_told_and_then_sleeps(
         if pauses == 5:
             group._header[0] = 1  # rank 0's message
 
-    mapping = mmap.mmap(-1, SharedMemory.mapping_bytes(2))
+    mapping = mmap.mmap(-1, mapping_bytes(2))
     group = SharedMemory(mapping, 1, 2, spin_seconds=spin_seconds)
     monkeypatch.setattr(shared_memory, "time", SimpleNamespace(monotonic=lambda: 100 + now, sleep=sleep))
     monkeypatch.setattr(os, "sched_yield", look)
@@ -48,7 +49,7 @@ def test_ranks_spin_for_longer_where_gpus_do_the_work(
     def gather(answers: list[object], mine: object) -> None:
         answers[:] = [("here", "x86_64")] * 2
 
-    def share(*, spin_seconds: float) -> SimpleNamespace:
+    def share(_: object, *, spin_seconds: float) -> SimpleNamespace:
         asked.append(spin_seconds)
         return SimpleNamespace()
 
