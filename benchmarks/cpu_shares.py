@@ -8,11 +8,12 @@ from __future__ import annotations
 import contextlib
 import threading
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 
 import numpy as np
 import psutil
 
+RANK = "llama2.engine.rank"  # in a rank's arguments
 PARTS = ("engine", "handler", "java", "load", "others")
 INTERVAL = 0.5  # s
 
@@ -20,9 +21,8 @@ INTERVAL = 0.5  # s
 class CpuWatch:
     """Reads the processor time of a server's processes, and of this process's children, during its `with` block.
 
-    `java` is TorchServe's front end. Of its workers, the main threads are the `handler`, which answers polls, and all
-    others the `engine`: its own thread and its compute threads. `load` are this process's descendants, and
-    `others` the rest of the machine: if that is much, something disturbed the measurement.
+    `java` is TorchServe's front end, its worker the `handler`, and the ranks are the `engine`. `load` are this
+    process's descendants, and `others` the rest of the machine: if that is much, something disturbed the measurement.
     """
 
     def __init__(self, server: Iterable[psutil.Process]) -> None:
@@ -57,8 +57,8 @@ class CpuWatch:
     def _sample(self) -> None:
         for process in (*self._server, *psutil.Process().children(recursive=True)):
             with contextlib.suppress(psutil.Error):
-                for part, seconds in self._read(process):
-                    self._used[part, process] = seconds
+                times = process.cpu_times()  # including threads that have ended
+                self._used[self._part(process), process] = times.user + times.system
         sums = dict.fromkeys(PARTS, 0.0)
         for (part, _), seconds in self._used.items():
             sums[part] += seconds
@@ -67,14 +67,9 @@ class CpuWatch:
         sums["others"] = busy - sum(sums.values())
         self._samples.append((time.time(), *sums.values()))
 
-    def _read(self, process: psutil.Process) -> Iterator[tuple[str, float]]:
-        threads = {thread.id: thread.user_time + thread.system_time for thread in process.threads()}
-        times = process.cpu_times()  # including threads that have ended
-        total = times.user + times.system
+    def _part(self, process: psutil.Process) -> str:
         if process not in self._server:
-            yield "load", total
-        elif process.name() == "java":
-            yield "java", total
-        else:
-            yield "handler", threads[process.pid]
-            yield "engine", total - threads[process.pid]
+            return "load"
+        if process.name() == "java":
+            return "java"
+        return "engine" if RANK in process.cmdline() else "handler"

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import os
+import queue
 import re
 import shutil
 import signal
-import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -143,14 +143,13 @@ def test_an_engine_that_has_failed_says_so_to_whoever_asks(
 ) -> None:
     engine = start(folder, degree=degree, config=EngineConfig(max_seq_len=4000, max_batch_size=4), step_timeout=1)
     engine.wait_until_ready()
-    failed, failures = threading.Event(), []
-    engine.on_failure(lambda failure: (failures.append(str(failure)), failed.set()))
+    failures: queue.Queue[EngineFailure] = queue.Queue()
+    engine.on_failure(failures.put)
     engine.add(request("a", SamplingParams(max_new_tokens=None, ignore_eos=True)))
     while not engine.poll(1.0):
         pass
     os.kill(engine._ranks.processes[victim].pid, how)
-    assert failed.wait(10)
-    assert re.search(message, failures[0]), failures
+    assert re.search(message, str(failures.get(timeout=10)))
     with pytest.raises(EngineFailure):
         engine.add(request("b"))
     engine.abort("a")
