@@ -18,6 +18,7 @@ Knows no torch, no TorchServe and no engine.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -26,7 +27,7 @@ from typing import Any, Literal, get_args
 from handler.call import Progress
 from handler.config import HandlerConfig, Mode, nearest
 from handler.errors import RequestError
-from handler.prompt import Prompt, fit
+from handler.prompt import Prompt, check_length, fit
 from llama2.engine.sequence import Output, Request, SamplingParams, TokenLogprobs
 from llama2.errors import InvalidValue, shown
 from llama2.text.chat import encode_dialog
@@ -157,11 +158,15 @@ class NativeApi:
 
     def _encode(self, place: str, item: Any, mode: Mode) -> list[int]:
         """A dialog is a chat. A prompt is what `mode` says: a text to go on with, or a user's one message."""
+        check = functools.partial(check_length, place=place, config=self._config)
         try:
             if mode == "text_completion":
+                check(self._tokenizer.fewest_tokens(item))
                 return self._tokenizer.encode_prompt(item)
             dialog = [{"role": "user", "content": item}] if isinstance(item, str) else item
-            return encode_dialog(self._tokenizer, dialog, special_tags=self._config.special_tags)
+            return encode_dialog(self._tokenizer, dialog, special_tags=self._config.special_tags, check_length=check)
+        except RequestError:
+            raise
         except InvalidValue as error:
             inside = "" if isinstance(item, str) else error.field.removeprefix("messages")
             raise InvalidValue(place + inside, error.problem) from None

@@ -25,6 +25,16 @@ class Prompt:
         return len(self.dropped)
 
 
+def check_length(least: int, *, place: str, config: HandlerConfig) -> None:
+    """Refuse a prompt of `least` tokens or more, where one of `least` is refused: before it costs being tokenized.
+
+    Raises:
+        RequestError: as `fit`.
+    """
+    if config.truncation == "error" and least > config.max_input_tokens:
+        raise _too_long(place, f"at least {least}", config)
+
+
 def fit(
     ids: Sequence[int], *, place: str, config: HandlerConfig, bos_id: int | None, max_new_tokens: int | None
 ) -> Prompt:
@@ -41,14 +51,18 @@ def fit(
     if len(ids) <= limit:
         return Prompt(ids=tuple(ids))
     if config.truncation == "error":
-        raise RequestError(
-            f"{place} has {len(ids)} tokens, but at most {limit} are taken",
-            param=place,
-            code="context_length_exceeded",
-        )
+        raise _too_long(place, str(len(ids)), config)
     max_seq_len = config.engine.max_seq_len
     room = max(max_seq_len - (max_new_tokens or 1), max_seq_len // 2)
     return cut_left(ids, max(min(limit, room), 1), bos_id)
+
+
+def _too_long(place: str, length: str, config: HandlerConfig) -> RequestError:
+    return RequestError(
+        f"{place} has {length} tokens, but at most {config.max_input_tokens} are taken",
+        param=place,
+        code="context_length_exceeded",
+    )
 
 
 def cut_left(ids: Sequence[int], keep: int, bos_id: int | None) -> Prompt:

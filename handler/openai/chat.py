@@ -17,7 +17,7 @@ from handler.openai.inspector import Inspector, inspected
 from handler.openai.logprobs import chat_logprobs
 from handler.openai.messages import AUDIO, FUNCTIONS, Messages, NamedTool, ToolChoice, Tools, typed_tools
 from handler.openai.responses import GenerationFormat
-from llama2.engine.sequence import MAX_LOGPROBS, Output, Request, TokenLogprobs
+from llama2.engine.sequence import MAX_INT, MAX_LOGPROBS, Output, Request, TokenLogprobs
 from llama2.errors import InvalidValue
 from llama2.text.dialog import Tool
 from llama2.text.tools import CallDelta, ToolStream, call_schema
@@ -30,7 +30,7 @@ class ChatBody(GenerationBody):
     """https://platform.openai.com/docs/api-reference/chat/create: what has a meaning here, then what has none."""
 
     messages: Messages
-    max_completion_tokens: Annotated[int, Field(ge=1)] | None = None
+    max_completion_tokens: Annotated[int, Field(ge=1, le=MAX_INT)] | None = None
     logprobs: bool = False
     top_logprobs: Annotated[int, Field(ge=0, le=MAX_LOGPROBS)] | None = None
     tools: Tools = Field(default_factory=list)
@@ -69,7 +69,7 @@ def read(model: Model, raw: Any) -> Format:
             raise InvalidValue(f"tools[{index}].function.strict", "needs a tool_choice that forces a call")
     offered = [] if body.tool_choice == "none" else [*tools.values()]
     messages = [message.typed() for message in body.messages]
-    encoded = model.prompts.chat(messages, offered, special_tags="encode" if body.dry_run else None)
+    encoded = model.prompts.chat(messages, offered, special_tags="encode" if body.dry_run else None, is_cut=body.is_cut)
     generation = model.generation(
         body,
         [encoded],

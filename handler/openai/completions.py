@@ -54,7 +54,7 @@ def read(model: Model, raw: Any) -> Format:
         raise InvalidValue("best_of", "greater than n cannot be streamed: the best are known at the end")
     if body.max_tokens == 0 and sampled > 1:
         raise InvalidValue("best_of" if body.best_of else "n", f"must be 1 with max_tokens=0, got {sampled}")
-    encoded = model.prompts.completion(body.prompt)
+    encoded = model.prompts.completion(body.prompt, is_cut=body.is_cut)
     generation = model.generation(
         body,
         encoded,

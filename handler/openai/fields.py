@@ -13,6 +13,7 @@ from pydantic_core import ErrorDetails, PydanticCustomError
 
 from handler.config import nearest
 from handler.errors import RequestError
+from llama2.engine.sequence import MAX_INT
 from llama2.errors import shown
 
 # What each of pydantic's kinds of error, and of ours, is called by OpenAI.
@@ -46,7 +47,7 @@ _WORDS = {
 }
 _KINDS = {str: "text", int: "id", list: "list", dict: "object"}
 
-TokenId = Annotated[int, Field(ge=0)]
+TokenId = Annotated[int, Field(ge=0, le=MAX_INT)]
 Name = Annotated[str, Field(pattern=r"^[a-zA-Z0-9_-]{1,64}$")]
 
 

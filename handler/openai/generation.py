@@ -19,7 +19,7 @@ from handler.openai.logprobs import TokenNames
 from handler.openai.prompts import Encoded, PromptReader
 from handler.openai.sampling import ConstraintFields, Grammars, SamplingFields
 from handler.prompt import Prompt
-from llama2.engine.sequence import Grammar, SamplingParams
+from llama2.engine.sequence import MAX_INT, Grammar, SamplingParams
 from llama2.errors import InvalidValue
 from llama2.text.tokenizer import Tokenizer
 
@@ -39,14 +39,19 @@ class GenerationBody(SamplingFields, ConstraintFields):
     """The fields of both endpoints, vLLM's last."""
 
     model: str | None = None
-    max_tokens: Annotated[int, Field(ge=0)] | None = None
+    max_tokens: Annotated[int, Field(ge=0, le=MAX_INT)] | None = None
     n: Annotated[int, Field(ge=1, le=MAX_N)] = 1
     user: str | None = None
     stream: bool = False
     stream_options: StreamOptions | None = None
 
-    truncate_prompt_tokens: Annotated[int, Field(ge=-1)] | None = None
+    truncate_prompt_tokens: Annotated[int, Field(ge=-1, le=MAX_INT)] | None = None
     dry_run: bool = False
+
+    @property
+    def is_cut(self) -> bool:
+        """Does it say itself how much of its prompt is to be left?"""
+        return self.truncate_prompt_tokens is not None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -114,15 +114,21 @@ class Inspector:
     def _roles(self, ids: Sequence[int], spans: list[_Span], other: str) -> Iterator[str]:
         data = self._text(ids)
         tags = [_Span(start=match.start(), end=match.end(), role="tag") for match in _TAGS.finditer(data)]
+        special = set(self._tokenizer.special_tokens.values())
+        # Of each kind those that end behind the current token, the next one last: what is passed is dropped.
+        ahead = [spans[::-1], tags[::-1]]
         end = 0
         before: int | None = None
         for token_id in ids:
             start, end = end, end + len(self._bytes(token_id))
-            if token_id in self._tokenizer.special_tokens.values():
+            for kind in ahead:
+                while kind and kind[-1].end <= start:
+                    kind.pop()
+            if token_id in special:
                 yield self._special_role(token_id, before)
             else:
                 # A tag inside a message is the message's; a token across a border belongs to what was said.
-                touched = [span.role for span in (*spans, *tags) if span.start < end and start < span.end]
+                touched = [kind[-1].role for kind in ahead if kind and kind[-1].start < end]
                 yield touched[0] if touched else other
             before = token_id
 
@@ -143,14 +149,22 @@ class Inspector:
 def _locate(text: bytes, messages: Sequence[Message], write: Callable[[Sequence[Message]], bytes]) -> list[_Span]:
     """Where each message stands in `text`; nothing if the template does more with messages than to place them."""
     said = [index for index, message in enumerate(messages) if message.content.strip()]
-    taken = "".join(messages[index].content for index in said)
+    taken = set("".join(messages[index].content for index in said))
     free = (chr(code) for code in _STAND_INS if chr(code) not in taken)
     stand_ins = dict(zip(said, free, strict=False))
     others = [
         dataclasses.replace(message, content=stand_ins.get(index, message.content))
         for index, message in enumerate(messages)
     ]
-    frame = re.split("|".join(stand_ins.values()).encode() or b"(?!)", write(others))
+    written, end = write(others), 0
+    frame: list[bytes] = []
+    for stand_in in map(str.encode, stand_ins.values()):
+        start = written.find(stand_in, end)
+        if start < 0:
+            return []
+        frame.append(written[end:start])
+        end = start + len(stand_in)
+    frame.append(written[end:])
     if len(frame) != len(said) + 1 or not text.startswith(frame[0]):
         return []
     spans: list[_Span] = []

@@ -5,13 +5,14 @@ Knows no sampling and no reply.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import cast
 
 from handler.config import HandlerConfig
 from handler.errors import RequestError
-from handler.prompt import Prompt, cut_left, fit
+from handler.prompt import Prompt, check_length, cut_left, fit
 from llama2.errors import InvalidValue
 from llama2.text.chat import SpecialTags, encode_messages
 from llama2.text.dialog import Message, Tool
@@ -27,50 +28,74 @@ class Encoded:
 
 
 class PromptReader:
-    """Encodes prompts for one model, within the limits of one server."""
+    """Encodes prompts for one model, within the limits of one server.
+
+    `is_cut`: the body itself says how much of its prompt is to be left, so that no length is too long.
+    """
 
     def __init__(self, tokenizer: Tokenizer, config: HandlerConfig) -> None:
         self._tokenizer = tokenizer
         self._config = config
 
-    def completion(self, prompt: str | list[str] | list[int] | list[list[int]]) -> list[Encoded]:
+    def completion(
+        self, prompt: str | list[str] | list[int] | list[list[int]], *, is_cut: bool = False
+    ) -> list[Encoded]:
         """Texts get a BOS where the model was trained with one; ids are taken as they are.
 
         Raises:
             InvalidValue: there is no prompt.
-            RequestError: a text is not valid Unicode.
+            RequestError: a text is not valid Unicode, or too long whatever its tokens are.
         """
         if not prompt and isinstance(prompt, list):
             raise InvalidValue("prompt", "must not be empty")
         if isinstance(prompt, str):
-            return [self.text(prompt, "prompt")]
+            return [self.text(prompt, "prompt", is_cut=is_cut)]
         if isinstance(prompt[0], int):
             return [Encoded(ids=prompt, place="prompt")]
         return [
-            self.text(item, place) if isinstance(item, str) else Encoded(ids=cast("list[int]", item), place=place)
+            self.text(item, place, is_cut=is_cut)
+            if isinstance(item, str)
+            else Encoded(ids=cast("list[int]", item), place=place)
             for place, item in ((f"prompt[{index}]", item) for index, item in enumerate(prompt))
         ]
 
-    def text(self, text: str, place: str, *, with_bos: bool = True) -> Encoded:
+    def text(self, text: str, place: str, *, with_bos: bool = True, is_cut: bool = False) -> Encoded:
         try:
+            if not is_cut:
+                check_length(self._tokenizer.fewest_tokens(text), place=place, config=self._config)
             ids = self._tokenizer.encode_prompt(text) if with_bos else self._tokenizer.encode(text)
+        except RequestError:
+            raise
         except ValueError as error:
             raise RequestError(f"{place}: {error}", param=place, code="invalid_value") from None
         return Encoded(ids=ids, place=place)
 
     def chat(
-        self, messages: Sequence[Message], tools: Sequence[Tool] = (), *, special_tags: SpecialTags | None = None
+        self,
+        messages: Sequence[Message],
+        tools: Sequence[Tool] = (),
+        *,
+        special_tags: SpecialTags | None = None,
+        is_cut: bool = False,
     ) -> Encoded:
         """The prompt that the assistant answers next. `special_tags` None: what the server says of them.
 
         Raises:
             InvalidValue: a tool is wrong.
-            RequestError: the model's chat format has no place for such a dialog (422).
+            RequestError: the model's chat format has no place for such a dialog (422), or it is too long whatever its
+                tokens are.
         """
+        check = functools.partial(check_length, place="messages", config=self._config)
         try:
             ids = encode_messages(
-                self._tokenizer, messages, tools=tools, special_tags=special_tags or self._config.special_tags
+                self._tokenizer,
+                messages,
+                tools=tools,
+                special_tags=special_tags or self._config.special_tags,
+                check_length=None if is_cut else check,
             )
+        except RequestError:
+            raise
         except ValueError as error:
             if not isinstance(error, InvalidValue):
                 error = InvalidValue("messages", f"cannot be written: {error}")

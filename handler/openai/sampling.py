@@ -14,16 +14,8 @@ from pydantic_core import PydanticCustomError
 
 from handler.errors import RequestError
 from handler.openai.fields import Body, Name, TokenId, by_kind, only
-from llama2.engine.sequence import Grammar, SamplingParams
+from llama2.engine.sequence import MAX_INT, Grammar, SamplingParams
 from llama2.errors import InvalidValue
-
-MAX_STOPS = 64  # each is looked for at every character
-
-
-def _no_empty_text(stop: str | list[str]) -> str | list[str]:
-    if "" in ([stop] if isinstance(stop, str) else stop):
-        raise PydanticCustomError("value", "must not hold an empty string")
-    return stop
 
 
 def _ids_as_keys(biases: dict[str, float]) -> dict[str, float]:
@@ -35,9 +27,7 @@ def _ids_as_keys(biases: dict[str, float]) -> dict[str, float]:
 
 Penalty = Annotated[float, Field(ge=-2, le=2)]
 Stops = Annotated[
-    Annotated[str, Tag("text")] | Annotated[list[str], Field(max_length=MAX_STOPS), Tag("texts")],
-    by_kind("a string or a list of strings"),
-    AfterValidator(_no_empty_text),
+    Annotated[str, Tag("text")] | Annotated[list[str], Tag("texts")], by_kind("a string or a list of strings")
 ]
 Biases = Annotated[dict[str, Annotated[float, Field(ge=-100, le=100)]], AfterValidator(_ids_as_keys)]
 
@@ -53,7 +43,7 @@ class SamplingFields(Body):
     presence_penalty: Penalty = 0.0
     frequency_penalty: Penalty = 0.0
 
-    top_k: Annotated[int, Field(ge=-1)] = 0
+    top_k: Annotated[int, Field(ge=-1, le=MAX_INT)] = 0
     min_p: Annotated[float, Field(ge=0, le=1)] = 0.0
     repetition_penalty: Annotated[float, Field(gt=0, le=100)] = 1.0
     ignore_eos: bool = False

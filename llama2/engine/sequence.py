@@ -20,6 +20,9 @@ from llama2.errors import InvalidValue, shown
 FinishReason = Literal["stop", "length", "abort", "error"]
 
 MAX_LOGPROBS = 20
+MAX_INT = 2**31 - 1
+MAX_STOPS = 64  # each is looked for at every character
+MAX_STOP_LENGTH = 1000
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -62,8 +65,11 @@ class SamplingParams:
         _check_number("frequency_penalty", self.frequency_penalty, low=-2.0, high=2.0)
         if self.seed is not None:
             _check_int("seed", self.seed, low=-(2**63), high=2**63 - 1)
-        if not isinstance(self.stop, tuple) or not all(isinstance(text, str) and text for text in self.stop):
-            raise InvalidValue("stop", f"must be a tuple of non-empty strings, got {shown(self.stop)}")
+        if not isinstance(self.stop, tuple) or len(self.stop) > MAX_STOPS or not all(map(_is_stop, self.stop)):
+            raise InvalidValue(
+                "stop",
+                f"must be at most {MAX_STOPS} strings of 1 to {MAX_STOP_LENGTH} characters, got {shown(self.stop)}",
+            )
         if not isinstance(self.stop_token_ids, tuple):
             raise InvalidValue("stop_token_ids", f"must be a tuple of token ids, got {shown(self.stop_token_ids)}")
         for token_id in self.stop_token_ids:
@@ -79,10 +85,13 @@ class SamplingParams:
             _check_number("logit_bias", bias, low=-100.0, high=100.0)
 
 
-def _check_int(name: str, value: Any, *, low: int, high: int | None = None) -> None:
-    allowed = f"an integer of at least {low}" if high is None else f"an integer from {low} to {high}"
-    if not isinstance(value, int) or isinstance(value, bool) or value < low or (high is not None and value > high):
-        raise InvalidValue(name, f"must be {allowed}, got {shown(value)}")
+def _is_stop(text: Any) -> bool:
+    return isinstance(text, str) and 1 <= len(text) <= MAX_STOP_LENGTH
+
+
+def _check_int(name: str, value: Any, *, low: int, high: int = MAX_INT) -> None:
+    if not isinstance(value, int) or isinstance(value, bool) or not low <= value <= high:
+        raise InvalidValue(name, f"must be an integer from {low} to {high}, got {shown(value)}")
 
 
 def _check_number(name: str, value: Any, *, low: float, high: float, open_low: bool = False) -> None:

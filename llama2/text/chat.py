@@ -34,14 +34,19 @@ _STRUCTURE = {
 
 
 def encode_dialog(
-    tokenizer: Tokenizer, dialog: Sequence[Mapping[str, Any]], *, special_tags: SpecialTags = "reject"
+    tokenizer: Tokenizer,
+    dialog: Sequence[Mapping[str, Any]],
+    *,
+    special_tags: SpecialTags = "reject",
+    check_length: Callable[[int], None] | None = None,
 ) -> list[int]:
     """`encode_messages` of objects with a `role` and a `content`, and nothing else.
 
     Raises:
         ValueError: as there; an object has other fields.
     """
-    return encode_messages(tokenizer, read_messages(dialog), special_tags=special_tags)
+    messages = read_messages(dialog)
+    return encode_messages(tokenizer, messages, special_tags=special_tags, check_length=check_length)
 
 
 def encode_messages(
@@ -50,12 +55,14 @@ def encode_messages(
     *,
     tools: Sequence[Tool] = (),
     special_tags: SpecialTags = "reject",
+    check_length: Callable[[int], None] | None = None,
 ) -> list[int]:
     """The ids of a prompt that the assistant answers next.
 
     A message that spells one of the model's control tokens is refused, or with `special_tags="encode"` the spelling is
     encoded character by character: the same text, in ids that the model was never taught to obey. Tools, and calls of
-    them, are written as the model's template does, or as `tool_prompt` does.
+    them, are written as the model's template does, or as `tool_prompt` does. `check_length` is called before that
+    is tokenized, with a number that the ids will not be fewer than; what it raises is raised.
 
     Raises:
         InvalidValue: a message is out of order or spells a control token.
@@ -65,14 +72,21 @@ def encode_messages(
         raise InvalidValue("special_tags", f"must be 'reject' or 'encode', got {shown(special_tags)}")
     check_order(messages)
     try:
-        return _encode(tokenizer, messages, tools, special_tags)
+        runs, tag_of = _write(tokenizer, messages, tools, special_tags)
     except RecursionError:
         raise InvalidValue("tools", "or the arguments of a call are nested too deep") from None
+    if check_length is not None:
+        check_length(sum(1 if isinstance(run, int) else tokenizer.fewest_tokens(run) for run in runs))
+    ids: list[int] = []
+    for run in runs:
+        ids += [run] if isinstance(run, int) else _encode_run(tokenizer, run, tag_of, after_special=bool(ids))
+    return ids
 
 
-def _encode(
+def _write(
     tokenizer: Tokenizer, messages: Sequence[Message], tools: Sequence[Tool], special_tags: SpecialTags
-) -> list[int]:
+) -> tuple[list[str | int], dict[str, str]]:
+    """The text of the prompt between its control tokens, and the tag that each mask in it stands for."""
     turns, offered = [message.as_json() for message in messages], [tool.as_json() for tool in tools]
     has_tools = bool(tools) or any(message.calls for message in messages)
     as_text = has_tools and not _template_takes_tools(tokenizer)
@@ -89,11 +103,7 @@ def _encode(
         runs = _llama2_runs(tokenizer, turns)
     else:
         runs = _template_runs(tokenizer, turns, offered)
-    tag_of = {mask: tag for tag, mask in masks.items()}
-    ids: list[int] = []
-    for run in runs:
-        ids += [run] if isinstance(run, int) else _encode_run(tokenizer, run, tag_of, after_special=bool(ids))
-    return ids
+    return runs, {mask: tag for tag, mask in masks.items()}
 
 
 def _tags(tokenizer: Tokenizer, *, as_text: bool) -> list[str]:

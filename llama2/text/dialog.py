@@ -85,7 +85,7 @@ def check_order(messages: Sequence[Message]) -> None:
         raise InvalidValue("messages", "must hold at least one message")
     after = {"system": ["user"], "user": ["assistant"], "assistant": ["user"], "tool": ["assistant"]}
     expected = ["system", "user"]
-    unanswered: list[str] = []
+    unanswered: dict[str, None] = {}
     for index, message in enumerate(messages):
         if message.role not in expected:
             allowed = " or ".join(map(repr, expected))
@@ -93,13 +93,14 @@ def check_order(messages: Sequence[Message]) -> None:
         if message.role == "tool":
             if message.tool_call_id not in unanswered:
                 raise InvalidValue(
-                    f"messages[{index}].tool_call_id", f"must be one of {unanswered}, got {message.tool_call_id!r}"
+                    f"messages[{index}].tool_call_id",
+                    f"must be one of {shown([*unanswered])}, got {message.tool_call_id!r}",
                 )
-            unanswered.remove(message.tool_call_id)
-        unanswered += [call.id for call in message.calls]
+            del unanswered[message.tool_call_id]
+        unanswered |= dict.fromkeys(call.id for call in message.calls)
         expected = ["tool"] if unanswered else after[message.role]
     last = f"messages[{len(messages) - 1}]"
     if unanswered:
-        raise InvalidValue(last, f"must be followed by the answers to the tool calls {unanswered}")
+        raise InvalidValue(last, f"must be followed by the answers to the tool calls {shown([*unanswered])}")
     if messages[-1].role not in ("user", "tool"):
         raise InvalidValue(f"{last}.role", f"must be 'user' in the last message, got {messages[-1].role!r}")

@@ -94,6 +94,10 @@ class Tokenizer(ABC):
     @abstractmethod
     def _encode(self, text: str, after_special: bool) -> list[int]: ...
 
+    def _kept(self, text: str) -> bytes:
+        """What is left of `text` for tokens to write, or less."""
+        return text.encode()
+
     @abstractmethod
     def text_decoder(self) -> codecs.IncrementalDecoder:
         """A fresh UTF-8 decoder that shows broken bytes as this kind of tokenizer does."""
@@ -104,11 +108,17 @@ class Tokenizer(ABC):
         Raises:
             ValueError: the text is not valid Unicode (JSON can carry a lone surrogate).
         """
-        try:
-            text.encode()
-        except UnicodeEncodeError as error:
-            raise ValueError(f"text is not valid Unicode: lone surrogate at character {error.start}") from None
+        _check_unicode(text)
         return self._encode(text, after_special)
+
+    def fewest_tokens(self, text: str) -> int:
+        """What `len(encode(text))` is at least: as if every token were the longest, found in a fraction of the time.
+
+        Raises:
+            ValueError: as `encode`.
+        """
+        _check_unicode(text)
+        return -(-len(self._kept(text).translate(None, self._unknown_bytes)) // self._longest)
 
     def encode_prompt(self, text: str) -> list[int]:
         """`encode`, after BOS where the model was trained with one."""
@@ -157,6 +167,15 @@ class Tokenizer(ABC):
     def _special_regex(self, piece: str) -> str:
         """Matches the special token, with its spelling in one group."""
         return f"({re.escape(piece)})"
+
+    @cached_property
+    def _longest(self) -> int:
+        return max(map(len, self._pieces))
+
+    @cached_property
+    def _unknown_bytes(self) -> bytes:
+        """Those without an id of their own, which may be left out or joined."""
+        return bytes(byte for byte in range(256) if bytes([byte]) not in self._single_ids)
 
     @cached_property
     def _single_ids(self) -> dict[bytes, int]:
@@ -218,6 +237,9 @@ class SentencePieceTokenizer(Tokenizer):
     def _encode(self, text: str, after_special: bool) -> list[int]:
         return self._model.encode(text)
 
+    def _kept(self, text: str) -> bytes:
+        return self._model.normalize(text).replace(WORD_START, " ").encode()
+
     def text_decoder(self) -> codecs.IncrementalDecoder:
         return _EachByteDecoder()
 
@@ -229,6 +251,7 @@ class BpeTokenizer(Tokenizer):
         definition = BpeDefinition.read(path)
         self._byte_level = definition.byte_level
         self._tokenizer = definition.build()
+        self._keeps_text = definition.keeps_text
         self._inner = definition.build(mark_first_word=False) if definition.marks_first_word_only else self._tokenizer
         vocabulary = self._tokenizer.get_vocab(with_added_tokens=True)
         self._added = {token.content: token for token in self._tokenizer.get_added_tokens_decoder().values()}
@@ -260,6 +283,9 @@ class BpeTokenizer(Tokenizer):
         tokenizer = self._inner if after_special else self._tokenizer
         return tokenizer.encode_batch_fast([text], add_special_tokens=False)[0].ids
 
+    def _kept(self, text: str) -> bytes:
+        return text.encode() if self._keeps_text else b""
+
     def _special_regex(self, piece: str) -> str:
         # Some special tokens swallow the white space beside them.
         token = self._added[piece]
@@ -267,6 +293,13 @@ class BpeTokenizer(Tokenizer):
 
     def text_decoder(self) -> codecs.IncrementalDecoder:
         return codecs.getincrementaldecoder("utf-8")("replace") if self._byte_level else _EachByteDecoder()
+
+
+def _check_unicode(text: str) -> None:
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise ValueError(f"text is not valid Unicode: lone surrogate at character {error.start}") from None
 
 
 def _is_single(piece: bytes) -> bool:

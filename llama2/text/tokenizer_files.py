@@ -22,6 +22,9 @@ TEMPLATE_FILE = "chat_template.jinja"
 WORD_START = "▁"
 _BYTE_PIECE = re.compile(r"<0x([0-9A-F]{2})>")
 _WORD_DECODERS = {"Replace", "ByteFallback", "Fuse", "Strip"}
+# Steps before the merges that add to a text at most, or write one character as another.
+_KEEPING_STEPS = {"Prepend", "ByteLevel", "Digits", "Metaspace", "Punctuation", "Split"}
+_MARK_SPACES = {"type": "Replace", "pattern": {"String": " "}, "content": WORD_START}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -65,6 +68,24 @@ class BpeDefinition:
     def marks_first_word_only(self) -> bool:
         """Is a word start added to a text, but not after a special token?"""
         return (self.content.get("pre_tokenizer") or {}).get("prepend_scheme") == "first"
+
+    @property
+    def keeps_text(self) -> bool:
+        """Do all characters of a text come to the merges, none left out and no two as one?"""
+        stages = [self.content.get(name) or {"type": "Sequence"} for name in ("normalizer", "pre_tokenizer")]
+        steps = [
+            step
+            for stage in stages
+            for step in (
+                stage.get("normalizers", stage.get("pretokenizers", ())) if stage["type"] == "Sequence" else [stage]
+            )
+        ]
+        kept = all(
+            step == _MARK_SPACES or (step["type"] in _KEEPING_STEPS and step.get("behavior") != "Removed")
+            for step in steps
+        )
+        strips = any(token.get("lstrip") or token.get("rstrip") for token in self.content["added_tokens"])
+        return kept and not strips
 
     def build(self, *, mark_first_word: bool = True) -> tokenizers.Tokenizer:
         """A tokenizer that reads special tokens inside a text as plain text, and neither truncates nor pads."""

@@ -22,6 +22,7 @@ Knows no tokenizer: it turns messages into messages.
 
 from __future__ import annotations
 
+import itertools
 import json
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -34,25 +35,24 @@ TAGS = (CALL_TAG, END_CALL_TAG, RESPONSE_TAG, END_RESPONSE_TAG)
 def as_text(messages: Sequence[Mapping[str, Any]], tools: Sequence[Mapping[str, Any]]) -> list[dict[str, str]]:
     """`messages` without tools, calls and tool turns: nothing but system, user, assistant, user, ..."""
     plain: list[dict[str, str]] = []
-    for message in messages:
-        if message["role"] != "tool":
-            calls = [
-                _tagged(CALL_TAG, _as_json(call["function"]), END_CALL_TAG) for call in message.get("tool_calls", ())
-            ]
-            texts = [message["content"]] if message["content"] or not calls else []
-            plain.append({"role": message["role"], "content": "\n".join([*texts, *calls])})
-            continue
-        response = _tagged(RESPONSE_TAG, message["content"], END_RESPONSE_TAG)
-        if plain[-1]["role"] == "user":  # another tool's, of the same turn
-            plain[-1]["content"] += f"\n{response}"
+    for is_tool, group in itertools.groupby(messages, lambda message: message["role"] == "tool"):
+        if is_tool:  # all that answer in one turn
+            responses = [_tagged(RESPONSE_TAG, message["content"], END_RESPONSE_TAG) for message in group]
+            plain.append({"role": "user", "content": "\n".join(responses)})
         else:
-            plain.append({"role": "user", "content": response})
+            plain += [{"role": message["role"], "content": _with_calls(message)} for message in group]
     if tools:
         if plain[0]["role"] != "system":
             plain.insert(0, {"role": "system", "content": ""})
         own = plain[0]["content"]
         plain[0]["content"] = f"{own}\n\n{_offer(tools)}" if own.strip() else _offer(tools)
     return plain
+
+
+def _with_calls(message: Mapping[str, Any]) -> str:
+    calls = [_tagged(CALL_TAG, _as_json(call["function"]), END_CALL_TAG) for call in message.get("tool_calls", ())]
+    texts = [message["content"]] if message["content"] or not calls else []
+    return "\n".join([*texts, *calls])
 
 
 def _offer(tools: Sequence[Mapping[str, Any]]) -> str:

@@ -139,7 +139,7 @@ def test_logprobs_come_one_per_token_with_their_text(api: NativeApi, tokenizer: 
 
 def test_a_prompt_of_the_longest_length_is_taken_and_one_token_more_is_refused(api: NativeApi) -> None:
     assert api.read({"prompt": "a" * 39}).prompts[0].truncated == 0
-    with pytest.raises(RequestError, match=r"prompt\[1\] has 40 tokens, but at most 39 are taken"):
+    with pytest.raises(RequestError, match=r"prompt\[1\] has at least 40 tokens, but at most 39 are taken"):
         api.read({"prompt": ["a", "a" * 40]})
 
 
@@ -198,7 +198,7 @@ SAID = {"role": "user", "content": "Hi"}
         ({"prompt": "a", "mode": "talk"}, "mode", "mode must be 'text_completion' or 'chat', got 'talk'"),
         ({"prompt": "a", "mode": ["chat"]}, "mode", "mode must be"),
         ({"prompt": "a", "stream": "yes"}, "stream", "stream must be true or false, got 'yes'"),
-        ({"prompt": "a", "max_new_tokens": 0}, "max_new_tokens", "at least 1, got 0"),
+        ({"prompt": "a", "max_new_tokens": 0}, "max_new_tokens", "from 1 to 2147483647, got 0"),
         ({"prompt": "a", "max_new_tokens": True}, "max_new_tokens", "got True"),
         ({"prompt": "a", "temperature": -1}, "temperature", "got -1"),
         ({"prompt": "a", "temperature": float("nan")}, "temperature", "got nan"),
@@ -206,6 +206,8 @@ SAID = {"role": "user", "content": "Hi"}
         ({"prompt": "a", "top_p": "x"}, "top_p", "top_p must be a number"),
         ({"prompt": "a", "stop": 5}, "stop", "stop must be a string or a list of strings, got 5"),
         ({"prompt": "a", "stop": [""]}, "stop", "stop must be"),
+        ({"prompt": "a", "stop": ["x"] * 65}, "stop", "stop must be at most 64 strings of 1 to 1000 characters"),
+        ({"prompt": "a", "stop": "x" * 1001}, "stop", "stop must be at most 64 strings of 1 to 1000 characters"),
         ({"prompt": "a", "stop_token_ids": 5}, "stop_token_ids", "must be a list of token ids, got 5"),
         ({"prompt": "a", "logprobs": 21}, "logprobs", "from 0 to 20, got 21"),
     ],
@@ -215,3 +217,35 @@ def test_a_mistake_is_named_by_its_field(api: NativeApi, body: Any, param: str, 
         api.read(body)
     assert message in str(caught.value)
     assert caught.value.field == param
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        {"prompt": "a" * 5_000_000},
+        {"prompt": ["a", "word " * 1_000_000]},
+        {"prompt": "a" * 5_000_000, "mode": "chat"},
+        {"dialog": [{"role": "user", "content": "a" * 5_000_000}]},
+    ],
+    ids=["text", "list", "message", "dialog"],
+)
+def test_a_text_that_is_too_long_is_not_tokenized(
+    api: NativeApi, tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch, body: Any
+) -> None:
+    encoded: list[str] = []
+    encode = type(tokenizer).encode
+
+    def count(self: Tokenizer, text: str, **others: Any) -> list[int]:
+        encoded.append(text)
+        return encode(self, text, **others)
+
+    monkeypatch.setattr(type(tokenizer), "encode", count)
+    with pytest.raises(RequestError, match=r"has at least \d+ tokens, but at most 39 are taken") as caught:
+        api.read(body)
+    assert caught.value.code == "context_length_exceeded"
+    assert sum(map(len, encoded)) < 100
+
+
+def test_a_long_text_that_will_be_cut_is_taken(tmp_path: Path, tokenizer: Tokenizer) -> None:
+    api = NativeApi(tokenizer, config(tmp_path, max_seq_len=40, truncation="left"))
+    assert api.read({"prompt": "a" * 10_000}).prompts[0].truncated > 9_900

@@ -23,7 +23,7 @@ SENTENCES = (
 )
 
 
-def tiny_sentencepiece(folder: Path, vocab_size: int = 512) -> Path:
+def tiny_sentencepiece(folder: Path, vocab_size: int = 512, *, remove_extra_whitespaces: bool = False) -> Path:
     """Train `folder/tokenizer.model` with Llama 2's settings.
 
     BPE, byte pieces, identity normalization, ids 0 1 2 for <unk> <s> </s>, no padding. These sentences carry a
@@ -39,7 +39,7 @@ def tiny_sentencepiece(folder: Path, vocab_size: int = 512) -> Path:
         byte_fallback=True,
         split_digits=True,
         add_dummy_prefix=True,
-        remove_extra_whitespaces=False,
+        remove_extra_whitespaces=remove_extra_whitespaces,
         allow_whitespace_only_pieces=True,
         normalization_rule_name="identity",
         unk_id=0,

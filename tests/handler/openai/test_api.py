@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import json
+import re
 import time
+from pathlib import Path
 from typing import Any
 
 import pytest
 
 from handler.errors import RequestError
 from handler.openai import api
-from tests.handler.openai.support import SAID, USER, Server
+from tests.handler.openai.support import SAID, USER, Server, make_server
 
 
 @pytest.mark.parametrize("prefix", ["v1/", ""])
@@ -52,6 +54,47 @@ def test_tokenize_of_messages_is_the_prompt_of_a_chat_with_its_inspection(server
     assert reply["count"] == len(reply["tokens"])
     assert reply["inspection"]["ids"] == reply["tokens"]
     assert server.get("detokenize", tokens=reply["tokens"]) == {"prompt": SAID}
+
+
+def turns(number: int) -> list[dict[str, str]]:
+    return [{"role": ("user", "assistant")[index % 2], "content": f"<{index}>"} for index in range(number)]
+
+
+def test_tokenize_takes_time_in_proportion_to_the_number_of_messages(tmp_path: Path) -> None:
+    """A quadratic share would be 20 s here."""
+    server = make_server(tmp_path, truncation="left")
+    server.get("v1/tokenize", messages=[USER])  # imports
+    start = time.process_time()
+    tokens = server.get("v1/tokenize", messages=turns(8999))["inspection"]["tokens"]
+    assert time.process_time() - start < 5
+    said = [token["text"] for token in tokens if token["role"] in ("user", "assistant")]
+    assert "".join(said) == "".join(f"<{index}>" for index in range(8999))
+
+
+@pytest.mark.parametrize(
+    ("path", "body"),
+    [
+        ("v1/tokenize", {"prompt": "a" * 5_000_000}),
+        ("v1/tokenize", {"messages": [{"role": "user", "content": "a" * 5_000_000}]}),
+        ("v1/completions", {"prompt": ["word " * 1_000_000]}),
+        ("v1/chat/completions", {"messages": [{"role": "user", "content": "a" * 5_000_000}]}),
+    ],
+)
+def test_a_text_that_is_too_long_is_refused_before_it_is_tokenized(
+    server: Server, monkeypatch: pytest.MonkeyPatch, path: str, body: Any
+) -> None:
+    monkeypatch.delattr(type(server.tokenizer), "_encode")
+    status, param, message = server.refused(path, **body)
+    assert (status, str(param).partition("[")[0] in body) == (400, True)
+    assert re.search(r"has at least 50000\d\d tokens, but at most 99 are taken$", message)
+
+
+def test_a_text_that_the_body_cuts_may_be_of_any_length(server: Server) -> None:
+    long = "a" * 10_000
+    request = server.request("v1/completions", prompt=long, truncate_prompt_tokens=5)
+    assert len(request.prompt_ids) == 5
+    request = server.request("v1/chat/completions", messages=[USER | {"content": long}], truncate_prompt_tokens=5)
+    assert len(request.prompt_ids) == 5
 
 
 @pytest.mark.parametrize(

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from tests.handler.openai.support import LOGPROB, FakeGrammar, Server, make_server, usage
+from tests.handler.openai.support import LOGPROB, USER, FakeGrammar, Server, make_server, usage
 
 PATH = "v1/completions"
 
@@ -252,7 +252,7 @@ def test_a_user_is_named_in_the_log(server: Server, caplog: pytest.LogCaptureFix
         ({"prompt": "a", "max_tokens": -1}, 400, "max_tokens", "must be at least 0, got -1"),
         ({"prompt": "a", "max_tokens": "5"}, 400, "max_tokens", "must be an integer, got '5'"),
         ({"prompt": "a" * 90, "max_tokens": 11}, 400, "prompt", "maximum context length is 100 tokens, but 101"),
-        ({"prompt": "a" * 100}, 400, "prompt", "has 100 tokens, but at most 99 are taken"),
+        ({"prompt": "a" * 100}, 400, "prompt", "has at least 100 tokens, but at most 99 are taken"),
         ({"prompt": "a", "temperature": 2.1}, 400, "temperature", "must be at most 2.0"),
         ({"prompt": "a", "temperature": float("nan")}, 400, "temperature", "must be a finite number"),
         ({"prompt": "a", "top_p": -0.1}, 400, "top_p", "must be at least 0.0"),
@@ -263,8 +263,8 @@ def test_a_user_is_named_in_the_log(server: Server, caplog: pytest.LogCaptureFix
         ({"prompt": "a", "best_of": 2, "stream": True}, 400, "best_of", "cannot be streamed"),
         ({"prompt": "a", "n": 2, "max_tokens": 0}, 400, "n", "must be 1 with max_tokens=0, got 2"),
         ({"prompt": ["a"] * 300, "n": 4}, 400, "prompt", "asks for 1200 replies"),
-        ({"prompt": "a", "stop": [""]}, 400, "stop", "must not hold an empty string"),
-        ({"prompt": "a", "stop": ["x"] * 65}, 400, "stop", "must have at most 64 items"),
+        ({"prompt": "a", "stop": [""]}, 400, "stop", "must be at most 64 strings of 1 to 1000 characters"),
+        ({"prompt": "a", "stop": ["x"] * 65}, 400, "stop", "must be at most 64 strings"),
         ({"prompt": "a", "stop": ["x", 5]}, 400, "stop[1]", "must be a string, got 5"),
         ({"prompt": "a", "seed": 2**63}, 400, "seed", "must be less than"),
         ({"prompt": "a", "logprobs": 21}, 400, "logprobs", "must be at most 20"),
@@ -314,3 +314,17 @@ def test_a_mistake_is_refused_and_named(
     refused = server.refused(PATH, **body)
     assert refused[:2] == (status, param)
     assert message in refused[2]
+
+
+@pytest.mark.parametrize("path", ["v1/completions", "v1/chat/completions"])
+@pytest.mark.parametrize("value", [10**400, -(10**400), 1e308, float("inf"), float("nan")])
+def test_a_number_that_no_field_can_hold_is_refused_by_its_field(server: Server, path: str, value: float) -> None:
+    prompt = {"prompt": "a"} if path == "v1/completions" else {"messages": [USER]}
+    named = {"temperature", "top_p", "top_k", "min_p", "repetition_penalty", "presence_penalty", "frequency_penalty"}
+    named |= {"seed", "n", "max_tokens", "truncate_prompt_tokens", "logprobs"}
+    for name in named:
+        status, param, message = server.refused(path, **prompt, **{name: value})
+        assert (status, param, message.startswith(f"{name} must be")) == (400, name, True)
+    for name, inside in (("logit_bias", {"1": value}), ("stop_token_ids", [value]), ("stop", value)):
+        status, param, _ = server.refused(path, **prompt, **{name: inside})
+        assert (status, str(param).startswith(name)) == (400, True)

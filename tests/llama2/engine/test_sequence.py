@@ -4,7 +4,16 @@ from typing import Any
 
 import pytest
 
-from llama2.engine.sequence import MAX_LOGPROBS, Request, SamplingParams, Sequence, Status
+from llama2.engine.sequence import (
+    MAX_INT,
+    MAX_LOGPROBS,
+    MAX_STOP_LENGTH,
+    MAX_STOPS,
+    Request,
+    SamplingParams,
+    Sequence,
+    Status,
+)
 from llama2.errors import InvalidValue
 
 LEGAL: list[dict[str, Any]] = [
@@ -34,21 +43,25 @@ LEGAL: list[dict[str, Any]] = [
 ]
 
 ILLEGAL: list[tuple[str, list[Any], str]] = [
-    ("max_new_tokens", [0, -1, 1.0, "5", True], "an integer of at least 1"),
+    ("max_new_tokens", [0, -1, 1.0, "5", True, MAX_INT + 1], f"an integer from 1 to {MAX_INT}"),
     ("temperature", [-0.1, 100.5, math.nan, math.inf, "1", None, True], "a number in [0, 100]"),
     ("top_p", [0, 0.0, -0.5, 1.01, math.nan, "x", None, True], "a number in (0, 1]"),
-    ("top_k", [-1, 1.5, None, "3", False], "an integer of at least 0"),
+    ("top_k", [-1, 1.5, None, "3", False], f"an integer from 0 to {MAX_INT}"),
     ("min_p", [-0.1, 1.1, math.nan, None], "a number in [0, 1]"),
     ("repetition_penalty", [0, -1.0, 101, math.inf, None], "a number in (0, 100]"),
     ("presence_penalty", [-2.1, 2.1, math.nan, None], "a number in [-2, 2]"),
     ("frequency_penalty", [-2.1, 2.1, "0", None], "a number in [-2, 2]"),
     ("seed", [2**63, -(2**63) - 1, 1.5, "1", True], f"an integer from {-(2**63)} to {2**63 - 1}"),
-    ("stop", ["ab", ["a"], ("a", ""), (1,), None], "a tuple of non-empty strings"),
+    ("stop", ["ab", ["a"], ("a", ""), (1,), None], "at most 64 strings of 1 to 1000 characters"),
     ("stop_token_ids", [[1], None, 5], "a tuple of token ids"),
-    ("stop_token_ids", [(-1,), ("1",), (1.0,)], "an integer of at least 0"),
+    ("stop_token_ids", [(-1,), ("1",), (1.0,)], f"an integer from 0 to {MAX_INT}"),
     ("ignore_eos", [1, "true", None], "true or false"),
     ("logprobs", [-1, MAX_LOGPROBS + 1, True, 1.0], f"an integer from 0 to {MAX_LOGPROBS}"),
 ]
+
+
+NUMBERS = ["max_new_tokens", "temperature", "top_p", "top_k", "min_p", "repetition_penalty", "presence_penalty"]
+NUMBERS += ["frequency_penalty", "seed", "logprobs"]
 
 
 @pytest.mark.parametrize("fields", LEGAL, ids=str)
@@ -69,6 +82,21 @@ def test_what_is_out_of_range_is_refused_with_its_field_value_and_range(name: st
     assert message.startswith(f"{name} must be {allowed}")
     culprit = value[0] if isinstance(value, tuple) and name == "stop_token_ids" else value
     assert message.endswith(f"got {culprit!r}")
+
+
+def test_stop_strings_are_limited_in_number_and_in_length() -> None:
+    SamplingParams(stop=("x" * MAX_STOP_LENGTH,) * MAX_STOPS)
+    for stop in (("x",) * (MAX_STOPS + 1), ("x" * (MAX_STOP_LENGTH + 1),)):
+        with pytest.raises(InvalidValue, match=r"^stop must be at most 64 strings of 1 to 1000 characters"):
+            SamplingParams(stop=stop)
+
+
+@pytest.mark.parametrize("name", NUMBERS)
+@pytest.mark.parametrize("value", [10**400, -(10**400), 1e308])
+def test_a_number_too_large_for_a_float_is_a_users_mistake(name: str, value: Any) -> None:
+    with pytest.raises(InvalidValue) as caught:
+        SamplingParams(**{name: value})
+    assert caught.value.field == name
 
 
 def test_params_and_requests_are_immutable_and_compare_by_value() -> None:
