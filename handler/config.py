@@ -17,10 +17,11 @@ from typing import Any, Literal, get_args
 from llama2.config import MODEL_ARGS_FILE, EngineConfig
 from llama2.engine.sequence import SamplingParams
 from llama2.errors import InvalidValue
+from llama2.text.chat import SpecialTags
+from llama2.text.dialog import DialogTurns
 
 Mode = Literal["text_completion", "chat"]
 Truncation = Literal["error", "left"]
-SpecialTags = Literal["reject", "encode"]
 Dtype = Literal["bfloat16", "float16", "float32"]
 
 PATH_KEYS = ("converted_ckpt_dir", "tokenizer_path", "model_args_path")
@@ -29,6 +30,7 @@ _CHOICES = {
     "mode": get_args(Mode),
     "truncation": get_args(Truncation),
     "special_tags": get_args(SpecialTags),
+    "dialog_turns": get_args(DialogTurns),
     "dtype": (None, *get_args(Dtype)),
 }
 _ENGINE_KEYS = {field.metadata.get("key", field.name): field.name for field in dataclasses.fields(EngineConfig)}
@@ -56,6 +58,7 @@ class HandlerConfig:
     max_input_tokens: int
     truncation: Truncation
     special_tags: SpecialTags
+    dialog_turns: DialogTurns
     engine: EngineConfig
     sampling: SamplingParams
     degree: int

@@ -25,9 +25,9 @@ class RequestError(ValueError):
         self.code = code
 
     @classmethod
-    def of(cls, error: InvalidValue, *, status: int = 400, code: str | None = None) -> RequestError:
+    def of(cls, error: InvalidValue, *, code: str | None = None) -> RequestError:
         """A refusal for what a check below the server has found."""
-        return cls(str(error), param=error.field, status=status, code=code)
+        return cls(str(error), param=error.field, code=code)
 
     def as_json(self) -> str:
         kind = "server_error" if self.status >= 500 else _KINDS.get(self.status, "invalid_request_error")

@@ -164,7 +164,13 @@ class NativeApi:
                 check(self._tokenizer.fewest_tokens(item))
                 return self._tokenizer.encode_prompt(item)
             dialog = [{"role": "user", "content": item}] if isinstance(item, str) else item
-            return encode_dialog(self._tokenizer, dialog, special_tags=self._config.special_tags, check_length=check)
+            return encode_dialog(
+                self._tokenizer,
+                dialog,
+                special_tags=self._config.special_tags,
+                dialog_turns=self._config.dialog_turns,
+                check_length=check,
+            )
         except RequestError:
             raise
         except InvalidValue as error:

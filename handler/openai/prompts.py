@@ -82,8 +82,8 @@ class PromptReader:
 
         Raises:
             InvalidValue: a tool is wrong.
-            RequestError: the model's chat format has no place for such a dialog (422), or it is too long whatever its
-                tokens are.
+            RequestError: the model's chat format has no place for such a dialog, or it is too long whatever its tokens
+                are.
         """
         check = functools.partial(check_length, place="messages", config=self._config)
         try:
@@ -92,6 +92,7 @@ class PromptReader:
                 messages,
                 tools=tools,
                 special_tags=special_tags or self._config.special_tags,
+                dialog_turns=self._config.dialog_turns,
                 check_length=None if is_cut else check,
             )
         except RequestError:
@@ -101,7 +102,7 @@ class PromptReader:
                 error = InvalidValue("messages", f"cannot be written: {error}")
             elif error.field == "tools":
                 raise
-            raise RequestError.of(error, status=422, code="invalid_prompt") from None
+            raise RequestError.of(error, code="invalid_prompt") from None
         return Encoded(ids=ids, place="messages")
 
     def fit(self, encoded: Encoded, *, max_new_tokens: int | None, asked: bool, truncate: int | None) -> Prompt:

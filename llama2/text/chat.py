@@ -9,14 +9,14 @@ from __future__ import annotations
 import functools
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from llama2.errors import InvalidValue, shown
 from llama2.text import tool_prompt
-from llama2.text.dialog import Message, Tool, check_order, read_messages
+from llama2.text.dialog import DialogTurns, Message, Tool, check_calls, check_turns, merge_turns, read_messages
 from llama2.text.tokenizer import SentencePieceTokenizer, Tokenizer
 
-SpecialTags = Literal["reject", "encode"]
+SpecialTags = Literal["encode", "reject"]
 
 # Meta's reference, llama/generation.py. They are text: the model knows them by the ids that this text encodes to.
 _INST, _END_INST = "[INST]", "[/INST]"
@@ -37,7 +37,8 @@ def encode_dialog(
     tokenizer: Tokenizer,
     dialog: Sequence[Mapping[str, Any]],
     *,
-    special_tags: SpecialTags = "reject",
+    special_tags: SpecialTags = "encode",
+    dialog_turns: DialogTurns = "merge",
     check_length: Callable[[int], None] | None = None,
 ) -> list[int]:
     """`encode_messages` of objects with a `role` and a `content`, and nothing else.
@@ -46,7 +47,9 @@ def encode_dialog(
         ValueError: as there; an object has other fields.
     """
     messages = read_messages(dialog)
-    return encode_messages(tokenizer, messages, special_tags=special_tags, check_length=check_length)
+    return encode_messages(
+        tokenizer, messages, special_tags=special_tags, dialog_turns=dialog_turns, check_length=check_length
+    )
 
 
 def encode_messages(
@@ -54,23 +57,32 @@ def encode_messages(
     messages: Sequence[Message],
     *,
     tools: Sequence[Tool] = (),
-    special_tags: SpecialTags = "reject",
+    special_tags: SpecialTags = "encode",
+    dialog_turns: DialogTurns = "merge",
     check_length: Callable[[int], None] | None = None,
 ) -> list[int]:
     """The ids of a prompt that the assistant answers next.
 
-    A message that spells one of the model's control tokens is refused, or with `special_tags="encode"` the spelling is
-    encoded character by character: the same text, in ids that the model was never taught to obey. Tools, and calls of
-    them, are written as the model's template does, or as `tool_prompt` does. `check_length` is called before that
-    is tokenized, with a number that the ids will not be fewer than; what it raises is raised.
+    A message that spells one of the model's control tokens is encoded character by character there: the same text, in
+    ids that the model was never taught to obey; or with `special_tags="reject"` it is refused. A chat template takes
+    the turns that it takes. Llama 2's own format wants them strict: `dialog_turns` says whether the others are merged
+    until they are, or refused. Tools, and calls of them, are written as the model's template does, or as `tool_prompt`
+    does. `check_length` is called before all that is tokenized, with a number that the ids will not be fewer than; what
+    it raises is raised.
 
     Raises:
-        InvalidValue: a message is out of order or spells a control token.
+        InvalidValue: a message is out of turn or spells a control token.
         ValueError: the model has no chat format, or its template refuses the dialog.
     """
-    if special_tags not in ("reject", "encode"):
-        raise InvalidValue("special_tags", f"must be 'reject' or 'encode', got {shown(special_tags)}")
-    check_order(messages)
+    for name, value, allowed in (
+        ("special_tags", special_tags, get_args(SpecialTags)),
+        ("dialog_turns", dialog_turns, get_args(DialogTurns)),
+    ):
+        if value not in allowed:
+            raise InvalidValue(name, f"must be {' or '.join(map(repr, allowed))}, got {shown(value)}")
+    check_calls(messages)
+    if tokenizer.chat_template is None:
+        check_turns(messages, dialog_turns)
     try:
         runs, tag_of = _write(tokenizer, messages, tools, special_tags)
     except RecursionError:
@@ -100,7 +112,7 @@ def _write(
     if as_text:
         turns, offered = tool_prompt.as_text(turns, offered), []
     if tokenizer.chat_template is None:
-        runs = _llama2_runs(tokenizer, turns)
+        runs = _llama2_runs(tokenizer, merge_turns(turns))
     else:
         runs = _template_runs(tokenizer, turns, offered)
     return runs, {mask: tag for tag, mask in masks.items()}

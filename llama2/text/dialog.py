@@ -1,15 +1,19 @@
-"""Owns what a dialog is: messages, tools, calls of tools, and the order in which they come.
+"""Owns what a dialog is: messages, tools, calls of tools, and the turns in which they come.
 
 Knows no tokenizer and no chat format.
 """
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 from llama2.errors import InvalidValue, shown
+
+DialogTurns = Literal["merge", "strict"]
+_ROLES = ("system", "user", "assistant")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -69,38 +73,74 @@ def read_messages(dialog: Any) -> list[Message]:
     for index, message in enumerate(dialog):
         if not isinstance(message, Mapping) or set(message) != {"role", "content"}:
             raise InvalidValue(f"messages[{index}]", "must have a role and a content, and nothing else")
+        if message["role"] not in _ROLES:
+            allowed = ", ".join(map(repr, _ROLES))
+            raise InvalidValue(f"messages[{index}].role", f"must be one of {allowed}, got {shown(message['role'])}")
         if not isinstance(message["content"], str):
             raise InvalidValue(f"messages[{index}].content", f"must be a string, got {shown(message['content'])}")
         messages.append(Message(role=message["role"], content=message["content"]))
     return messages
 
 
-def check_order(messages: Sequence[Message]) -> None:
-    """[system,] user, assistant, user, ..., user; the tools answer between a call and the assistant's next turn.
+def check_calls(messages: Sequence[Message]) -> None:
+    """A call of a tool is answered by that tool before anyone else speaks, and nothing else is.
 
     Raises:
-        InvalidValue: there is no message, or a role or `tool_call_id` comes out of turn.
+        InvalidValue: there is no message, or a call or an answer is alone.
     """
     if not messages:
         raise InvalidValue("messages", "must hold at least one message")
-    after = {"system": ["user"], "user": ["assistant"], "assistant": ["user"], "tool": ["assistant"]}
-    expected = ["system", "user"]
-    unanswered: dict[str, None] = {}
+    unanswered: dict[str | None, None] = {}
     for index, message in enumerate(messages):
-        if message.role not in expected:
-            allowed = " or ".join(map(repr, expected))
-            raise InvalidValue(f"messages[{index}].role", f"must be {allowed}, got {message.role!r}")
         if message.role == "tool":
             if message.tool_call_id not in unanswered:
+                waiting = shown([*unanswered])
                 raise InvalidValue(
-                    f"messages[{index}].tool_call_id",
-                    f"must be one of {shown([*unanswered])}, got {message.tool_call_id!r}",
+                    f"messages[{index}].tool_call_id", f"must be one of {waiting}, got {message.tool_call_id!r}"
                 )
             del unanswered[message.tool_call_id]
+        elif unanswered:
+            raise InvalidValue(f"messages[{index}].role", f"must be 'tool', got {message.role!r}")
         unanswered |= dict.fromkeys(call.id for call in message.calls)
-        expected = ["tool"] if unanswered else after[message.role]
-    last = f"messages[{len(messages) - 1}]"
     if unanswered:
+        last = f"messages[{len(messages) - 1}]"
         raise InvalidValue(last, f"must be followed by the answers to the tool calls {shown([*unanswered])}")
-    if messages[-1].role not in ("user", "tool"):
-        raise InvalidValue(f"{last}.role", f"must be 'user' in the last message, got {messages[-1].role!r}")
+
+
+def check_turns(messages: Sequence[Message], dialog_turns: DialogTurns) -> None:
+    """For a format that takes turns: [system,] user, assistant, user, ..., user. What tools answer is a user's turn.
+
+    With `dialog_turns="merge"`, a message may go on where one of its role has ended, and a system's may stand anywhere.
+
+    Raises:
+        InvalidValue: a role comes out of turn.
+    """
+    after = {"system": ["user"], "user": ["assistant"], "assistant": ["user"], "tool": ["assistant"]}
+    expected, speaker = ["system", "user"], ""
+    for index, message in enumerate(messages):
+        role = message.role
+        mergeable = role == "system" or (role, speaker) in (("user", "user"), ("assistant",) * 2, ("user", "tool"))
+        if role not in (*expected, "tool") and not (mergeable and dialog_turns == "merge"):
+            advice = "; join the messages of one role, or have the server do so: dialog_turns: merge"
+            raise InvalidValue(
+                f"messages[{index}].role",
+                f"must be {' or '.join(map(repr, expected))}, got {role!r}{advice if mergeable else ''}",
+            )
+        if role != "system" or dialog_turns == "strict":
+            expected, speaker = after[role], role
+    if speaker not in ("user", "tool"):
+        last = f"messages[{len(messages) - 1}].role"
+        raise InvalidValue(last, f"must be 'user' in the last message, got {messages[-1].role!r}")
+
+
+def merge_turns(turns: Sequence[Mapping[str, Any]]) -> list[dict[str, str]]:
+    """What all systems said, if they did, then the other roles in turn: an empty line between texts of one role.
+
+    The turns are objects with a role and a content.
+    """
+    system = [turn["content"] for turn in turns if turn["role"] == "system" and turn["content"].strip()]
+    merged = [{"role": "system", "content": "\n\n".join(system)}] if system else []
+    others = [turn for turn in turns if turn["role"] != "system"]
+    for role, group in itertools.groupby(others, lambda turn: turn["role"]):
+        merged.append({"role": role, "content": "\n\n".join(turn["content"] for turn in group)})
+    return merged

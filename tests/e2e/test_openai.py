@@ -165,7 +165,7 @@ REFUSED: list[tuple[str, Any, int, str | None]] = [
     ("completions", {"prompt": "a", "n": 9}, 400, "n"),
     ("completions", {"prompt": "a", "model": "gpt-4"}, 404, "model"),
     ("chat/completions", {"messages": QUESTION, "store": True}, 400, "store"),
-    ("chat/completions", {"messages": QUESTION * 2}, 422, "messages[1].role"),
+    ("chat/completions", {"messages": [{"role": "tool", "content": "31"}]}, 400, "messages[0].tool_call_id"),
     ("embeddings", {"input": "a"}, 404, None),
 ]
 

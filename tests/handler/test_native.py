@@ -9,8 +9,9 @@ from handler.errors import RequestError
 from handler.native import MAX_PROMPTS, NativeApi
 from llama2.engine.sequence import Output, TokenLogprobs
 from llama2.errors import InvalidValue
-from llama2.text.tokenizer import Tokenizer
+from llama2.text.tokenizer import Tokenizer, load_tokenizer
 from tests.handler.support import byte_tokenizer, config
+from tests.support.tokenizers import tiny_sentencepiece
 
 
 @pytest.fixture
@@ -165,6 +166,26 @@ def test_truncation_left_keeps_the_bos_that_the_model_was_trained_to_see(tmp_pat
 
 
 SAID = {"role": "user", "content": "Hi"}
+TAG = "<|im_end|>"
+
+
+@pytest.mark.parametrize("body", [{"dialog": [{"role": "user", "content": TAG}]}, {"prompt": TAG, "mode": "chat"}])
+def test_a_message_may_spell_a_control_token_unless_special_tags_says_reject(
+    tmp_path: Path, tokenizer: Tokenizer, body: Any
+) -> None:
+    (request,) = NativeApi(tokenizer, config(tmp_path)).read(body).requests("id")
+    assert shown(tokenizer, request.prompt_ids).count(TAG) == 2
+    assert request.prompt_ids.count(tokenizer.special_tokens[TAG]) == 1
+    with pytest.raises(InvalidValue, match=r"must not contain the special tag '<\|im_end\|>'"):
+        NativeApi(tokenizer, config(tmp_path, special_tags="reject")).read(body)
+
+
+def test_turns_are_merged_unless_dialog_turns_says_strict(tmp_path: Path) -> None:
+    llama2 = load_tokenizer(tiny_sentencepiece(tmp_path))
+    (request,) = NativeApi(llama2, config(tmp_path)).read({"dialog": [SAID, SAID]}).requests("id")
+    assert llama2.decode(request.prompt_ids) == "[INST] Hi\n\nHi [/INST]"
+    with pytest.raises(InvalidValue, match=r"dialog\[1\].role must be 'assistant', got 'user'; join"):
+        NativeApi(llama2, config(tmp_path, dialog_turns="strict")).read({"dialog": [SAID, SAID]})
 
 
 @pytest.mark.parametrize(
@@ -190,10 +211,8 @@ SAID = {"role": "user", "content": "Hi"}
         (
             {"dialog": [{"role": "usr", "content": "Hi"}]},
             "dialog[0].role",
-            "dialog[0].role must be 'system' or 'user', got 'usr'",
+            "dialog[0].role must be one of 'system', 'user', 'assistant', got 'usr'",
         ),
-        ({"dialog": [{"role": "user", "content": "<|im_end|>"}]}, "dialog[0]", "<|im_end|>"),
-        ({"prompt": "<|im_end|>", "mode": "chat"}, "prompt", "<|im_end|>"),
         ({"dialog": [SAID], "mode": "text_completion"}, "mode", "mode must be 'chat' for a dialog"),
         ({"prompt": "a", "mode": "talk"}, "mode", "mode must be 'text_completion' or 'chat', got 'talk'"),
         ({"prompt": "a", "mode": ["chat"]}, "mode", "mode must be"),

@@ -160,7 +160,7 @@ def test_an_error_has_openais_shape(server: Server) -> None:
 @pytest.mark.parametrize(
     ("status", "kind"),
     [(400, "invalid_request_error"), (401, "authentication_error"), (404, "invalid_request_error"),
-     (422, "invalid_request_error"), (429, "rate_limit_error"), (500, "server_error"), (503, "server_error")],
+     (429, "rate_limit_error"), (500, "server_error"), (503, "server_error")],
 )  # fmt: skip
 def test_an_errors_type_follows_from_its_status(status: int, kind: str) -> None:
     assert json.loads(RequestError("", status=status).as_json())["error"]["type"] == kind

@@ -3,12 +3,17 @@ completions."""
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
 from typing import Any
 
 import pytest
 from transformers.utils import chat_template_utils
 
-from tests.handler.openai.support import LOGPROB, SAID, USER, Server, deltas, usage
+from llama2.text.tokenizer import load_tokenizer
+from tests.handler.openai.support import LOGPROB, SAID, USER, Server, deltas, make_server, usage
+from tests.handler.support import byte_tokenizer
+from tests.support.tokenizers import tiny_sentencepiece
 
 PATH = "v1/chat/completions"
 WEATHER = {
@@ -195,6 +200,57 @@ def test_a_user_is_named_in_the_log(server: Server, caplog: pytest.LogCaptureFix
     assert "request id is for user 'eve'" in caplog.text
 
 
+def test_a_message_may_spell_the_models_control_tokens(server: Server) -> None:
+    """They are text there, and control nothing."""
+    ids = server.request(PATH, messages=[{"role": "user", "content": "what is <|im_end|>?"}]).prompt_ids
+    assert server.shown(ids) == SAID.replace("Hi", "what is <|im_end|>?")
+    assert [ids.count(server.tokenizer.special_tokens[tag]) for tag in ("<|im_start|>", "<|im_end|>")] == [2, 1]
+
+
+def test_a_server_can_refuse_what_spells_a_control_token(tmp_path: Path) -> None:
+    server = make_server(tmp_path, special_tags="reject")
+    spelled = {"role": "user", "content": "<|im_end|>"}
+    assert server.refused(PATH, messages=[spelled])[:2] == (400, "messages[0]")
+    assert "must not contain the special tag '<|im_end|>'" in server.refused(PATH, messages=[spelled])[2]
+    tools = [function(description="<|im_end|>")]
+    assert server.refused(PATH, messages=[USER], tools=tools)[:2] == (400, "tools")
+
+
+@pytest.mark.parametrize(
+    "roles",
+    [("user", "user"), ("assistant", "user"), ("user", "assistant"), ("system", "user", "system"), ("system",)],
+    ids=" ".join,
+)
+def test_a_template_gets_any_turns(server: Server, roles: tuple[str, ...]) -> None:
+    ids = server.request(PATH, messages=[{"role": role, "content": "Hi"} for role in roles]).prompt_ids
+    said = "".join(f"<|im_start|>{role}\nHi<|im_end|>\n" for role in roles)
+    assert server.shown(ids) == f"{said}<|im_start|>assistant\n"
+
+
+def test_what_a_template_refuses_is_said_in_its_words(tmp_path: Path) -> None:
+    byte_tokenizer(tmp_path)
+    config = json.loads((tmp_path / "tokenizer_config.json").read_text())
+    config["chat_template"] = "{{ raise_exception('roles must alternate') }}"
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
+    server = make_server(tmp_path, tokenizer=load_tokenizer(tmp_path))
+    status, param, message = server.refused(PATH, messages=[USER, USER])
+    assert (status, param) == (400, "messages")
+    assert message.endswith("the model's chat template refuses this dialog: roles must alternate")
+
+
+@pytest.mark.parametrize("path", [PATH, "v1/tokenize"])
+def test_llama_2s_own_format_merges_turns_or_says_what_to_change(tmp_path: Path, path: str) -> None:
+    tokenizer = load_tokenizer(tiny_sentencepiece(tmp_path))
+    dialog = [USER, {"role": "user", "content": "Yo"}]
+    merging = make_server(tmp_path, tokenizer=tokenizer)
+    ids = merging.request(PATH, messages=dialog).prompt_ids
+    assert tokenizer.decode(ids) == "[INST] Hi\n\nYo [/INST]"
+    strict = make_server(tmp_path, tokenizer=tokenizer, dialog_turns="strict")
+    status, param, message = strict.refused(path, messages=dialog)
+    assert (status, param) == (400, "messages[1].role")
+    assert message.startswith("messages[1].role must be 'assistant', got 'user'; join the messages of one role")
+
+
 @pytest.mark.parametrize(
     ("body", "status", "param", "message"),
     [
@@ -212,9 +268,10 @@ def test_a_user_is_named_in_the_log(server: Server, caplog: pytest.LogCaptureFix
             {"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "x"}}]}]},
             *(400, "messages[0].content[0].type", "is not supported: this model reads and writes text"),
         ),
-        ({"messages": [{"role": "assistant", "content": "Hi"}]}, 422, "messages[0].role", "must be 'system' or 'user'"),
-        ({"messages": [USER, USER]}, 422, "messages[1].role", "must be 'assistant', got 'user'"),
-        ({"messages": [{"role": "user", "content": "<|im_end|>"}]}, 422, "messages[0]", "'<|im_end|>'"),
+        (
+            {"messages": [USER, {"role": "tool", "tool_call_id": "a", "content": "x"}]},
+            *(400, "messages[1].tool_call_id", "must be one of [], got 'a'"),
+        ),
         ({"messages": [USER], "prompt": "Hi"}, 400, "prompt", "unknown field 'prompt'"),
         ({"messages": [USER], "model": "gpt-4"}, 404, "model", "does not exist"),
         ({"messages": [USER], "max_tokens": 0}, 400, "max_tokens", "must be at least 1"),
@@ -243,10 +300,6 @@ def test_a_user_is_named_in_the_log(server: Server, caplog: pytest.LogCaptureFix
         (
             {"messages": [USER], "tools": [function(parameters={"type": "string"})]},
             *(400, "tools[0].function.parameters", "must be a JSON schema of type 'object'"),
-        ),
-        (
-            {"messages": [USER], "tools": [function(description="<|im_end|>")]},
-            *(400, "tools", "must not contain the special tag '<|im_end|>'"),
         ),
         (calls("ab"), 400, "messages[1].tool_calls", "must be a list"),
         (calls([{"id": "a"}]), 400, "messages[1].tool_calls[0].function", "is missing"),

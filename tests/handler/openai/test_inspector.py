@@ -149,7 +149,7 @@ def test_each_prompt_of_a_list_is_inspected(server: Server) -> None:
 
 def test_a_dry_run_finds_the_same_mistakes(server: Server) -> None:
     assert server.refused(CHAT, messages=[USER], temperature=5, dry_run=True)[:2] == (400, "temperature")
-    assert server.refused(CHAT, messages=[USER, USER], dry_run=True)[:2] == (422, "messages[1].role")
+    assert server.refused(CHAT, messages=[], dry_run=True)[:2] == (400, "messages")
 
 
 def test_tools_do_not_hide_the_messages(server_with_room: Server) -> None:

@@ -126,28 +126,82 @@ def _roles(*roles: str) -> list[dict[str, str]]:
         ([{"role": "user"}], "messages[0] must have a role and a content, and nothing else"),
         ([{"role": "user", "content": "x", "name": "y"}], "messages[0] must have a role and a content"),
         ([*_roles("user", "assistant"), {"role": "user", "content": None}], "messages[2].content must be a string"),
-        (_roles("assistant"), "messages[0].role must be 'system' or 'user', got 'assistant'"),
-        (_roles("system"), "messages[0].role must be 'user' in the last message, got 'system'"),
-        (_roles("system", "system", "user"), "messages[1].role must be 'user', got 'system'"),
-        (_roles("system", "assistant"), "messages[1].role must be 'user', got 'assistant'"),
-        (_roles("user", "user"), "messages[1].role must be 'assistant', got 'user'"),
-        (_roles("user", "system"), "messages[1].role must be 'assistant', got 'system'"),
-        (_roles("system", "user", "assistant", "assistant"), "messages[3].role must be 'user', got 'assistant'"),
-        (_roles("user", "assistant"), "messages[1].role must be 'user' in the last message, got 'assistant'"),
-        (_roles("user", "tool"), "messages[1].role must be 'assistant', got 'tool'"),
-        ([{"role": ["user"], "content": "x"}], "messages[0].role must be 'system' or 'user'"),
+        ([{"role": ["user"], "content": "x"}], "messages[0].role must be one of 'system', 'user', 'assistant', got ['"),
+        (_roles("user", "tool"), "messages[1].role must be one of 'system', 'user', 'assistant', got 'tool'"),
     ],
 )
-def test_a_dialog_out_of_order_is_refused_by_its_message(
+def test_what_is_no_dialog_is_refused_by_its_message(
     sp: Tokenizer, bpe: Tokenizer, messages: Any, problem: str
 ) -> None:
     for tokenizer in (sp, bpe):
-        with pytest.raises(ValueError, match=f"^{re.escape(problem)}"):
+        with pytest.raises(InvalidValue, match=f"^{re.escape(problem)}"):
             encode_dialog(tokenizer, messages)
 
 
+# ---- Turns
+
+JOIN = "; join the messages of one role, or have the server do so: dialog_turns: merge"
+
+
+@pytest.mark.parametrize(
+    ("roles", "problem"),
+    [
+        ("system system user", f"messages[1].role must be 'user', got 'system'{JOIN}"),
+        ("user user", f"messages[1].role must be 'assistant', got 'user'{JOIN}"),
+        ("user system", f"messages[1].role must be 'assistant', got 'system'{JOIN}"),
+        ("system user assistant assistant", f"messages[3].role must be 'user', got 'assistant'{JOIN}"),
+        # What no merging helps.
+        ("assistant", "messages[0].role must be 'system' or 'user', got 'assistant'"),
+        ("system", "messages[0].role must be 'user' in the last message, got 'system'"),
+        ("system assistant", "messages[1].role must be 'user', got 'assistant'"),
+        ("user assistant", "messages[1].role must be 'user' in the last message, got 'assistant'"),
+    ],
+)
+def test_llama_2_wants_strict_turns(sp: Tokenizer, bpe: Tokenizer, roles: str, problem: str) -> None:
+    """Unless they can be merged; a template takes all of them, whatever the setting."""
+    messages = _roles(*roles.split())
+    with pytest.raises(InvalidValue) as caught:
+        encode_dialog(sp, messages, dialog_turns="strict")
+    assert str(caught.value) == problem
+    if JOIN in problem and messages[-1]["role"] != "assistant":
+        assert encode_dialog(sp, messages)
+    else:
+        with pytest.raises(InvalidValue, match="must be"):
+            encode_dialog(sp, messages)
+    assert encode_dialog(bpe, messages, dialog_turns="strict") == encode_dialog(bpe, messages)
+
+
+def test_merged_turns_are_those_that_a_user_would_have_joined(sp: Tokenizer) -> None:
+    messages = [
+        {"role": role, "content": content}
+        for role, content in [
+            ("user", "a"), ("system", "S1"), ("user", " b"), ("assistant", "c"), ("assistant", "d"), ("system", "S2"),
+            ("system", " \n"), ("user", "e"), ("user", "f"),
+        ]
+    ]  # fmt: skip
+    joined = dialog("a\n\n b", "c\n\nd", "e\n\nf", system="S1\n\nS2")
+    assert encode_dialog(sp, messages) == encode_dialog(sp, joined, dialog_turns="strict")
+
+
+@settings(deadline=None, max_examples=100)
+@given(roles=st.lists(st.sampled_from(["system", "user", "assistant"]), min_size=1, max_size=8))
+def test_what_the_template_takes_is_what_transformers_writes(
+    bpe: Tokenizer, smollm2_of_transformers: Any, roles: list[str]
+) -> None:
+    messages = [{"role": role, "content": f"text {index}"} for index, role in enumerate(roles)]
+    theirs = smollm2_of_transformers.apply_chat_template(
+        messages, tokenize=True, add_generation_prompt=True, return_dict=False
+    )
+    assert encode_dialog(bpe, messages) == theirs
+
+
+def test_dialog_turns_is_one_of_two(sp: Tokenizer) -> None:
+    with pytest.raises(ValueError, match="dialog_turns must be 'merge' or 'strict', got 'join'"):
+        encode_dialog(sp, dialog("Hello"), dialog_turns="join")  # type: ignore[arg-type]
+
+
 def test_special_tags_is_one_of_two(sp: Tokenizer) -> None:
-    with pytest.raises(ValueError, match="special_tags must be 'reject' or 'encode', got 'ignore'"):
+    with pytest.raises(ValueError, match="special_tags must be 'encode' or 'reject', got 'ignore'"):
         encode_dialog(sp, dialog("Hello"), special_tags="ignore")  # type: ignore[arg-type]
 
 
@@ -158,18 +212,18 @@ def test_special_tags_is_one_of_two(sp: Tokenizer) -> None:
 def test_a_tag_in_a_message_is_refused_by_message_and_tag(sp: Tokenizer, tag: str) -> None:
     for index, contents in enumerate(([f"a{tag}", "b", "c"], ["a", f" {tag} ", "c"], ["a", "b", tag])):
         with pytest.raises(InvalidValue, match="special tag") as caught:
-            encode_dialog(sp, dialog(*contents))
+            encode_dialog(sp, dialog(*contents), special_tags="reject")
         assert caught.value.field == f"messages[{index}]"
         assert repr(tag) in caught.value.problem
     with pytest.raises(ValueError, match=r"messages\[0\] .* special tag"):
-        encode_dialog(sp, dialog("a", system=f"be{tag}"))
+        encode_dialog(sp, dialog("a", system=f"be{tag}"), special_tags="reject")
 
 
 def test_a_special_token_of_the_model_in_a_message_is_refused(bpe: Tokenizer) -> None:
     for tag in ("<|im_end|>", "<|im_start|>", "<|endoftext|>"):
         with pytest.raises(ValueError, match=r"messages\[1\] .* special tag"):
-            encode_dialog(bpe, dialog("a", f"x{tag}y", "c"))
-    assert encode_dialog(bpe, dialog("[INST] is no tag of this model </s>"))
+            encode_dialog(bpe, dialog("a", f"x{tag}y", "c"), special_tags="reject")
+    assert encode_dialog(bpe, dialog("[INST] is no tag of this model </s>"), special_tags="reject")
 
 
 def _acting(tokenizer: Tokenizer, ids: list[int], tags: list[str]) -> list[str]:
@@ -325,7 +379,7 @@ def test_a_tag_that_a_template_writes_as_text_is_a_tag(sp: Tokenizer, tmp_path: 
     tokenizer = with_template(sp, tmp_path, LLAMA2_TEMPLATE)
     messages = dialog(" [INST] <</SYS>> </s>", "[/INST]", "<<SYS>> ")
     with pytest.raises(ValueError, match=r"messages\[0\] .* '\[INST\]'"):
-        encode_dialog(tokenizer, messages)
+        encode_dialog(tokenizer, messages, special_tags="reject")
     ids = encode_dialog(tokenizer, messages, special_tags="encode")
     assert ids == encode_dialog(sp, messages, special_tags="encode")
 

@@ -106,9 +106,9 @@ def test_nothing_in_tools_calls_or_results_can_act(bpe: Tokenizer, native: Token
             continue  # its template has no such tag
         for messages, tool, field in dialogs:
             with pytest.raises(InvalidValue, match="must not contain the special tag") as caught:
-                encode_messages(tokenizer, messages, tools=[tool])
+                encode_messages(tokenizer, messages, tools=[tool], special_tags="reject")
             assert caught.value.field == field
-            ids = encode_messages(tokenizer, messages, tools=[tool], special_tags="encode")
+            ids = encode_messages(tokenizer, messages, tools=[tool])
             plain = encode_messages(tokenizer, called("a") if len(messages) > 1 else messages, tools=[WEATHER])
             assert [i for i in ids if i in specials] == [i for i in plain if i in specials]
             assert tag.partition("|")[0] in tokenizer.decode(ids)
@@ -120,9 +120,8 @@ def test_nothing_in_tools_calls_or_results_can_act(bpe: Tokenizer, native: Token
         (called("a")[:2], "messages[1] must be followed by the answers to the tool calls ['call_0']"),
         (called("a", "b")[:3], "messages[2] must be followed by the answers to the tool calls ['call_1']"),
         ([*called("a")[:2], *messages_of("x")], "messages[2].role must be 'tool', got 'user'"),
-        ([*called("a"), *messages_of("x")], "messages[3].role must be 'assistant', got 'user'"),
         ([*called("a")[:2], Message(role="tool", content="x")], "messages[2].tool_call_id must be one of ['call_0']"),
-        (called("a")[2:], "messages[0].role must be 'system' or 'user', got 'tool'"),
+        (called("a")[2:], "messages[0].tool_call_id must be one of [], got 'call_0'"),
     ],
 )
 def test_a_dialog_with_calls_out_of_order_is_refused(
@@ -131,6 +130,16 @@ def test_a_dialog_with_calls_out_of_order_is_refused(
     for tokenizer in (bpe, native):
         with pytest.raises(InvalidValue, match=f"^{re.escape(problem)}"):
             encode_messages(tokenizer, messages, tools=[WEATHER])
+
+
+def test_who_speaks_after_a_tool_is_up_to_the_format(sp: Tokenizer, bpe: Tokenizer) -> None:
+    """What a tool has answered is a user's turn where there is no other, so a user's message goes on with it."""
+    messages = [*called("sun"), *messages_of("Rome?")]
+    assert bpe.decode(encode_messages(bpe, messages)).count("Rome?") == 1
+    with pytest.raises(InvalidValue, match=r"^messages\[3\].role must be 'assistant', got 'user'; join"):
+        encode_messages(sp, messages, dialog_turns="strict")
+    merged = sp.decode(encode_messages(sp, messages))
+    assert merged.endswith("<tool_response>\nsun\n</tool_response>\n\nRome? [/INST]")
 
 
 def test_an_argument_of_thousands_of_brackets_is_refused(bpe: Tokenizer) -> None:
