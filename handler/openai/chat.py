@@ -17,10 +17,11 @@ from handler.openai.inspector import Inspector, inspected
 from handler.openai.logprobs import chat_logprobs
 from handler.openai.messages import AUDIO, FUNCTIONS, Messages, NamedTool, ToolChoice, Tools, typed_tools
 from handler.openai.responses import GenerationFormat
+from handler.openai.sampling import Calls
 from llama2.engine.sequence import MAX_INT, MAX_LOGPROBS, Output, Request, TokenLogprobs
 from llama2.errors import InvalidValue
 from llama2.text.dialog import Tool
-from llama2.text.tools import CallDelta, ToolStream, call_schema
+from llama2.text.tools import CallDelta, ToolStream
 
 _REASONING = "this model does not reason before it answers"
 _STORE = "nothing is stored here"
@@ -64,10 +65,8 @@ def read(model: Model, raw: Any) -> Format:
         raise InvalidValue("top_logprobs", "needs logprobs to be true")
     tools = typed_tools(body.tools)
     forced = _forced(tools, body.tool_choice)
-    for index, tool in enumerate(body.tools):
-        if tool.function.strict and not forced:
-            raise InvalidValue(f"tools[{index}].function.strict", "needs a tool_choice that forces a call")
     offered = [] if body.tool_choice == "none" else [*tools.values()]
+    calls = Calls(tools=forced or offered, forced=bool(forced), several=body.parallel_tool_calls)
     messages = [message.typed() for message in body.messages]
     encoded = model.prompts.chat(messages, offered, special_tags="encode" if body.dry_run else None, is_cut=body.is_cut)
     generation = model.generation(
@@ -77,12 +76,12 @@ def read(model: Model, raw: Any) -> Format:
         max_tokens=_max_tokens(body),
         logprobs=(body.top_logprobs or 0) if body.logprobs else None,
         user=body.safety_identifier or body.user,
-        call_schema=call_schema(forced) if forced else None,
+        calls=calls,
     )
     if body.dry_run:
         report = Inspector(model).dialog(generation.prompts[0], encoded, messages, offered)
         return inspected(generation.model, [report])
-    return ChatFormat(model, generation, body, names=frozenset(tool.name for tool in offered), forced=bool(forced))
+    return ChatFormat(model, generation, body, calls)
 
 
 def _max_tokens(body: ChatBody) -> int | None:
@@ -105,18 +104,15 @@ def _forced(tools: dict[str, Tool], choice: ToolChoice) -> list[Tool]:
 
 
 class ChatFormat(GenerationFormat):
-    """The replies to one dialog. `names` are the tools that may be called; `forced`: one of them must be."""
+    """The replies to one dialog."""
 
     prefix, kind, chunk_kind = "chatcmpl", "chat.completion", "chat.completion.chunk"
 
-    def __init__(
-        self, model: Model, generation: Generation, body: ChatBody, *, names: frozenset[str], forced: bool
-    ) -> None:
+    def __init__(self, model: Model, generation: Generation, body: ChatBody, calls: Calls) -> None:
         super().__init__(generation)
         self._token_names = model.token_names
         self._body = body
-        self._tool_names = names
-        self._forced = forced
+        self._calls = calls
         self._streams: dict[int, ToolStream] = {}  # of the choices whose stream has begun
 
     def request(self, **common: Any) -> Request:
@@ -125,7 +121,7 @@ class ChatFormat(GenerationFormat):
     def news(self, index: int, news: Output | Progress) -> Iterator[dict[str, Any]]:
         """Role, content or calls as they come, and at the end the reason."""
         if index not in self._streams:
-            self._streams[index] = ToolStream(self._tool_names, forced=self._forced)
+            self._streams[index] = self._calls.stream()
             yield _delta({"role": "assistant", "content": ""})
         stream = self._streams[index]
         pieces = [stream.push(news.text)]

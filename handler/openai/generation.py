@@ -17,7 +17,7 @@ from handler.errors import RequestError
 from handler.openai.fields import Body, only
 from handler.openai.logprobs import TokenNames
 from handler.openai.prompts import Encoded, PromptReader
-from handler.openai.sampling import ConstraintFields, Grammars, SamplingFields
+from handler.openai.sampling import Calls, ConstraintFields, Grammars, SamplingFields
 from handler.prompt import Prompt
 from llama2.engine.sequence import MAX_INT, Grammar, SamplingParams
 from llama2.errors import InvalidValue
@@ -119,7 +119,7 @@ class Model:
         default_max_tokens: int | None = None,
         logprobs: int | None,
         user: str | None,
-        call_schema: dict[str, Any] | None = None,
+        calls: Calls | None = None,
     ) -> Generation:
         """A `max_tokens` that is given must fit in behind the prompt; 0 of them is one, which is then not generated.
 
@@ -152,7 +152,7 @@ class Model:
             ),
             params=body.sampling_params(max_new_tokens=max_new_tokens, logprobs=logprobs),
             n=n,
-            make_grammar=body.grammar_maker(self.grammars, call_schema=call_schema, ignore_eos=body.ignore_eos),
+            make_grammar=body.grammar_maker(self.grammars, calls=calls or Calls(), ignore_eos=body.ignore_eos),
             user=user,
             stream=body.stream,
             stream_options=body.stream_options or StreamOptions(),

@@ -138,5 +138,7 @@ def typed_tools(tools: Tools) -> dict[str, dialog.Tool]:
         if function.name in typed:
             raise InvalidValue(f"tools[{index}].function.name", f"is {function.name!r}, which another tool has")
         parameters = {"type": "object", "properties": {}} | function.parameters
-        typed[function.name] = dialog.Tool(name=function.name, description=function.description, parameters=parameters)
+        typed[function.name] = dialog.Tool(
+            name=function.name, description=function.description, parameters=parameters, strict=function.strict
+        )
     return typed

@@ -6,7 +6,8 @@ OpenAI's defaults hold here, not those of model-config.yaml. Knows no prompt and
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Annotated, Any, Literal, Protocol
 
 from pydantic import AfterValidator, Field, Tag
@@ -16,6 +17,8 @@ from handler.errors import RequestError
 from handler.openai.fields import Body, Name, TokenId, by_kind, only
 from llama2.engine.sequence import MAX_INT, Grammar, SamplingParams
 from llama2.errors import InvalidValue
+from llama2.text.dialog import Tool
+from llama2.text.tools import ToolStream, call_schema
 
 
 def _ids_as_keys(biases: dict[str, float]) -> dict[str, float]:
@@ -86,6 +89,8 @@ class Grammars(Protocol):
 
     def choice(self, texts: list[str]) -> Grammar: ...
 
+    def calls(self, schemas: Mapping[str, Mapping[str, Any]], *, several: bool) -> Grammar: ...
+
 
 class JsonSchema(Body):
     name: Name
@@ -107,6 +112,28 @@ class JsonSchemaFormat(Body):
     json_schema: JsonSchema
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Calls:
+    """The tools that a reply may call; `forced`: it must call one of them. `several`: it may call more than one."""
+
+    tools: Sequence[Tool] = ()
+    forced: bool = False
+    several: bool = True
+
+    @property
+    def strict(self) -> bool:
+        """Is a reply to be held to the schemas from the moment it begins a call?"""
+        return not self.forced and any(tool.strict for tool in self.tools)
+
+    def stream(self) -> ToolStream:
+        """What reads calls out of one reply."""
+        return ToolStream({tool.name for tool in self.tools}, forced=self.forced, strict=self.strict)
+
+    def grammar_maker(self, grammars: Grammars) -> Callable[[], Grammar]:
+        schemas = {tool.name: tool.parameters if tool.strict else {"type": "object"} for tool in self.tools}
+        return lambda: grammars.calls(schemas, several=self.several)
+
+
 class ConstraintFields(Body):
     """OpenAI's, and two of vLLM's."""
 
@@ -116,22 +143,27 @@ class ConstraintFields(Body):
     guided_regex: str | None = None
     guided_choice: Annotated[list[str], Field(min_length=1)] | None = None
 
-    def grammar_maker(
-        self, grammars: Grammars, *, call_schema: dict[str, Any] | None, ignore_eos: bool
-    ) -> Callable[[], Grammar] | None:
+    def grammar_maker(self, grammars: Grammars, *, calls: Calls, ignore_eos: bool) -> Callable[[], Grammar] | None:
         """What makes the reply's grammar, None for any reply. It may take a second, and may end in a RequestError: the
-        grammar cannot be followed. `call_schema` is that of a tool call which must be made.
+        grammar cannot be followed.
 
         Raises:
             InvalidValue: two fields ask for a grammar, or one does and the reply is not to end.
         """
         wanted: dict[str, Callable[[], Grammar]] = {}
-        if call_schema is not None:
-            wanted["tool_choice"] = lambda: grammars.json_schema(call_schema)
+        if calls.forced:
+            wanted["tool_choice"] = lambda: grammars.json_schema(call_schema(calls.tools))
         if isinstance(self.response_format, (JsonObjectFormat, JsonSchemaFormat)):
             asked = self.response_format
             schema = asked.json_schema.schema_ if isinstance(asked, JsonSchemaFormat) else None
-            wanted["response_format"] = grammars.json_object if schema is None else lambda: grammars.json_schema(schema)
+            if schema is None:
+                wanted["response_format"] = grammars.json_object
+            elif calls.tools and not calls.forced:
+                wanted["response_format"] = lambda: grammars.json_schema(call_schema(calls.tools, instead=schema))
+            else:
+                wanted["response_format"] = lambda: grammars.json_schema(schema)
+        elif calls.strict:
+            wanted["tools"] = calls.grammar_maker(grammars)
         if (pattern := self.guided_regex) is not None:
             wanted["guided_regex"] = lambda: grammars.regex(pattern)
         if (texts := self.guided_choice) is not None:

@@ -49,11 +49,13 @@ class Message:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Tool:
-    """A function that the assistant may call. `parameters` is the JSON schema of its arguments, an object."""
+    """A function that the assistant may call. `parameters` is the JSON schema of its arguments, an object; `strict`: no
+    call may depart from it."""
 
     name: str
     description: str = ""
     parameters: Mapping[str, Any] = field(default_factory=lambda: {"type": "object", "properties": {}})
+    strict: bool = False
 
     def as_json(self) -> dict[str, Any]:
         """As chat templates know it."""

@@ -1,4 +1,5 @@
-"""Owns the mask of tokens that keeps a reply inside a grammar: a JSON schema, a regex, or a choice of texts.
+"""Owns the mask of tokens that keeps a reply inside a grammar: a JSON schema, a regex, a choice of texts, or calls of
+tools.
 
 The work is llguidance's, which is imported when the first grammar is asked for; what it is to make of a schema says
 `json_schema`. Knows no sampler: `engine.sequence` says what a grammar and a matcher are to it.
@@ -10,13 +11,14 @@ import functools
 import json
 import logging
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from llama2.text.call_grammar import call_grammar
 from llama2.text.json_schema import MAX_PATTERN_LENGTH, prepare
 from llama2.text.tokenizer import Tokenizer
 
@@ -70,6 +72,10 @@ class GrammarCompiler:
         if sum(map(len, texts)) > MAX_CHOICE_CHARACTERS:
             raise ValueError(f"its texts must have at most {MAX_CHOICE_CHARACTERS} characters together")
         return self._compiled(_of_choices, json.dumps(texts))
+
+    def calls(self, schemas: Mapping[str, Mapping[str, Any]], *, several: bool) -> CompiledGrammar:
+        """Any text, or calls of tools whose arguments follow the schemas: `call_grammar`."""
+        return self._compiled(_of_calls, json.dumps([schemas, several]))
 
     def source(self, source: str) -> CompiledGrammar:
         """A grammar in llguidance's own words, such as a `CompiledGrammar`'s."""
@@ -249,9 +255,24 @@ def _as_it_is(source: str, vocabulary: _Vocabulary) -> str:
 
 
 def _of_schema(source: str, vocabulary: _Vocabulary) -> str:
+    return f"{_OPTIONS}\nstart: %json {json.dumps(_prepared(source, vocabulary))}"
+
+
+def _prepared(source: str, vocabulary: _Vocabulary) -> dict[str, Any]:
     schema = prepare(source, vocabulary.check_text)
     schema["x-guidance"] = {"whitespace_pattern": _WHITE_SPACE}  # instead of the user's, which could say "lenient"
-    return f"{_OPTIONS}\nstart: %json {json.dumps(schema)}"
+    return schema
+
+
+def _of_calls(source: str, vocabulary: _Vocabulary) -> str:
+    schemas, several = json.loads(source)
+    prepared = {}
+    for name, schema in schemas.items():
+        try:
+            prepared[name] = _prepared(json.dumps(schema), vocabulary)
+        except ValueError as error:
+            raise ValueError(f"the parameters of {name}: {error}") from None
+    return f"{_OPTIONS}\n{call_grammar(prepared, several=several)}"
 
 
 def _of_regex(pattern: str, vocabulary: _Vocabulary) -> str:

@@ -9,10 +9,11 @@ from __future__ import annotations
 import json
 import re
 import uuid
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from llama2.text.call_grammar import call_start
 from llama2.text.dialog import Tool
 from llama2.text.tool_prompt import CALL_TAG, END_CALL_TAG
 
@@ -22,9 +23,9 @@ _OPENING = re.compile(r'\s*\{\s*"name"\s*:\s*"([^"\\]*)"\s*,\s*"arguments"\s*:\s
 _ENDING = re.compile(r"\s*\}?\s*\Z")
 
 
-def call_schema(tools: Sequence[Tool]) -> dict[str, Any]:
-    """The JSON schema of a reply that calls one of the tools."""
-    calls = [
+def call_schema(tools: Sequence[Tool], *, instead: Mapping[str, Any] | None = None) -> dict[str, Any]:
+    """The JSON schema of a reply that calls one of the tools, or is what the schema `instead` says."""
+    calls: list[dict[str, Any]] = [
         {
             "type": "object",
             "properties": {
@@ -37,6 +38,8 @@ def call_schema(tools: Sequence[Tool]) -> dict[str, Any]:
         }
         for tool in tools
     ]
+    if instead is not None:
+        calls.insert(0, {"$id": "reply.json", **instead})
     return calls[0] if len(calls) == 1 else {"anyOf": calls}
 
 
@@ -63,16 +66,18 @@ class ToolStream:
 
     A reply is calls if the whole of it is `{"name": ..., "arguments": {...}}` with the name of a tool, or a list of
     such objects, or such objects in <tool_call> tags. It is held back as long as it can be that, and flows at once when
-    it cannot. A forced call needs no proof: its arguments flow as they come.
+    it cannot. A forced call needs no proof: its arguments flow as they come. With `strict` tools a call begins as
+    `call_grammar` has it, and nothing else is one: the arguments of each were held to their schema.
 
     `calls` is the number of calls so far. A reply with any has the finish_reason "tool_calls", unless it was cut.
     """
 
-    def __init__(self, names: Collection[str], *, forced: bool = False) -> None:
+    def __init__(self, names: Collection[str], *, forced: bool = False, strict: bool = False) -> None:
         """`names`: the tools that may be called; without any, all is content."""
         self.calls = 0
         self._names = names
         self._forced = forced
+        self._strict = strict
         self._arguments = ""  # of a forced call, so far
         self._held = ""
         self._decided: Literal["content", "call"] | None = None if names else "content"
@@ -92,7 +97,9 @@ class ToolStream:
         """The reply has ended: what was held back is a call, or content after all."""
         if self._forced and self.calls:
             return self._argue("" if _is_json(self._arguments) else self._held.rstrip())
-        found = None if self._decided == "content" else _parse_calls(self._held, self._names)
+        found = None
+        if self._decided != "content" and (not self._strict or re.match(call_start(self._names), self._held)):
+            found = _parse_calls(self._held, self._names)
         if found is None:
             return self._as_content()
         self.calls = len(found)

@@ -30,11 +30,15 @@ def random_reply(
     continues_prompt: bool = False,
     max_new_tokens: int = 400,
     favoured: Mapping[int, float] | None = None,
+    begins: str = "",
 ) -> tuple[str, bool]:
-    """The text of one reply, and whether it came to its end."""
+    """The text of one reply, and whether it came to its end. `begins` is what the model has said already."""
     matcher = grammar.matcher(continues_prompt=continues_prompt)
     generator = torch.Generator().manual_seed(seed)
-    ids: list[int] = []
+    ids = tokenizer.spell(begins.encode())
+    for token_id in ids:
+        assert restrict(matcher, torch.zeros(tokenizer.vocab_size + PADDING))[token_id] == 0, "not let through"
+        matcher.accept(token_id)
     for _ in range(max_new_tokens):
         logits_V = torch.randn(tokenizer.vocab_size + PADDING, generator=generator)
         for token_id, bias in (favoured or {}).items():

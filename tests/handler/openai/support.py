@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, cast
@@ -56,6 +56,9 @@ class FakeGrammars:
 
     def choice(self, texts: list[str]) -> FakeGrammar:
         return FakeGrammar("choice", texts)
+
+    def calls(self, schemas: Mapping[str, Mapping[str, Any]], *, several: bool) -> FakeGrammar:
+        return FakeGrammar("calls", (schemas, several))
 
 
 @dataclass(slots=True, kw_only=True)

@@ -313,10 +313,6 @@ def test_llama_2s_own_format_merges_turns_or_says_what_to_change(tmp_path: Path,
         ),
         ({"messages": [USER, {"role": "tool", "content": "x"}]}, 400, "messages[1].tool_call_id", "is missing"),
         ({"messages": [USER], "tools": [WEATHER, WEATHER]}, 400, "tools[1].function.name", "which another tool has"),
-        (
-            {"messages": [USER], "tools": [{"type": "function", "function": {"name": "f", "strict": True}}]},
-            *(400, "tools[0].function.strict", "needs a tool_choice that forces a call"),
-        ),
     ],
 )
 def test_a_mistake_is_refused_and_named(

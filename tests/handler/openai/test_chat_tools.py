@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from tests.handler.openai.support import SAID, USER, FakeGrammar, Server, deltas
-from tests.handler.openai.test_chat import NEWS, WEATHER
+from tests.handler.openai.test_chat import NEWS, WEATHER, function
 
 PATH = "v1/chat/completions"
 CALL = '{"name": "weather", "arguments": {"city": "Rome"}}'
@@ -106,3 +106,43 @@ def test_calls_and_their_results_go_into_the_next_prompt(server_with_room: Serve
     ]
     shown = server_with_room.shown(server_with_room.request(PATH, messages=messages, tools=[WEATHER]).prompt_ids)
     assert shown.index("Rome") < shown.index("21 degrees")
+
+
+STRICT = function(name="weather", strict=True, parameters={"type": "object", "properties": {}})
+
+
+@pytest.mark.parametrize("parallel", [True, False])
+def test_a_strict_tool_holds_a_call_to_its_schema_once_it_begins(server_with_room: Server, parallel: bool) -> None:
+    """With tool_choice auto, as openai's own helpers send it. A tool that is not strict gets any object."""
+    body: dict[str, Any] = {"messages": [USER], "tools": [STRICT, NEWS], "parallel_tool_calls": parallel}
+    schemas = {"weather": {"type": "object", "properties": {}}, "news": {"type": "object"}}
+    assert server_with_room.request(PATH, **body).grammar == FakeGrammar("calls", (schemas, parallel))
+    assert server_with_room.request(PATH, **body, tool_choice="none").grammar is None
+    assert server_with_room.request(PATH, **body | {"tools": [WEATHER, NEWS]}).grammar is None
+
+
+def test_a_strict_call_is_one_only_if_it_began_as_one(server_with_room: Server) -> None:
+    body: dict[str, Any] = {"messages": [USER], "tools": [STRICT]}
+    (choice,) = server_with_room.say(PATH, CALL, **body)["choices"]
+    assert choice["finish_reason"] == "tool_calls"
+    (choice,) = server_with_room.say(PATH, CALL.replace("name", "n\\u0061me"), **body)["choices"]
+    assert (choice["finish_reason"], "tool_calls" in choice["message"]) == ("stop", False)
+
+
+@pytest.mark.parametrize("tool", [WEATHER, STRICT])
+def test_with_tools_a_reply_follows_its_format_or_is_a_call(server_with_room: Server, tool: Any) -> None:
+    answer = {"type": "object", "properties": {"degrees": {"type": "integer"}}}
+    shape = {"type": "json_schema", "json_schema": {"name": "a", "schema": answer}}
+    grammar = server_with_room.request(PATH, messages=[USER], tools=[tool], response_format=shape).grammar
+    assert isinstance(grammar, FakeGrammar)
+    first, call = grammar.source["anyOf"]
+    assert first["properties"] == answer["properties"]
+    assert call["properties"]["name"] == {"const": "weather"}
+    alone = server_with_room.request(PATH, messages=[USER], tools=[tool], response_format=shape, tool_choice="none")
+    assert alone.grammar == FakeGrammar("json_schema", answer)
+
+
+def test_strict_tools_and_another_grammar_are_one_too_many(server_with_room: Server) -> None:
+    refused = server_with_room.refused(PATH, messages=[USER], tools=[STRICT], guided_regex="a")
+    assert refused[:2] == (400, "guided_regex")
+    assert "cannot be combined with tools" in refused[2]
