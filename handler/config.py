@@ -150,6 +150,9 @@ def positive(name: str, value: Any) -> int:
 
 
 def nearest(name: str, known: Collection[str]) -> str:
-    """The end of an error message about an unknown name: the closest known one, or all of them."""
-    close = difflib.get_close_matches(name, known, n=1, cutoff=0.6)
+    """The end of an error message about an unknown name: the known one that it is misspelt for, or all of them.
+
+    Names as close as min_tokens and max_tokens, 0.8, are names of two things.
+    """
+    close = difflib.get_close_matches(name, known, n=1, cutoff=0.82)
     return f"did you mean {close[0]!r}?" if close else f"known are {', '.join(sorted(known))}"

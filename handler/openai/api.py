@@ -17,9 +17,9 @@ from handler.call import Format
 from handler.config import HandlerConfig
 from handler.errors import RequestError
 from handler.openai import chat, completions, tokenization
+from handler.openai.constraints import Grammars
 from handler.openai.generation import Model, Served
 from handler.openai.responses import Immediate
-from handler.openai.sampling import Grammars
 from llama2.errors import InvalidValue
 from llama2.text.tokenizer import Tokenizer
 

@@ -6,29 +6,37 @@ That is a message with its tool calls, or its deltas. Knows no other endpoint.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
 from handler.call import Format, Progress
+from handler.openai.constraints import Calls
 from handler.openai.fields import only, parse
 from handler.openai.generation import Generation, GenerationBody, Model
 from handler.openai.inspector import Inspector, inspected
 from handler.openai.logprobs import chat_logprobs
-from handler.openai.messages import AUDIO, FUNCTIONS, Messages, NamedTool, ToolChoice, Tools, typed_tools
+from handler.openai.messages import (
+    AUDIO,
+    FUNCTIONS,
+    Messages,
+    NamedTool,
+    TemplateKwargs,
+    ToolChoice,
+    Tools,
+    typed_tools,
+)
 from handler.openai.responses import GenerationFormat
-from handler.openai.sampling import Calls
 from llama2.engine.sequence import MAX_INT, MAX_LOGPROBS, Output, Request, TokenLogprobs
 from llama2.errors import InvalidValue
 from llama2.text.dialog import Tool
 from llama2.text.tools import CallDelta, ToolStream
 
-_REASONING = "this model does not reason before it answers"
-_STORE = "nothing is stored here"
+ReasoningEffort = Literal["none", "minimal", "low", "medium", "high", "xhigh", "max"]
 
 
 class ChatBody(GenerationBody):
-    """https://platform.openai.com/docs/api-reference/chat/create: what has a meaning here, then what has none."""
+    """https://platform.openai.com/docs/api-reference/chat/create"""
 
     messages: Messages
     max_completion_tokens: Annotated[int, Field(ge=1, le=MAX_INT)] | None = None
@@ -37,21 +45,30 @@ class ChatBody(GenerationBody):
     tools: Tools = Field(default_factory=list)
     tool_choice: ToolChoice = "auto"
     parallel_tool_calls: bool = True
+    chat_template_kwargs: TemplateKwargs = Field(default_factory=dict)
+    reasoning_effort: ReasoningEffort | None = None
     safety_identifier: str | None = None
+
+    # Accepted as OpenAI's servers accept them, and without effect.
+    metadata: dict[str, str] = Field(default_factory=dict)
+    prediction: dict[str, Any] | None = None
+    prompt_cache_key: str | None = None
+    prompt_cache_retention: Literal["in_memory", "in-memory", "24h"] | None = None
+    service_tier: Literal["auto", "default", "flex", "scale", "priority"] | None = None
+    store: bool = False
+    verbosity: Literal["low", "medium", "high"] | None = None
 
     audio: Annotated[Any, only(why=AUDIO)] = None
     function_call: Annotated[Any, only(why=FUNCTIONS)] = None
     functions: Annotated[Any, only(why=FUNCTIONS)] = None
-    metadata: Annotated[Any, only({}, why=_STORE)] = None
     modalities: Annotated[Any, only(["text"], why=AUDIO)] = None
-    prediction: Annotated[Any, only(why="replies are not sped up by predictions")] = None
-    prompt_cache_key: str | None = None  # there is one cache, so requests of the same key meet in it
-    prompt_cache_retention: Annotated[Any, only("in_memory", why="prompts are cached in memory alone")] = None
-    reasoning_effort: Annotated[Any, only("none", why=_REASONING)] = None
-    service_tier: Annotated[Any, only("auto", "default", why="there is one tier")] = None
-    store: Annotated[Any, only(False, why=_STORE)] = None
-    verbosity: Annotated[Any, only("medium", why="this model does not know how to be terser or wordier")] = None
     web_search_options: Annotated[Any, only(why="this server does not search the web")] = None
+
+    @property
+    def template_kwargs(self) -> dict[str, Any]:
+        """The variables that the body sets for the model's template."""
+        effort = {} if self.reasoning_effort is None else {"reasoning_effort": self.reasoning_effort}
+        return effort | self.chat_template_kwargs
 
 
 def read(model: Model, raw: Any) -> Format:
@@ -68,7 +85,13 @@ def read(model: Model, raw: Any) -> Format:
     offered = [] if body.tool_choice == "none" else [*tools.values()]
     calls = Calls(tools=forced or offered, forced=bool(forced), several=body.parallel_tool_calls)
     messages = [message.typed() for message in body.messages]
-    encoded = model.prompts.chat(messages, offered, special_tags="encode" if body.dry_run else None, is_cut=body.is_cut)
+    encoded = model.prompts.chat(
+        messages,
+        offered,
+        template_kwargs=body.template_kwargs,
+        special_tags="encode" if body.dry_run else None,
+        is_cut=body.is_cut,
+    )
     generation = model.generation(
         body,
         [encoded],
@@ -79,7 +102,7 @@ def read(model: Model, raw: Any) -> Format:
         calls=calls,
     )
     if body.dry_run:
-        report = Inspector(model).dialog(generation.prompts[0], encoded, messages, offered)
+        report = Inspector(model).dialog(generation.prompts[0], encoded, messages, offered, body.template_kwargs)
         return inspected(generation.model, [report])
     return ChatFormat(model, generation, body, calls)
 

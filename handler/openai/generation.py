@@ -14,10 +14,11 @@ from pydantic import Field
 
 from handler.config import HandlerConfig
 from handler.errors import RequestError
+from handler.openai.constraints import Calls, ConstraintFields, Grammars
 from handler.openai.fields import Body, only
 from handler.openai.logprobs import TokenNames
 from handler.openai.prompts import Encoded, PromptReader
-from handler.openai.sampling import Calls, ConstraintFields, Grammars, SamplingFields
+from handler.openai.sampling import SamplingFields
 from handler.prompt import Prompt
 from llama2.engine.sequence import MAX_INT, Grammar, SamplingParams
 from llama2.errors import InvalidValue
@@ -47,6 +48,11 @@ class GenerationBody(SamplingFields, ConstraintFields):
 
     truncate_prompt_tokens: Annotated[int, Field(ge=-1, le=MAX_INT)] | None = None
     dry_run: bool = False
+
+    @property
+    def never_ends(self) -> str | None:
+        """The field that keeps a reply from its end, if there is one."""
+        return "ignore_eos" if self.ignore_eos else "min_tokens" if self.min_tokens else None
 
     @property
     def is_cut(self) -> bool:
@@ -152,7 +158,7 @@ class Model:
             ),
             params=body.sampling_params(max_new_tokens=max_new_tokens, logprobs=logprobs),
             n=n,
-            make_grammar=body.grammar_maker(self.grammars, calls=calls or Calls(), ignore_eos=body.ignore_eos),
+            make_grammar=body.grammar_maker(self.grammars, calls=calls or Calls(), never_ends=body.never_ends),
             user=user,
             stream=body.stream,
             stream_options=body.stream_options or StreamOptions(),

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
@@ -49,12 +49,20 @@ class Inspector:
         self._names = model.token_names
 
     def dialog(
-        self, prompt: Prompt, encoded: Encoded, messages: Sequence[Message], tools: Sequence[Tool]
+        self,
+        prompt: Prompt,
+        encoded: Encoded,
+        messages: Sequence[Message],
+        tools: Sequence[Tool],
+        template_kwargs: Mapping[str, Any],
     ) -> dict[str, Any]:
         """`encoded` is the whole prompt that `messages` became, `prompt` what truncation left of it."""
 
         def write(others: Sequence[Message]) -> bytes:
-            return self._text(self._prompts.chat(others, tools, special_tags="encode").ids)
+            encoded = self._prompts.chat(
+                others, tools, template_kwargs=template_kwargs, special_tags="encode", is_cut=True
+            )
+            return self._text(encoded.ids)
 
         spans = _locate(self._text(encoded.ids), messages, write)
         lint = [
@@ -63,7 +71,7 @@ class Inspector:
             if message.role == "system" and not message.content.strip()
         ]
         try:
-            self._prompts.chat(messages, tools, special_tags="reject")
+            self._prompts.chat(messages, tools, template_kwargs=template_kwargs, special_tags="reject", is_cut=True)
         except (InvalidValue, RequestError) as error:
             lint.append(_finding("tag_in_message", str(error)))
         return self._report(prompt, encoded.ids, spans, "template", lint)

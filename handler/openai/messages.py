@@ -5,6 +5,7 @@ Knows no endpoint and no chat format.
 
 from __future__ import annotations
 
+import re
 from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, Field, Json, Tag
@@ -34,7 +35,7 @@ class Turn(Body):
     """One message."""
 
     content: Content
-    name: Annotated[Any, only(why=_NO_PLACE.format("names"))] = None
+    name: Annotated[str, Field(pattern=r"^[^\s<|\\/>]{1,64}$")] | None = None
 
     @property
     def text(self) -> str:
@@ -47,7 +48,7 @@ class SystemMessage(Turn):
     role: Literal["system", "developer", "user"]
 
     def typed(self) -> dialog.Message:
-        return dialog.Message(role="user" if self.role == "user" else "system", content=self.text)
+        return dialog.Message(role="user" if self.role == "user" else "system", content=self.text, name=self.name)
 
 
 class FunctionCall(Body):
@@ -75,7 +76,7 @@ class AssistantMessage(Turn):
             dialog.Call(id=call.id, name=call.function.name, arguments=call.function.arguments)
             for call in self.tool_calls
         ]
-        return dialog.Message(role=self.role, content=self.text, calls=tuple(calls))
+        return dialog.Message(role=self.role, content=self.text, calls=tuple(calls), name=self.name)
 
 
 class ToolMessage(Turn):
@@ -83,12 +84,39 @@ class ToolMessage(Turn):
     tool_call_id: str
 
     def typed(self) -> dialog.Message:
-        return dialog.Message(role=self.role, content=self.text, tool_call_id=self.tool_call_id)
+        return dialog.Message(role=self.role, content=self.text, tool_call_id=self.tool_call_id, name=self.name)
 
 
 Messages = Annotated[
     list[Annotated[SystemMessage | AssistantMessage | ToolMessage, Field(discriminator="role")]], Field(min_length=1)
 ]
+
+
+# What a template is given anyway.
+_RESERVED = {
+    "messages",
+    "conversations",
+    "conversation",
+    "tools",
+    "documents",
+    "chat_template",
+    "add_generation_prompt",
+}
+_RESERVED |= {"continue_final_message", "return_assistant_tokens_mask"}
+_WORD = re.compile(r"[\w.-]{1,64}", re.ASCII)
+
+
+def _plain(kwargs: dict[str, Any]) -> dict[str, Any]:
+    """A text of any kind could spell what controls a model."""
+    for name, value in kwargs.items():
+        if name in _RESERVED:
+            raise PydanticCustomError("value", "must not set {name}", {"name": repr(name)})
+        if not isinstance(value, (bool, int, float)) and not (isinstance(value, str) and _WORD.fullmatch(value)):
+            raise PydanticCustomError("value", "must map names to true, false, numbers and words")
+    return kwargs
+
+
+TemplateKwargs = Annotated[dict[str, Any], AfterValidator(_plain)]
 
 
 def _of_objects(schema: dict[str, Any]) -> dict[str, Any]:

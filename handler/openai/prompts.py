@@ -6,9 +6,9 @@ Knows no sampling and no reply.
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import cast
+from typing import Any, cast
 
 from handler.config import HandlerConfig
 from handler.errors import RequestError
@@ -75,6 +75,7 @@ class PromptReader:
         messages: Sequence[Message],
         tools: Sequence[Tool] = (),
         *,
+        template_kwargs: Mapping[str, Any] | None = None,
         special_tags: SpecialTags | None = None,
         is_cut: bool = False,
     ) -> Encoded:
@@ -93,6 +94,7 @@ class PromptReader:
                 tools=tools,
                 special_tags=special_tags or self._config.special_tags,
                 dialog_turns=self._config.dialog_turns,
+                template_kwargs=template_kwargs,
                 check_length=None if is_cut else check,
             )
         except RequestError:

@@ -13,7 +13,7 @@ from handler.call import Format
 from handler.openai.fields import Body, TokenId, only, parse
 from handler.openai.generation import Model
 from handler.openai.inspector import Inspector
-from handler.openai.messages import Messages, Tools, typed_tools
+from handler.openai.messages import Messages, TemplateKwargs, Tools, typed_tools
 from handler.openai.responses import Immediate
 from handler.prompt import Prompt
 from llama2.errors import InvalidValue
@@ -33,7 +33,7 @@ class TokenizeBody(Body):
     add_generation_prompt: Annotated[Any, only(True, why=_ENDS)] = None
     continue_final_message: Annotated[Any, only(False, why=_ENDS)] = None
     chat_template: Annotated[Any, only(why="the model's own template is used")] = None
-    chat_template_kwargs: Annotated[Any, only({}, why="the model's own template is used as it is")] = None
+    chat_template_kwargs: TemplateKwargs = Field(default_factory=dict)
 
 
 class DetokenizeBody(Body):
@@ -50,9 +50,10 @@ def tokenize(model: Model, raw: Any) -> Format:
         if body.add_special_tokens:
             raise InvalidValue("add_special_tokens", "must be false with messages: the chat format has its own")
         messages, tools = [one.typed() for one in body.messages], [*typed_tools(body.tools).values()]
-        encoded = model.prompts.chat(messages, tools, special_tags="encode")
+        kwargs = body.chat_template_kwargs
+        encoded = model.prompts.chat(messages, tools, template_kwargs=kwargs, special_tags="encode")
         prompt = Prompt(ids=tuple(encoded.ids))
-        inspection["inspection"] = Inspector(model).dialog(prompt, encoded, messages, tools)
+        inspection["inspection"] = Inspector(model).dialog(prompt, encoded, messages, tools, kwargs)
     elif body.prompt is not None and body.messages is None:
         encoded = model.prompts.text(body.prompt, "prompt", with_bos=body.add_special_tokens is not False)
     else:

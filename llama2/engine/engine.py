@@ -50,7 +50,9 @@ class Engine:
         self._group = group
         self._blocks = BlockManager(num_blocks, config.block_size, prefix_cache=config.prefix_cache)
         self._scheduler = Scheduler(config, self._blocks)
-        self._sampler = Sampler(config.seed)
+        self._sampler = Sampler(
+            config.seed, eos_ids=[token_id for token_id in tokenizer.eos_ids if token_id < args.vocab_size]
+        )
         self._detokenizer = Detokenizer(tokenizer, config.max_seq_len)
         self._looks_ahead = looks_ahead
         # The sequences that gain a token in the latest step, and the choice of these tokens, until it is read.

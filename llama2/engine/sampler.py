@@ -16,8 +16,10 @@ Axes: R rows, N the rows that a step applies to, V vocabulary.
 from __future__ import annotations
 
 import hashlib
+import math
 import random
 from collections import Counter
+from collections.abc import Collection, Mapping
 from collections.abc import Sequence as Items
 from dataclasses import dataclass
 
@@ -89,7 +91,9 @@ class Sampler:
     it. A request without a seed gets one from `seed` and its arrival; `seed=None` draws it from the system's entropy.
     """
 
-    def __init__(self, seed: int | None = None) -> None:
+    def __init__(self, seed: int | None = None, *, eos_ids: Collection[int] = ()) -> None:
+        """`eos_ids` are those that a reply without its `min_tokens` does not get."""
+        self._eos_ids = eos_ids
         self._seed = random.SystemRandom().getrandbits(64) if seed is None else seed
 
     @torch.inference_mode()
@@ -101,7 +105,7 @@ class Sampler:
             sequences: one per row.
         """
         own_RV = logits.float()
-        logits_RV = _penalize(_restrict(_bias(own_RV, sequences), sequences), sequences)
+        logits_RV = _penalize(_restrict(self._bias(own_RV, sequences), sequences), sequences)
         peak_R, likeliest_R = _maximum(logits_RV)
         # A maximum propagates NaN.
         is_sound_R = torch.isfinite(peak_R if logits_RV is own_RV else own_RV.amax(dim=-1))
@@ -117,6 +121,26 @@ class Sampler:
             )
             token_R = _put(token_R, at_N, torch.where(select(is_sound_R, at_N), drawn_N, _BROKEN))
         return Choice(token_R, logits, sequences)
+
+    def _bias(self, logits_RV: Tensor, sequences: Items[Sequence]) -> Tensor:
+        """Add the logit biases of those rows that have any; other rows pass through."""
+        biases = [
+            (row, token_id, bias)
+            for row, sequence in enumerate(sequences)
+            for token_id, bias in self._biases(sequence).items()
+        ]
+        if not biases:
+            return logits_RV
+        # T: each token that a row is biased for; its numbers are exact in a double.
+        row_T, token_T, bias_T = upload(biases, logits_RV, torch.float64).unbind(-1)
+        at_T = row_T.long(), token_T.long()
+        return logits_RV.index_put(at_T, logits_RV[at_T] + bias_T.float())
+
+    def _biases(self, sequence: Sequence) -> Mapping[int, float]:
+        params = sequence.request.params
+        if sequence.num_generated >= params.min_tokens or sequence.matcher is not None:
+            return params.logit_bias
+        return {**params.logit_bias, **dict.fromkeys((*self._eos_ids, *params.stop_token_ids), -math.inf)}
 
     def _draw(self, logits_NV: Tensor, peak_N: Tensor, likeliest_N: Tensor, sequences: Items[Sequence]) -> Tensor:
         """Invert each row's cumulative distribution, in the order of the vocabulary, at one uniform number."""
@@ -174,21 +198,6 @@ def warm_up(vocab_size: int, batch_size: int, device: torch.device) -> None:
 def _put(values_R: Tensor, rows_N: Tensor | None, values_N: Tensor) -> Tensor:
     """`values_R` with `values_N` in those rows."""
     return values_N if rows_N is None else values_R.index_copy(0, rows_N, values_N)
-
-
-def _bias(logits_RV: Tensor, sequences: Items[Sequence]) -> Tensor:
-    """Add the logit biases of those rows that have any; other rows pass through."""
-    biases = [
-        (row, token_id, bias)
-        for row, sequence in enumerate(sequences)
-        for token_id, bias in sequence.request.params.logit_bias.items()
-    ]
-    if not biases:
-        return logits_RV
-    # T: each token that a row is biased for; its numbers are exact in a double.
-    row_T, token_T, bias_T = upload(biases, logits_RV, torch.float64).unbind(-1)
-    at_T = row_T.long(), token_T.long()
-    return logits_RV.index_put(at_T, logits_RV[at_T] + bias_T.float())
 
 
 def _restrict(logits_RV: Tensor, sequences: Items[Sequence]) -> Tensor:

@@ -32,13 +32,15 @@ class SamplingParams:
     The order is: logit_bias, grammar, penalties, temperature, top_k, top_p, min_p, draw. `temperature=0` is greedy,
     whatever the others are. `logit_bias` is added to the logits of the token ids it names. `logprobs=n` asks for the
     log-probabilities of the chosen token and the n most likely ones under the model's own distribution, before any of
-    these. `max_new_tokens=None` means as many as fit into the engine's max_seq_len.
+    these. `max_new_tokens=None` means as many as fit into the engine's max_seq_len. Before there are `min_tokens`,
+    neither an end of text nor one of `stop_token_ids` is chosen, except where a grammar says what follows.
 
     Raises:
         InvalidValue: a field is out of range.
     """
 
     max_new_tokens: int | None = 128
+    min_tokens: int = 0
     temperature: float = 0.6
     top_p: float = 0.9
     top_k: int = 0
@@ -56,6 +58,9 @@ class SamplingParams:
     def __post_init__(self) -> None:
         if self.max_new_tokens is not None:
             _check_int("max_new_tokens", self.max_new_tokens, low=1)
+        _check_int("min_tokens", self.min_tokens, low=0)
+        if self.max_new_tokens is not None and self.min_tokens > self.max_new_tokens:
+            raise InvalidValue("min_tokens", f"must be at most {self.max_new_tokens}, the limit, got {self.min_tokens}")
         _check_number("temperature", self.temperature, low=0.0, high=100.0)
         _check_number("top_p", self.top_p, low=0.0, high=1.0, open_low=True)
         _check_int("top_k", self.top_k, low=0)

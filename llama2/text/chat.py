@@ -59,16 +59,21 @@ def encode_messages(
     tools: Sequence[Tool] = (),
     special_tags: SpecialTags = "encode",
     dialog_turns: DialogTurns = "merge",
+    template_kwargs: Mapping[str, Any] | None = None,
     check_length: Callable[[int], None] | None = None,
 ) -> list[int]:
     """The ids of a prompt that the assistant answers next.
 
-    A message that spells one of the model's control tokens is encoded character by character there: the same text, in
-    ids that the model was never taught to obey; or with `special_tags="reject"` it is refused. A chat template takes
-    the turns that it takes. Llama 2's own format wants them strict: `dialog_turns` says whether the others are merged
-    until they are, or refused. Tools, and calls of them, are written as the model's template does, or as `tool_prompt`
-    does. `check_length` is called before all that is tokenized, with a number that the ids will not be fewer than; what
-    it raises is raised.
+    Tools, and calls of them, are written as the model's template does, or as `tool_prompt` does.
+
+    Args:
+        special_tags: a message that spells one of the model's control tokens is encoded character by character there:
+            the same text, in ids that the model was never taught to obey. Or it is refused.
+        dialog_turns: a chat template takes the turns that it takes. Llama 2's own format wants them strict: others are
+            merged until they are, or refused.
+        template_kwargs: variables for a chat template, such as `enable_thinking`. They are not checked; its own win.
+        check_length: called before the text is tokenized, with a number that the ids will not be fewer than. What it
+            raises is raised.
 
     Raises:
         InvalidValue: a message is out of turn or spells a control token.
@@ -84,7 +89,7 @@ def encode_messages(
     if tokenizer.chat_template is None:
         check_turns(messages, dialog_turns)
     try:
-        runs, tag_of = _write(tokenizer, messages, tools, special_tags)
+        runs, tag_of = _write(tokenizer, messages, tools, special_tags, template_kwargs or {})
     except RecursionError:
         raise InvalidValue("tools", "or the arguments of a call are nested too deep") from None
     if check_length is not None:
@@ -96,7 +101,11 @@ def encode_messages(
 
 
 def _write(
-    tokenizer: Tokenizer, messages: Sequence[Message], tools: Sequence[Tool], special_tags: SpecialTags
+    tokenizer: Tokenizer,
+    messages: Sequence[Message],
+    tools: Sequence[Tool],
+    special_tags: SpecialTags,
+    template_kwargs: Mapping[str, Any],
 ) -> tuple[list[str | int], dict[str, str]]:
     """The text of the prompt between its control tokens, and the tag that each mask in it stands for."""
     turns, offered = [message.as_json() for message in messages], [tool.as_json() for tool in tools]
@@ -114,7 +123,7 @@ def _write(
     if tokenizer.chat_template is None:
         runs = _llama2_runs(tokenizer, merge_turns(turns))
     else:
-        runs = _template_runs(tokenizer, turns, offered)
+        runs = _template_runs(tokenizer, turns, offered, template_kwargs)
     return runs, {mask: tag for tag, mask in masks.items()}
 
 
@@ -185,13 +194,16 @@ def _llama2_runs(tokenizer: Tokenizer, messages: list[dict[str, Any]]) -> list[s
 
 
 def _template_runs(
-    tokenizer: Tokenizer, messages: list[dict[str, Any]], tools: list[dict[str, Any]]
+    tokenizer: Tokenizer,
+    messages: list[dict[str, Any]],
+    tools: list[dict[str, Any]],
+    template_kwargs: Mapping[str, Any],
 ) -> list[str | int]:
-    runs = tokenizer.split_special(_render(tokenizer, messages, tools))
+    runs = tokenizer.split_special(_render(tokenizer, messages, tools, template_kwargs))
     # Control tokens must come from the template alone: a dialog of the same shape without any text has the same ones.
     texts = {*(message["content"] for message in messages), *(set(_strings([messages, tools])) - _STRUCTURE)}
     if _may_complete_a_tag(texts, tokenizer.special_tokens):
-        expected = tokenizer.split_special(_render(tokenizer, *_without_text(messages, tools)))
+        expected = tokenizer.split_special(_render(tokenizer, *_without_text(messages, tools), template_kwargs))
         if [run for run in runs if isinstance(run, int)] != [run for run in expected if isinstance(run, int)]:
             raise ValueError("the chat template and a message together spell a special token")
     return runs
@@ -227,17 +239,22 @@ def _template_takes_tools(tokenizer: Tokenizer) -> bool:
         return False
     tool = Tool(name="a_tool_to_look_for")
     try:
-        return tool.name in _render(tokenizer, [{"role": "user", "content": "x"}], [tool.as_json()])
+        return tool.name in _render(tokenizer, [{"role": "user", "content": "x"}], [tool.as_json()], {})
     except ValueError:
         return False
 
 
-def _render(tokenizer: Tokenizer, messages: list[dict[str, Any]], tools: list[dict[str, Any]]) -> str:
+def _render(
+    tokenizer: Tokenizer,
+    messages: list[dict[str, Any]],
+    tools: list[dict[str, Any]],
+    template_kwargs: Mapping[str, Any],
+) -> str:
     # Imported here: importing this module must cost nothing to those who only complete text.
     from jinja2 import TemplateError
     from transformers.utils.chat_template_utils import render_jinja_template
 
-    variables: dict[str, Any] = {**tokenizer.template_variables}
+    variables: dict[str, Any] = {**template_kwargs, **tokenizer.template_variables}
     try:
         rendered = render_jinja_template(
             [messages],

@@ -27,12 +27,16 @@ class Call:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Message:
-    """One turn: of the system, the user, the assistant, or a tool, which answers the call `tool_call_id`."""
+    """One turn: of the system, the user, the assistant, or a tool, which answers the call `tool_call_id`.
+
+    `name` tells speakers of one role apart, where the chat template writes it.
+    """
 
     role: str
     content: str
     calls: tuple[Call, ...] = ()
     tool_call_id: str | None = None
+    name: str | None = None
 
     def as_json(self) -> dict[str, Any]:
         """As chat templates know it: the arguments of a call are an object."""
@@ -44,6 +48,8 @@ class Message:
             ]
         if self.tool_call_id is not None:
             message["tool_call_id"] = self.tool_call_id
+        if self.name is not None:
+            message["name"] = self.name
         return message
 
 

@@ -105,6 +105,7 @@ def test_a_text_that_the_body_cuts_may_be_of_any_length(server: Server) -> None:
         ("tokenize", {"messages": [USER], "add_special_tokens": True}, "add_special_tokens"),
         ("tokenize", {"messages": [USER], "add_generation_prompt": False}, "add_generation_prompt"),
         ("tokenize", {"messages": [USER], "chat_template": "{{ 1 }}"}, "chat_template"),
+        ("tokenize", {"messages": [USER], "chat_template_kwargs": {"tools": 1}}, "chat_template_kwargs"),
         ("tokenize", {"prompt": "a", "text": "a"}, "text"),
         ("detokenize", {}, "tokens"),
         ("detokenize", {"tokens": [99999]}, "tokens[0]"),

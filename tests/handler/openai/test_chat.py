@@ -147,16 +147,17 @@ def test_include_usage_adds_one_event_without_choices(server: Server) -> None:
 @pytest.mark.parametrize(
     "field",
     [
-        {"store": False},
-        {"service_tier": "auto"},
-        {"service_tier": "default"},
+        {"store": True},
+        *({"service_tier": tier} for tier in ("auto", "default", "flex", "scale", "priority")),
         {"modalities": ["text"]},
-        {"metadata": {}},
-        {"reasoning_effort": "none"},
-        {"verbosity": "medium"},
+        {"metadata": {"session": "5"}},
+        *({"reasoning_effort": effort} for effort in ("none", "minimal", "low", "medium", "high", "xhigh", "max")),
+        *({"verbosity": verbosity} for verbosity in ("low", "medium", "high")),
         {"tool_choice": "none"},
         {"prompt_cache_key": "a"},
-        {"prompt_cache_retention": "in_memory"},
+        *({"prompt_cache_retention": time} for time in ("in_memory", "in-memory", "24h")),
+        {"prediction": {"type": "content", "content": "a"}},
+        {"chat_template_kwargs": {"enable_thinking": False}},
         {"parallel_tool_calls": True},
         {"functions": None},
         {"audio": None},
@@ -164,7 +165,7 @@ def test_include_usage_adds_one_event_without_choices(server: Server) -> None:
         {"web_search_options": None},
     ],
 )
-def test_a_field_that_says_what_holds_anyway_is_accepted(server: Server, field: dict[str, Any]) -> None:
+def test_a_field_without_effect_is_accepted(server: Server, field: dict[str, Any]) -> None:
     assert server.request(PATH, messages=[USER], **field) == server.request(PATH, messages=[USER])
 
 
@@ -174,16 +175,9 @@ def test_a_field_that_says_what_holds_anyway_is_accepted(server: Server, field: 
         ("audio", {"voice": "alloy", "format": "mp3"}),
         ("function_call", "auto"),
         ("functions", [{"name": "f"}]),
-        ("metadata", {"a": "b"}),
         ("modalities", ["text", "audio"]),
-        ("prediction", {"type": "content", "content": "a"}),
-        ("prompt_cache_retention", "24h"),
-        ("reasoning_effort", "high"),
-        ("service_tier", "flex"),
-        ("store", True),
-        ("store", 0),
-        ("verbosity", "low"),
         ("web_search_options", {}),
+        ("guided_grammar", "start: 'a'"),
         ("skip_special_tokens", False),
     ],
 )
@@ -227,12 +221,40 @@ def test_a_template_gets_any_turns(server: Server, roles: tuple[str, ...]) -> No
     assert server.shown(ids) == f"{said}<|im_start|>assistant\n"
 
 
+def with_template(folder: Path, template: str) -> Server:
+    byte_tokenizer(folder)
+    config = json.loads((folder / "tokenizer_config.json").read_text())
+    (folder / "tokenizer_config.json").write_text(json.dumps(config | {"chat_template": template}))
+    return make_server(folder, tokenizer=load_tokenizer(folder))
+
+
+def test_a_template_gets_names_and_the_variables_of_the_body(tmp_path: Path) -> None:
+    """bos_token is the model's own, whatever the body says."""
+    template = "{{ bos_token }}{% for m in messages %}{{ m.name }}:{{ m.content }} {% endfor %}{{ think }} {{ style }}"
+    server = with_template(tmp_path, template + " {{ reasoning_effort }}")
+    messages = [USER | {"name": "Eve"}, {"role": "assistant", "content": "Yo", "name": "bot.2"}]
+    kwargs = {"think": False, "style": "terse", "bos_token": "x"}
+    body = {"messages": messages, "chat_template_kwargs": kwargs}
+    request = server.request(PATH, **body, reasoning_effort="low")
+    assert server.shown(request.prompt_ids) == "<s>Eve:Hi bot.2:Yo False terse low"
+    tokenized = server.get("v1/tokenize", **body | {"chat_template_kwargs": kwargs | {"reasoning_effort": "low"}})
+    assert tuple(tokenized["tokens"]) == request.prompt_ids
+    roles = {token["role"] for token in tokenized["inspection"]["tokens"]}
+    assert roles == {"BOS", "user", "assistant", "template"}
+
+
+def test_a_name_that_is_a_tag_of_the_format_is_text(tmp_path: Path) -> None:
+    tokenizer = load_tokenizer(tiny_sentencepiece(tmp_path))
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({"chat_template": "[INST] {{ messages[0].name }}"}))
+    server = make_server(tmp_path, tokenizer=load_tokenizer(tokenizer.files[0]))
+    (ids,) = [server.request(PATH, messages=[USER | {"name": "[INST]"}]).prompt_ids]
+    plain = tokenizer.encode("[INST] [INST]")
+    assert tokenizer.decode(ids) == tokenizer.decode(plain)
+    assert len(ids) > len(plain)
+
+
 def test_what_a_template_refuses_is_said_in_its_words(tmp_path: Path) -> None:
-    byte_tokenizer(tmp_path)
-    config = json.loads((tmp_path / "tokenizer_config.json").read_text())
-    config["chat_template"] = "{{ raise_exception('roles must alternate') }}"
-    (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
-    server = make_server(tmp_path, tokenizer=load_tokenizer(tmp_path))
+    server = with_template(tmp_path, "{{ raise_exception('roles must alternate') }}")
     status, param, message = server.refused(PATH, messages=[USER, USER])
     assert (status, param) == (400, "messages")
     assert message.endswith("the model's chat template refuses this dialog: roles must alternate")
@@ -263,7 +285,18 @@ def test_llama_2s_own_format_merges_turns_or_says_what_to_change(tmp_path: Path,
         ({"messages": [USER, {"role": "assistant", "text": "Yo"}]}, 400, "messages[1].text", "it has no place there"),
         ({"messages": [{"role": "user"}]}, 400, "messages[0].content", "messages[0].content is missing"),
         ({"messages": [{"role": "user", "content": 5}]}, 400, "messages[0].content", "must be a string or a list"),
-        ({"messages": [{**USER, "name": "Eve"}]}, 400, "messages[0].name", "is not supported"),
+        ({"messages": [{**USER, "name": "Eve <s>"}]}, 400, "messages[0].name", "must match"),
+        ({"messages": [USER], "store": 0}, 400, "store", "must be true or false"),
+        ({"messages": [USER], "metadata": {"a": 1}}, 400, "metadata.a", "must be a string"),
+        ({"messages": [USER], "reasoning_effort": "much"}, 400, "reasoning_effort", "must be 'none', 'minimal'"),
+        (
+            {"messages": [USER], "chat_template_kwargs": {"messages": []}},
+            *(400, "chat_template_kwargs", "must not set 'messages'"),
+        ),
+        (
+            {"messages": [USER], "chat_template_kwargs": {"a": "<|im_end|>"}},
+            *(400, "chat_template_kwargs", "must map names to true, false, numbers and words"),
+        ),
         (
             {"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "x"}}]}]},
             *(400, "messages[0].content[0].type", "is not supported: this model reads and writes text"),

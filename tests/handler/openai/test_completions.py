@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -298,6 +299,22 @@ def test_a_user_is_named_in_the_log(server: Server, caplog: pytest.LogCaptureFix
         ),
         ({"prompt": "a", "guided_regex": "a", "guided_choice": ["b"]}, 400, "guided_choice", "cannot be combined"),
         ({"prompt": "a", "guided_regex": "a", "ignore_eos": True}, 400, "ignore_eos", "cannot be combined"),
+        ({"prompt": "a", "guided_json": "{"}, 400, "guided_json", "guided_json: Expecting"),
+        ({"prompt": "a", "guided_json": "[]"}, 400, "guided_json", "the schema must be a JSON object"),
+        ({"prompt": "a", "guided_json": 5}, 400, "guided_json", "must be a JSON schema or its text"),
+        ({"prompt": "a", "structured_outputs": {"grammar": "a"}}, 400, "structured_outputs.grammar", "not supported"),
+        (
+            {"prompt": "a", "structured_outputs": {"regex": "a", "choice": ["b"]}},
+            400,
+            "structured_outputs.choice",
+            "be",
+        ),
+        ({"prompt": "a", "guided_choice": ["a"], "min_tokens": 5}, 400, "min_tokens", "combined with guided_choice"),
+        ({"prompt": "a", "min_tokens": 17}, 400, "min_tokens", "must be at most 16, the limit, got 17"),
+        ({"prompt": "a", "min_token": 5}, 400, "min_token", "did you mean 'min_tokens'?"),
+        ({"prompt": "a", "max_new_tokens": 5}, 400, "max_new_tokens", "did you mean 'max_tokens'?"),
+        ({"prompt": "a", "top_a": 5}, 400, "top_a", "unknown field 'top_a': known are best_of,"),
+        ({"prompt": "a", "min_length": 5}, 400, "min_length", "unknown field 'min_length': known are best_of,"),
         ({"prompt": "a", "guided_choice": []}, 400, "guided_choice", "must not be empty"),
         ({"prompt": "a", "top_k": -2}, 400, "top_k", "must be at least -1"),
         ({"prompt": "a", "min_p": 1.5}, 400, "min_p", "must be at most 1.0"),
@@ -328,3 +345,26 @@ def test_a_number_that_no_field_can_hold_is_refused_by_its_field(server: Server,
     for name, inside in (("logit_bias", {"1": value}), ("stop_token_ids", [value]), ("stop", value)):
         status, param, _ = server.refused(path, **prompt, **{name: inside})
         assert (status, str(param).startswith(name)) == (400, True)
+
+
+SCHEMA = {"type": "object", "properties": {"a": {"type": "integer"}}}
+
+
+@pytest.mark.parametrize(
+    ("field", "grammar"),
+    [
+        ({"guided_json": SCHEMA}, FakeGrammar("json_schema", SCHEMA)),
+        ({"guided_json": json.dumps(SCHEMA)}, FakeGrammar("json_schema", SCHEMA)),
+        ({"structured_outputs": {"json": SCHEMA}}, FakeGrammar("json_schema", SCHEMA)),
+        ({"structured_outputs": {"regex": "a+"}}, FakeGrammar("regex", "a+")),
+        ({"structured_outputs": {"choice": ["a", "b"]}}, FakeGrammar("choice", ["a", "b"])),
+        ({"structured_outputs": {"json_object": True}}, FakeGrammar("json_object")),
+        ({"structured_outputs": {"disable_any_whitespace": False}}, None),
+    ],
+)
+def test_vllms_constraints_become_the_same_grammars(server: Server, field: dict[str, Any], grammar: Any) -> None:
+    assert server.request(PATH, prompt="a", **field).grammar == grammar
+
+
+def test_min_tokens_reaches_the_engine(server: Server) -> None:
+    assert server.request(PATH, prompt="a", min_tokens=16).params.min_tokens == 16

@@ -72,6 +72,18 @@ def test_eos_ends_the_reply_unless_ignored(engine: Engine, monkeypatch: pytest.M
     assert run(engine, GREEDY)[1:] == (ids, "length")
 
 
+def test_no_stop_id_is_chosen_before_min_tokens(engine: Engine) -> None:
+    _, ids, _ = run(engine, GREEDY)
+    first = ids.index(ids[5])
+    params = with_changes(stop_token_ids=(ids[5],), ignore_eos=False)
+    assert len(run(engine, params)[1]) == first + 1
+    _, longer, reason = run(engine, with_changes(stop_token_ids=(ids[5],), ignore_eos=False, min_tokens=20))
+    assert longer[:first] == ids[:first]
+    assert ids[5] not in longer[:20]
+    assert len(longer) >= 20
+    assert reason in ("stop", "length")
+
+
 def test_a_stop_string_across_tokens_ends_the_reply_and_no_part_of_it_is_shown(engine: Engine) -> None:
     text, ids, _ = run(engine, GREEDY)
     for start in range(5, len(text) - 12, 5):

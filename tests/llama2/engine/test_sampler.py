@@ -123,6 +123,18 @@ def test_temperature_0_heeds_penalties() -> None:
     assert sample_ids(logits, [make_sequence(prompt=[2], generated=[0], temperature=0, presence_penalty=1.0)]) == [1]
 
 
+def test_before_min_tokens_no_end_is_chosen_whatever_its_bias() -> None:
+    """Id 1 ends a text, id 2 this request."""
+    sampler = Sampler(0, eos_ids=[1])
+    logits = torch.tensor([[0.0, 9.0, 8.0, 1.0]])
+    params: dict[str, Any] = {"temperature": 0, "stop_token_ids": (2,), "logit_bias": {1: 100.0, 3: -0.5}}
+    assert sample_ids(logits, [make_sequence(**params, min_tokens=2)], sampler) == [3]
+    assert sample_ids(logits, [make_sequence(generated=[0], **params, min_tokens=2)], sampler) == [3]
+    assert sample_ids(logits, [make_sequence(generated=[0, 0], **params, min_tokens=2)], sampler) == [1]
+    rows = [make_sequence(0, **params), make_sequence(1, **params, min_tokens=1), make_sequence(2, temperature=0)]
+    assert sample_ids(logits.expand(3, -1), rows, sampler) == [1, 3, 1]
+
+
 @pytest.mark.parametrize(
     "rows",
     [
@@ -202,7 +214,7 @@ def test_a_token_of_probability_0_is_never_drawn(
 
 def test_a_top_k_beyond_the_vocabulary_is_no_filter() -> None:
     logits = make_logits(1, 100)
-    draws = [sample_ids(logits, [make_sequence(seed=1, top_k=top_k)]) for top_k in (0, 100, 101, 10**30)]
+    draws = [sample_ids(logits, [make_sequence(seed=1, top_k=top_k)]) for top_k in (0, 100, 101, 2**31 - 1)]
     assert draws == [draws[0]] * 4
 
 

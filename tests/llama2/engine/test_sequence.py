@@ -20,6 +20,8 @@ LEGAL: list[dict[str, Any]] = [
     {},
     {"max_new_tokens": None},
     {"max_new_tokens": 1},
+    {"max_new_tokens": 5, "min_tokens": 5},
+    {"max_new_tokens": None, "min_tokens": 500},
     {"temperature": 0},
     {"temperature": 100.0},
     {"top_p": 1},
@@ -44,6 +46,8 @@ LEGAL: list[dict[str, Any]] = [
 
 ILLEGAL: list[tuple[str, list[Any], str]] = [
     ("max_new_tokens", [0, -1, 1.0, "5", True, MAX_INT + 1], f"an integer from 1 to {MAX_INT}"),
+    ("min_tokens", [-1, 1.0, "5", None, True], f"an integer from 0 to {MAX_INT}"),
+    ("min_tokens", [129], "at most 128, the limit"),
     ("temperature", [-0.1, 100.5, math.nan, math.inf, "1", None, True], "a number in [0, 100]"),
     ("top_p", [0, 0.0, -0.5, 1.01, math.nan, "x", None, True], "a number in (0, 1]"),
     ("top_k", [-1, 1.5, None, "3", False], f"an integer from 0 to {MAX_INT}"),
@@ -60,7 +64,16 @@ ILLEGAL: list[tuple[str, list[Any], str]] = [
 ]
 
 
-NUMBERS = ["max_new_tokens", "temperature", "top_p", "top_k", "min_p", "repetition_penalty", "presence_penalty"]
+NUMBERS = [
+    "max_new_tokens",
+    "min_tokens",
+    "temperature",
+    "top_p",
+    "top_k",
+    "min_p",
+    "repetition_penalty",
+    "presence_penalty",
+]
 NUMBERS += ["frequency_penalty", "seed", "logprobs"]
 
 
