@@ -1,7 +1,7 @@
 """Owns the OpenAI-compatible API: which paths there are, and what is answered without reading a body.
 
     GET   models, models/{id}, health
-    POST  completions, chat/completions, tokenize, detokenize
+    POST  completions, chat/completions, responses, tokenize, detokenize
 
 all behind `v1/`, or without it. Whatever is wrong with a body is found out before its status line is sent. Knows no
 torch, no TorchServe, and of the engine its statistics alone.
@@ -16,10 +16,10 @@ from typing import TYPE_CHECKING, Any
 from handler.call import Format
 from handler.config import HandlerConfig
 from handler.errors import RequestError
-from handler.openai import chat, completions, tokenization
+from handler.openai import chat, completions, responses, tokenization
 from handler.openai.constraints import Grammars
 from handler.openai.generation import Model, Served
-from handler.openai.responses import Immediate
+from handler.openai.replies import Immediate
 from llama2.errors import InvalidValue
 from llama2.text.tokenizer import Tokenizer
 
@@ -30,6 +30,7 @@ STALL_SECONDS = 60.0
 _READERS: dict[str, Callable[[Model, Any], Format]] = {
     "completions": completions.read,
     "chat/completions": chat.read,
+    "responses": responses.read,
     "tokenize": tokenization.tokenize,
     "detokenize": tokenization.detokenize,
 }

@@ -13,7 +13,7 @@ from pydantic import Field
 from handler.call import Format, Progress
 from handler.openai.constraints import Calls
 from handler.openai.fields import only, parse
-from handler.openai.generation import Generation, GenerationBody, Model
+from handler.openai.generation import ChoicesBody, Generation, Model
 from handler.openai.inspector import Inspector, inspected
 from handler.openai.logprobs import chat_logprobs
 from handler.openai.messages import (
@@ -21,21 +21,20 @@ from handler.openai.messages import (
     FUNCTIONS,
     Messages,
     NamedTool,
+    ReasoningEffort,
     TemplateKwargs,
     ToolChoice,
     Tools,
+    forced_tools,
     typed_tools,
 )
-from handler.openai.responses import GenerationFormat
+from handler.openai.replies import ChoicesFormat
 from llama2.engine.sequence import MAX_INT, MAX_LOGPROBS, Output, Request, TokenLogprobs
 from llama2.errors import InvalidValue
-from llama2.text.dialog import Tool
 from llama2.text.tools import CallDelta, ToolStream
 
-ReasoningEffort = Literal["none", "minimal", "low", "medium", "high", "xhigh", "max"]
 
-
-class ChatBody(GenerationBody):
+class ChatBody(ChoicesBody):
     """https://platform.openai.com/docs/api-reference/chat/create"""
 
     messages: Messages
@@ -81,7 +80,9 @@ def read(model: Model, raw: Any) -> Format:
     if body.top_logprobs is not None and not body.logprobs:
         raise InvalidValue("top_logprobs", "needs logprobs to be true")
     tools = typed_tools(body.tools)
-    forced = _forced(tools, body.tool_choice)
+    is_name = isinstance(body.tool_choice, NamedTool)
+    choice = body.tool_choice.function.name if isinstance(body.tool_choice, NamedTool) else body.tool_choice
+    forced = forced_tools(tools, choice, is_name=is_name)
     offered = [] if body.tool_choice == "none" else [*tools.values()]
     calls = Calls(tools=forced or offered, forced=bool(forced), several=body.parallel_tool_calls)
     messages = [message.typed() for message in body.messages]
@@ -99,7 +100,8 @@ def read(model: Model, raw: Any) -> Format:
         max_tokens=_max_tokens(body),
         logprobs=(body.top_logprobs or 0) if body.logprobs else None,
         user=body.safety_identifier or body.user,
-        calls=calls,
+        make_grammar=body.grammar_maker(model.grammars, calls=calls, never_ends=body.never_ends),
+        stream_options=body.options(),
     )
     if body.dry_run:
         report = Inspector(model).dialog(generation.prompts[0], encoded, messages, offered, body.template_kwargs)
@@ -115,21 +117,10 @@ def _max_tokens(body: ChatBody) -> int | None:
     return body.max_tokens or body.max_completion_tokens
 
 
-def _forced(tools: dict[str, Tool], choice: ToolChoice) -> list[Tool]:
-    """The tools one of which the reply must call; none where it need not."""
-    if isinstance(choice, NamedTool):
-        if choice.function.name not in tools:
-            raise InvalidValue("tool_choice", f"must name one of the tools, got {choice.function.name!r}")
-        return [tools[choice.function.name]]
-    if choice == "required" and not tools:
-        raise InvalidValue("tool_choice", "is 'required', but there are no tools")
-    return [*tools.values()] if choice == "required" else []
-
-
-class ChatFormat(GenerationFormat):
+class ChatFormat(ChoicesFormat):
     """The replies to one dialog."""
 
-    prefix, kind, chunk_kind = "chatcmpl", "chat.completion", "chat.completion.chunk"
+    prefix, kind, chunk_kind = "chatcmpl-", "chat.completion", "chat.completion.chunk"
 
     def __init__(self, model: Model, generation: Generation, body: ChatBody, calls: Calls) -> None:
         super().__init__(generation)

@@ -11,11 +11,12 @@ from typing import Annotated, Any
 from pydantic import Field, Tag
 
 from handler.call import Format, Progress
+from handler.openai.constraints import Calls
 from handler.openai.fields import TokenId, by_kind, only, parse
-from handler.openai.generation import MAX_N, Generation, GenerationBody, Model
+from handler.openai.generation import MAX_N, ChoicesBody, Generation, Model
 from handler.openai.inspector import Inspector, inspected
 from handler.openai.logprobs import CompletionLogprobs
-from handler.openai.responses import GenerationFormat
+from handler.openai.replies import ChoicesFormat
 from llama2.engine.sequence import MAX_LOGPROBS, Output, Request, TokenLogprobs
 from llama2.errors import InvalidValue
 
@@ -30,7 +31,7 @@ Prompts = Annotated[
 ]
 
 
-class CompletionBody(GenerationBody):
+class CompletionBody(ChoicesBody):
     """https://platform.openai.com/docs/api-reference/completions/create"""
 
     prompt: Prompts
@@ -63,6 +64,8 @@ def read(model: Model, raw: Any) -> Format:
         default_max_tokens=DEFAULT_MAX_TOKENS,
         logprobs=body.logprobs if sampled == body.n else body.logprobs or 0,
         user=body.user,
+        make_grammar=body.grammar_maker(model.grammars, calls=Calls(), never_ends=body.never_ends),
+        stream_options=body.options(),
     )
     if body.dry_run:
         inspector = Inspector(model)
@@ -71,10 +74,10 @@ def read(model: Model, raw: Any) -> Format:
     return CompletionFormat(model, generation, body)
 
 
-class CompletionFormat(GenerationFormat):
+class CompletionFormat(ChoicesFormat):
     """The replies to one body. `generation.n` is the number that is sampled, of which `n` are shown."""
 
-    prefix, kind, chunk_kind = "cmpl", "text_completion", "text_completion"
+    prefix, kind, chunk_kind = "cmpl-", "text_completion", "text_completion"
 
     def __init__(self, model: Model, generation: Generation, body: CompletionBody) -> None:
         super().__init__(generation)

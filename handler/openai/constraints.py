@@ -105,9 +105,14 @@ class Calls:
         """What reads calls out of one reply."""
         return ToolStream({tool.name for tool in self.tools}, forced=self.forced, strict=self.strict)
 
-    def grammar_maker(self, grammars: Grammars) -> Callable[[], Grammar]:
+    def grammar_makers(self, grammars: Grammars, *, has_format: bool) -> dict[str, Callable[[], Grammar]]:
+        """By the field that asks for it. `has_format`: where no call must be made, `format_maker` has all of it."""
+        if self.forced:
+            return {"tool_choice": lambda: grammars.json_schema(call_schema(self.tools))}
+        if not self.strict or has_format:
+            return {}
         schemas = {tool.name: tool.parameters if tool.strict else {"type": "object"} for tool in self.tools}
-        return lambda: grammars.calls(schemas, several=self.several)
+        return {"tools": lambda: grammars.calls(schemas, several=self.several)}
 
 
 class ConstraintFields(Body):
@@ -131,22 +136,16 @@ class ConstraintFields(Body):
         Raises:
             InvalidValue: two fields ask for a grammar, or one does and another says that the reply is not to end.
         """
-        wanted: dict[str, Callable[[], Grammar]] = {}
-        json_schema = functools.partial(_json_schema, grammars)
-        if calls.forced:
-            wanted["tool_choice"] = lambda: grammars.json_schema(call_schema(calls.tools))
-        if isinstance(self.response_format, (JsonObjectFormat, JsonSchemaFormat)):
-            asked = self.response_format
-            shape = asked.json_schema.schema_ if isinstance(asked, JsonSchemaFormat) else None
-            if shape is not None and calls.tools and not calls.forced:
-                shape = call_schema(calls.tools, instead=shape)
-            wanted["response_format"] = grammars.json_object if shape is None else functools.partial(json_schema, shape)
-        elif calls.strict:
-            wanted["tools"] = calls.grammar_maker(grammars)
+        wanted = calls.grammar_makers(grammars, has_format=isinstance(self.response_format, JsonSchemaFormat))
+        if isinstance(self.response_format, JsonSchemaFormat):
+            schema = self.response_format.json_schema.schema_
+            wanted["response_format"] = format_maker(grammars, schema, calls)
+        elif isinstance(self.response_format, JsonObjectFormat):
+            wanted["response_format"] = grammars.json_object
         outputs = self.structured_outputs or StructuredOutputs()
-        for place, schema in (("guided_json", self.guided_json), ("structured_outputs.json", outputs.json_)):
-            if schema is not None:
-                wanted[place] = functools.partial(json_schema, schema)
+        for place, given in (("guided_json", self.guided_json), ("structured_outputs.json", outputs.json_)):
+            if given is not None:
+                wanted[place] = functools.partial(_json_schema, grammars, given)
         for place, pattern in (("guided_regex", self.guided_regex), ("structured_outputs.regex", outputs.regex)):
             if pattern is not None:
                 wanted[place] = functools.partial(grammars.regex, pattern)
@@ -155,16 +154,34 @@ class ConstraintFields(Body):
                 wanted[place] = functools.partial(grammars.choice, texts)
         if outputs.json_object:
             wanted["structured_outputs.json_object"] = grammars.json_object
-        if not wanted:
-            return None
-        field, *others = wanted
-        if others or never_ends:
-            raise InvalidValue(others[0] if others else never_ends or "", f"cannot be combined with {field}")
+        return only_maker(wanted, never_ends=never_ends)
 
-        def make() -> Grammar:
-            try:
-                return wanted[field]()
-            except ValueError as error:
-                raise RequestError(f"{field}: {error}", param=field, code="invalid_value") from None
 
-        return make
+def format_maker(grammars: Grammars, schema: dict[str, Any] | None, calls: Calls) -> Callable[[], Grammar]:
+    """For a reply that follows a schema, or is one of the calls."""
+    if schema is None:
+        return grammars.json_object
+    if calls.tools and not calls.forced:
+        schema = call_schema(calls.tools, instead=schema)
+    return functools.partial(grammars.json_schema, schema)
+
+
+def only_maker(wanted: Mapping[str, Callable[[], Grammar]], *, never_ends: str | None) -> Callable[[], Grammar] | None:
+    """The one maker that is `wanted`, by the field that asks for it; it raises RequestError. None if none is.
+
+    Raises:
+        InvalidValue: there are two, or one and a field `never_ends`, which keeps a reply from its end.
+    """
+    if not wanted:
+        return None
+    field, *others = wanted
+    if others or never_ends:
+        raise InvalidValue(others[0] if others else never_ends or "", f"cannot be combined with {field}")
+
+    def make() -> Grammar:
+        try:
+            return wanted[field]()
+        except ValueError as error:
+            raise RequestError(f"{field}: {error}", param=field, code="invalid_value") from None
+
+    return make

@@ -59,10 +59,10 @@ class Body(BaseModel):
     @model_validator(mode="before")
     @classmethod
     def _leave_out_nulls(cls, body: Any) -> Any:
-        optional = {name for name, field in cls.model_fields.items() if not field.is_required()}
+        required = {field.alias or name for name, field in cls.model_fields.items() if field.is_required()}
         if not isinstance(body, dict):
             return body
-        return {name: value for name, value in body.items() if value is not None or name not in optional}
+        return {name: value for name, value in body.items() if value is not None or name in required}
 
 
 def only(*allowed: Any, why: str) -> AfterValidator:

@@ -1,6 +1,6 @@
-"""Owns what completions and chats have in common on the way in: fields, checks, and the generation that comes of them.
+"""Owns what completions, chats and responses have in common on the way in: fields, checks, and the generation of it.
 
-Knows neither endpoint's own fields and no reply.
+Knows no endpoint's own fields and no reply.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from pydantic import Field
 
 from handler.config import HandlerConfig
 from handler.errors import RequestError
-from handler.openai.constraints import Calls, ConstraintFields, Grammars
+from handler.openai.constraints import ConstraintFields, Grammars
 from handler.openai.fields import Body, only
 from handler.openai.logprobs import TokenNames
 from handler.openai.prompts import Encoded, PromptReader
@@ -36,18 +36,13 @@ class StreamOptions(Body):
     include_obfuscation: Annotated[Any, only(False, why="chunks are not padded")] = None
 
 
-class GenerationBody(SamplingFields, ConstraintFields):
-    """The fields of both endpoints, vLLM's last."""
+class CommonFields(SamplingFields):
+    """Those of completions, chats and responses."""
 
     model: str | None = None
-    max_tokens: Annotated[int, Field(ge=0, le=MAX_INT)] | None = None
-    n: Annotated[int, Field(ge=1, le=MAX_N)] = 1
     user: str | None = None
     stream: bool = False
-    stream_options: StreamOptions | None = None
-
     truncate_prompt_tokens: Annotated[int, Field(ge=-1, le=MAX_INT)] | None = None
-    dry_run: bool = False
 
     @property
     def never_ends(self) -> str | None:
@@ -58,6 +53,22 @@ class GenerationBody(SamplingFields, ConstraintFields):
     def is_cut(self) -> bool:
         """Does it say itself how much of its prompt is to be left?"""
         return self.truncate_prompt_tokens is not None
+
+
+class ChoicesBody(CommonFields, ConstraintFields):
+    """The fields of completions and chats, vLLM's last."""
+
+    max_tokens: Annotated[int, Field(ge=0, le=MAX_INT)] | None = None
+    n: Annotated[int, Field(ge=1, le=MAX_N)] = 1
+    stream_options: StreamOptions | None = None
+
+    dry_run: bool = False
+
+    def options(self) -> StreamOptions:
+        """Raises InvalidValue: there are some, and no stream."""
+        if self.stream_options is not None and not self.stream:
+            raise InvalidValue("stream_options", "needs stream to be true")
+        return self.stream_options or StreamOptions()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -117,7 +128,7 @@ class Model:
 
     def generation(
         self,
-        body: GenerationBody,
+        body: CommonFields,
         encoded: Sequence[Encoded],
         *,
         n: int,
@@ -125,7 +136,8 @@ class Model:
         default_max_tokens: int | None = None,
         logprobs: int | None,
         user: str | None,
-        calls: Calls | None = None,
+        make_grammar: Callable[[], Grammar] | None,
+        stream_options: StreamOptions | None = None,
     ) -> Generation:
         """A `max_tokens` that is given must fit in behind the prompt; 0 of them is one, which is then not generated.
 
@@ -133,8 +145,6 @@ class Model:
             InvalidValue, RequestError: a field is wrong.
         """
         name = self.name(body.model)
-        if body.stream_options is not None and not body.stream:
-            raise InvalidValue("stream_options", "needs stream to be true")
         if n > self.config.engine.max_batch_size:
             raise InvalidValue("n", f"must be at most {self.config.engine.max_batch_size} on this server, got {n}")
         if n * len(encoded) > MAX_REPLIES:
@@ -158,10 +168,10 @@ class Model:
             ),
             params=body.sampling_params(max_new_tokens=max_new_tokens, logprobs=logprobs),
             n=n,
-            make_grammar=body.grammar_maker(self.grammars, calls=calls or Calls(), never_ends=body.never_ends),
+            make_grammar=make_grammar,
             user=user,
             stream=body.stream,
-            stream_options=body.stream_options or StreamOptions(),
+            stream_options=stream_options or StreamOptions(),
         )
 
     def _check_ids(self, field: str, ids: Iterable[int]) -> None:

@@ -15,7 +15,7 @@ from typing import Any
 from handler.errors import RequestError
 from handler.openai.generation import Model
 from handler.openai.prompts import Encoded
-from handler.openai.responses import Immediate
+from handler.openai.replies import Immediate
 from handler.prompt import Prompt
 from llama2.errors import InvalidValue
 from llama2.text.dialog import Message, Tool

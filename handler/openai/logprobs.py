@@ -56,6 +56,14 @@ def chat_logprobs(names: TokenNames, entries: Sequence[TokenLogprobs]) -> dict[s
     return {"content": content, "refusal": None}
 
 
+def response_logprobs(names: TokenNames, entries: Sequence[TokenLogprobs]) -> list[dict[str, Any]]:
+    """`logprobs` of a response's text: those of a chat, but that no bytes are a list, too."""
+    content: list[dict[str, Any]] = chat_logprobs(names, entries)["content"]
+    for token in (one for entry in content for one in (entry, *entry["top_logprobs"])):
+        token["bytes"] = token["bytes"] or []
+    return content
+
+
 class CompletionLogprobs:
     """`logprobs` of one completion choice, piece by piece. `text_offset` counts characters of the choice's text."""
 

@@ -6,6 +6,7 @@ Knows no endpoint and no chat format.
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping, Sequence
 from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, Field, Json, Tag
@@ -16,6 +17,7 @@ from llama2.errors import InvalidValue
 from llama2.text import dialog
 
 MAX_TOOLS = 128
+ReasoningEffort = Literal["none", "minimal", "low", "medium", "high", "xhigh", "max"]
 AUDIO = "this model reads and writes text"
 FUNCTIONS = "it is deprecated; use tools and tool_choice"
 _NO_PLACE = "this model's prompt format has no place for {}"
@@ -125,11 +127,18 @@ def _of_objects(schema: dict[str, Any]) -> dict[str, Any]:
     return schema
 
 
+Parameters = Annotated[dict[str, Any], AfterValidator(_of_objects)]
+
+
 class Function(Body):
     name: Name
     description: str = ""
-    parameters: Annotated[dict[str, Any], AfterValidator(_of_objects)] = Field(default_factory=dict)
+    parameters: Parameters = Field(default_factory=dict)
     strict: bool = False
+
+    def typed(self) -> dialog.Tool:
+        parameters = {"type": "object", "properties": {}} | self.parameters
+        return dialog.Tool(name=self.name, description=self.description, parameters=parameters, strict=self.strict)
 
 
 class Tool(Body):
@@ -161,12 +170,33 @@ def typed_tools(tools: Tools) -> dict[str, dialog.Tool]:
     Raises:
         InvalidValue: two have the same name.
     """
-    typed: dict[str, dialog.Tool] = {}
-    for index, function in enumerate(tool.function for tool in tools):
-        if function.name in typed:
-            raise InvalidValue(f"tools[{index}].function.name", f"is {function.name!r}, which another tool has")
-        parameters = {"type": "object", "properties": {}} | function.parameters
-        typed[function.name] = dialog.Tool(
-            name=function.name, description=function.description, parameters=parameters, strict=function.strict
-        )
-    return typed
+    return unique([tool.function.typed() for tool in tools], "tools[{}].function.name")
+
+
+def unique(tools: Sequence[dialog.Tool], place: str) -> dict[str, dialog.Tool]:
+    """By name. `place` is the path to a tool's name, with {} for its index.
+
+    Raises:
+        InvalidValue: two have the same name.
+    """
+    named: dict[str, dialog.Tool] = {}
+    for index, tool in enumerate(tools):
+        if tool.name in named:
+            raise InvalidValue(place.format(index), f"is {tool.name!r}, which another tool has")
+        named[tool.name] = tool
+    return named
+
+
+def forced_tools(tools: Mapping[str, dialog.Tool], choice: str, *, is_name: bool) -> list[dialog.Tool]:
+    """The tools one of which the reply must call; none where it need not. `is_name`: the choice is one of them.
+
+    Raises:
+        InvalidValue: there is no such tool.
+    """
+    if is_name:
+        if choice not in tools:
+            raise InvalidValue("tool_choice", f"must name one of the tools, got {choice!r}")
+        return [tools[choice]]
+    if choice == "required" and not tools:
+        raise InvalidValue("tool_choice", "is 'required', but there are no tools")
+    return [*tools.values()] if choice == "required" else []

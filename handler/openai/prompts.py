@@ -75,6 +75,7 @@ class PromptReader:
         messages: Sequence[Message],
         tools: Sequence[Tool] = (),
         *,
+        place: str = "messages",
         template_kwargs: Mapping[str, Any] | None = None,
         special_tags: SpecialTags | None = None,
         is_cut: bool = False,
@@ -86,7 +87,7 @@ class PromptReader:
             RequestError: the model's chat format has no place for such a dialog, or it is too long whatever its tokens
                 are.
         """
-        check = functools.partial(check_length, place="messages", config=self._config)
+        check = functools.partial(check_length, place=place, config=self._config)
         try:
             ids = encode_messages(
                 self._tokenizer,
@@ -100,12 +101,12 @@ class PromptReader:
         except RequestError:
             raise
         except ValueError as error:
-            if not isinstance(error, InvalidValue):
-                error = InvalidValue("messages", f"cannot be written: {error}")
-            elif error.field == "tools":
+            if isinstance(error, InvalidValue) and error.field == "tools":
                 raise
+            if not isinstance(error, InvalidValue) or place != "messages":
+                error = InvalidValue(place, f"cannot be written: {error}")
             raise RequestError.of(error, code="invalid_prompt") from None
-        return Encoded(ids=ids, place="messages")
+        return Encoded(ids=ids, place=place)
 
     def fit(self, encoded: Encoded, *, max_new_tokens: int | None, asked: bool, truncate: int | None) -> Prompt:
         """Cut to the last `truncate` ids, -1 for as many as are taken; then to what the server takes.

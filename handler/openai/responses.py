@@ -1,148 +1,131 @@
-"""Owns what every reply has around its choices: ids, usage, server-sent events; and replies that need no engine.
+"""Owns responses: their own fields, and what is asked of the engine for one.
 
-Knows no choice from the inside: `completions` and `chat` say how one is written.
+`response_input` reads what a response is given, and `response_events` writes it. Knows no other endpoint.
 """
 
 from __future__ import annotations
 
-import json
-import logging
-import time
-from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Callable
+from typing import Annotated, Any, Literal
 
-from handler.call import Progress
-from handler.errors import RequestError
-from handler.openai.generation import Generation
-from llama2.engine.sequence import Grammar, Output, Request
+from pydantic import Field
 
-logger = logging.getLogger(__name__)
+from handler.call import Format
+from handler.openai.constraints import Calls, Grammars, JsonObjectFormat, TextFormat, format_maker, only_maker
+from handler.openai.fields import Body, Name, only, parse
+from handler.openai.generation import CommonFields, Model
+from handler.openai.messages import ReasoningEffort, TemplateKwargs, forced_tools
+from handler.openai.response_events import ResponseFormat
+from handler.openai.response_input import FunctionChoice, FunctionTools, Input, read_messages, typed_functions
+from llama2.engine.sequence import MAX_INT, MAX_LOGPROBS, Grammar
 
-DONE = "data: [DONE]\n\n"
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Immediate:
-    """A reply that needs no engine."""
-
-    reply: Any
-    stream: bool = False
-    content_type: str = "application/json"
-    prepare: None = None
-
-    def requests(self, call_id: str) -> list[Request]:
-        return []
-
-    def chunk(self, index: int, output: Output, progress: Progress) -> str:
-        raise AssertionError("nothing was asked of the engine")
-
-    def whole(self, progress: Sequence[Progress]) -> str:
-        return to_json(self.reply) + "\n"
-
-    def failure(self, error: RequestError) -> str:
-        return error.as_json()
+_STORED = "nothing is stored here: send the whole conversation as input"
+_LOGPROBS = "message.output_text.logprobs"
+# What a response says of the body that it answers.
+_ECHOED = (
+    *("instructions", "max_output_tokens", "max_tool_calls", "metadata", "parallel_tool_calls", "reasoning"),
+    *("safety_identifier", "temperature", "text", "tool_choice", "tools", "top_logprobs", "top_p", "user"),
+)
 
 
-class GenerationFormat(ABC):
-    """What completions and chats have in common."""
+class SchemaFormat(Body):
+    type: Literal["json_schema"]
+    name: Name
+    schema_: Annotated[dict[str, Any] | None, Field(alias="schema")] = None
+    description: str | None = None
+    strict: bool | None = None
 
-    prefix: str  # of the id
-    kind: str  # of a whole reply
-    chunk_kind: str
 
-    def __init__(self, generation: Generation) -> None:
-        self.generation = generation
-        self.stream = generation.stream
-        self.content_type = "text/event-stream; charset=utf-8" if self.stream else "application/json"
-        self._options = generation.stream_options
-        self._created = int(time.time())
-        self._id = self.prefix
-        self._grammar: Grammar | None = None
+class TextConfig(Body):
+    format: Annotated[TextFormat | JsonObjectFormat | SchemaFormat | None, Field(discriminator="type")] = None
+    verbosity: Literal["low", "medium", "high"] | None = None
+
+
+class Reasoning(Body):
+    effort: ReasoningEffort | None = None
+    summary: Literal["auto", "concise", "detailed"] | None = None
+    generate_summary: Literal["auto", "concise", "detailed"] | None = None
+
+
+class ResponseStreamOptions(Body):
+    include_obfuscation: Annotated[Any, only(False, why="events are not padded")] = None
+
+
+class ResponseBody(CommonFields):
+    """https://platform.openai.com/docs/api-reference/responses/create"""
+
+    input: Input
+    instructions: str | None = None
+    max_output_tokens: Annotated[int, Field(ge=1, le=MAX_INT)] | None = None
+    tools: FunctionTools = Field(default_factory=list)
+    tool_choice: FunctionChoice = "auto"
+    parallel_tool_calls: bool = True
+    text: TextConfig = Field(default_factory=TextConfig)
+    include: list[str] = Field(default_factory=list)
+    top_logprobs: Annotated[int, Field(ge=0, le=MAX_LOGPROBS)] | None = None
+    chat_template_kwargs: TemplateKwargs = Field(default_factory=dict)
+    reasoning: Reasoning = Field(default_factory=Reasoning)
+    safety_identifier: str | None = None
+
+    # Accepted as OpenAI's servers accept them, and without effect.
+    max_tool_calls: Annotated[int, Field(ge=1)] | None = None
+    metadata: dict[str, str] = Field(default_factory=dict)
+    prompt_cache_key: str | None = None
+    prompt_cache_retention: Literal["in_memory", "in-memory", "24h"] | None = None
+    service_tier: Literal["auto", "default", "flex", "scale", "priority"] | None = None
+    store: bool = False
+    stream_options: ResponseStreamOptions | None = None
+
+    background: Annotated[Any, only(False, why="a response is made while its client waits")] = None
+    conversation: Annotated[Any, only(why=_STORED)] = None
+    previous_response_id: Annotated[Any, only(why=_STORED)] = None
+    prompt: Annotated[Any, only(why="there are no prompt templates here; use instructions and input")] = None
+    truncation: Annotated[Any, only("disabled", why="truncate_prompt_tokens cuts a prompt")] = None
 
     @property
-    def prepare(self) -> Callable[[], None] | None:
-        return None if self.generation.make_grammar is None else self._make_grammar
+    def template_kwargs(self) -> dict[str, Any]:
+        """The variables that the body sets for the model's template."""
+        effort = {} if self.reasoning.effort is None else {"reasoning_effort": self.reasoning.effort}
+        return effort | self.chat_template_kwargs
 
-    def _make_grammar(self) -> None:
-        assert self.generation.make_grammar is not None
-        self._grammar = self.generation.make_grammar()
-
-    def requests(self, call_id: str) -> list[Request]:
-        self._id = f"{self.prefix}-{call_id}"
-        if self.generation.user is not None:
-            logger.info("request %s is for user %r", call_id, self.generation.user)
-        return [
-            self.request(
-                request_id=f"{call_id}/{index}",
-                prompt_ids=prompt.ids,
-                params=self.generation.params,
-                n=self.generation.n,
-                grammar=self._grammar,
-            )
-            for index, prompt in enumerate(self.generation.prompts)
-        ]
-
-    @abstractmethod
-    def request(self, **common: Any) -> Request:
-        """One request to the engine: what both have in `common`, and more."""
-
-    @abstractmethod
-    def news(self, index: int, news: Output) -> Iterator[dict[str, Any]]:
-        """What a stream says of the next news of choice `index`, an event each."""
-
-    @abstractmethod
-    def choices(self, progress: Sequence[Progress]) -> list[dict[str, Any]]:
-        """Every choice, whole."""
-
-    def chunk(self, index: int, output: Output, progress: Progress) -> str:
-        return "".join(self._chunk(index, choice, progress) for choice in self.news(index, output))
-
-    def whole(self, progress: Sequence[Progress]) -> str:
-        usage = _usage(sum(len(prompt.ids) for prompt in self.generation.prompts), progress)
-        if not self.stream:
-            choices = [{"index": index, **choice} for index, choice in enumerate(self.choices(progress))]
-            return to_json(self._reply(self.kind, choices) | {"usage": usage}) + "\n"
-        last = _event(self._reply(self.chunk_kind, []) | {"usage": usage}) if self._options.include_usage else ""
-        return last + DONE
-
-    def failure(self, error: RequestError) -> str:
-        return f"data: {error.as_json()}\n{DONE}" if self.stream else error.as_json()
-
-    def _chunk(self, index: int, choice: dict[str, Any], progress: Progress) -> str:
-        chunk = self._reply(self.chunk_kind, [{"index": index, **choice}])
-        if self._options.continuous_usage_stats:
-            prompt = self.generation.prompts[index // self.generation.n]
-            chunk["usage"] = _usage(len(prompt.ids), [progress])
-        elif self._options.include_usage:
-            chunk["usage"] = None
-        return _event(chunk)
-
-    def _reply(self, kind: str, choices: list[dict[str, Any]]) -> dict[str, Any]:
-        return {
-            "id": self._id,
-            "object": kind,
-            "created": self._created,
-            "model": self.generation.model,
-            "system_fingerprint": self.generation.system_fingerprint,
-            "choices": choices,
-        }
+    def grammar_maker(self, grammars: Grammars, calls: Calls) -> Callable[[], Grammar] | None:
+        shape = self.text.format
+        wanted = calls.grammar_makers(grammars, has_format=isinstance(shape, SchemaFormat))
+        if isinstance(shape, SchemaFormat):
+            wanted["text.format"] = format_maker(grammars, shape.schema_, calls)
+        elif isinstance(shape, JsonObjectFormat):
+            wanted["text.format"] = grammars.json_object
+        return only_maker(wanted, never_ends=self.never_ends)
 
 
-def to_json(value: Any) -> str:
-    return json.dumps(value, ensure_ascii=False)
+def read(model: Model, raw: Any) -> Format:
+    """What a body asks for.
 
-
-def _event(value: Any) -> str:
-    return f"data: {to_json(value)}\n\n"
-
-
-def _usage(prompt_tokens: int, progress: Sequence[Progress]) -> dict[str, Any]:
-    completion_tokens = sum(reply.num_tokens for reply in progress)
-    return {
-        "prompt_tokens": prompt_tokens,
-        "completion_tokens": completion_tokens,
-        "total_tokens": prompt_tokens + completion_tokens,
-        "prompt_tokens_details": {"cached_tokens": sum(reply.cached_tokens for reply in progress)},
-    }
+    Raises:
+        InvalidValue, RequestError: a field is wrong.
+    """
+    body = parse(ResponseBody, raw)
+    tools = typed_functions(body.tools)
+    choice = body.tool_choice if isinstance(body.tool_choice, str) else body.tool_choice.name
+    forced = forced_tools(tools, choice, is_name=not isinstance(body.tool_choice, str))
+    offered = [] if choice == "none" and not forced else [*tools.values()]
+    calls = Calls(tools=forced or offered, forced=bool(forced), several=body.parallel_tool_calls)
+    encoded = model.prompts.chat(
+        read_messages(body.instructions, body.input),
+        offered,
+        place="input",
+        template_kwargs=body.template_kwargs,
+        is_cut=body.is_cut,
+    )
+    wants_logprobs = _LOGPROBS in body.include or body.top_logprobs is not None
+    generation = model.generation(
+        body,
+        [encoded],
+        n=1,
+        max_tokens=body.max_output_tokens,
+        logprobs=(body.top_logprobs or 0) if wants_logprobs else None,
+        user=body.safety_identifier or body.user,
+        make_grammar=body.grammar_maker(model.grammars, calls),
+    )
+    echoed = {name: raw[name] for name in _ECHOED if raw.get(name) is not None}
+    return ResponseFormat(generation, echoed, calls, model.token_names if wants_logprobs else None)

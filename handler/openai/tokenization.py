@@ -14,7 +14,7 @@ from handler.openai.fields import Body, TokenId, only, parse
 from handler.openai.generation import Model
 from handler.openai.inspector import Inspector
 from handler.openai.messages import Messages, TemplateKwargs, Tools, typed_tools
-from handler.openai.responses import Immediate
+from handler.openai.replies import Immediate
 from handler.prompt import Prompt
 from llama2.errors import InvalidValue
 

@@ -88,6 +88,46 @@ def test_a_forced_tool_is_called_and_its_result_is_read(chat: ChatOpenAI, choice
     assert not answer.tool_calls
 
 
+@pytest.mark.parametrize("responses", [False, True], ids=["chat", "responses"])
+@pytest.mark.parametrize("strict", [None, True])
+def test_an_agent_with_two_tools_comes_to_an_answer(
+    service: Service, model: str, responses: bool, strict: bool | None
+) -> None:
+    """The model calls, its tools run, their results go back, until it answers. It must call in its first two turns,
+    since so small a model would not."""
+    chat = ChatOpenAI(
+        base_url=service.base_url,
+        api_key=service.key,
+        model=model,
+        temperature=0,
+        max_retries=0,
+        max_tokens=120,
+        use_responses_api=responses,
+    )
+    tools = {each.name: each for each in (get_weather, add)}
+    history: list[Any] = [
+        SystemMessage("You are a helpful assistant."),
+        HumanMessage("How warm is it in Rome, in celsius, and what is 20 + 22?"),
+    ]
+    ran: list[str] = []
+    for choice in ("get_weather", "add", "none"):
+        reply = chat.bind_tools([*tools.values()], tool_choice=choice, strict=strict).invoke(history)
+        assert isinstance(reply, AIMessage)
+        assert not reply.invalid_tool_calls
+        history.append(reply)
+        for call in reply.tool_calls:
+            result = tools[call["name"]].invoke(call)
+            assert isinstance(result, ToolMessage)
+            assert result.status == "success"
+            ran.append(call["name"])
+            history.append(result)
+    assert ran == ["get_weather", "add"]
+    assert history[-1].text
+    assert not history[-1].tool_calls
+    free = chat.bind_tools([*tools.values()], strict=strict).invoke(history[:2])
+    assert free.tool_calls or free.text
+
+
 def test_a_streamed_tool_call_is_the_whole_one(chat: ChatOpenAI) -> None:
     bound = chat.bind_tools([get_weather], tool_choice="get_weather")
     whole = bound.invoke("How warm is it in Rome?")

@@ -102,6 +102,49 @@ def test_a_forced_tool_call_has_arguments_of_its_schema(ask: Asker, choice: Any)
     assert {delta.index for delta in deltas} == {0}
 
 
+class GetWeather(BaseModel):
+    """The weather in a city."""
+
+    city: Literal["Paris", "Rome"]
+    unit: Literal["celsius", "fahrenheit"]
+
+
+TOOL = openai.pydantic_function_tool(GetWeather)
+
+
+@pytest.mark.parametrize(("choice", "temperature"), [("auto", 0), ("required", 0), ("required", 1)])
+def test_parse_reads_the_calls_of_a_pydantic_function_tool(ask: Asker, choice: str, temperature: float) -> None:
+    """Its tool is strict. With auto the model may say something instead; a call that it makes is valid."""
+    messages = [{"role": "user", "content": "Call GetWeather for Rome, in celsius."}]
+    reply = ask(
+        "chat.completions.parse",
+        messages=messages,
+        tools=[TOOL],
+        tool_choice=choice,
+        temperature=temperature,
+        seed=1,
+        max_tokens=200,
+    )
+    message = reply.choices[0].message
+    calls = message.tool_calls or []
+    assert message.content or calls
+    assert len(calls) >= (choice == "required")
+    assert all(isinstance(call.function.parsed_arguments, GetWeather) for call in calls)
+
+
+def test_parse_with_tools_gives_an_object_or_a_call(ask: Asker) -> None:
+    reply = ask(
+        "chat.completions.parse",
+        messages=QUESTION,
+        tools=[TOOL],
+        response_format=City,
+        temperature=0,
+        max_tokens=80,
+    )
+    message = reply.choices[0].message
+    assert isinstance(message.parsed, City) != bool(message.tool_calls)
+
+
 def test_tool_choice_none_gives_text(ask: Asker) -> None:
     reply = ask(
         "chat.completions.create", messages=QUESTION, tools=[WEATHER], tool_choice="none", temperature=0, max_tokens=20

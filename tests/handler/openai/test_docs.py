@@ -9,12 +9,13 @@ import pytest
 from handler.openai.chat import ChatBody
 from handler.openai.completions import CompletionBody
 from handler.openai.fields import Body
+from handler.openai.responses import ResponseBody
 from tests.handler.support import ROOT
 
 DOCS = (ROOT / "docs" / "openai.md").read_text(encoding="utf-8")
 
 
-@pytest.mark.parametrize("body", [CompletionBody, ChatBody])
+@pytest.mark.parametrize("body", [CompletionBody, ChatBody, ResponseBody])
 def test_every_field_has_a_row(body: type[Body]) -> None:
     rows = [line.split("|")[1] for line in DOCS.splitlines() if line.startswith("| `")]
     described = {name for row in rows for name in re.findall(r"`(\w+)`", row)}
