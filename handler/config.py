@@ -6,10 +6,9 @@ Knows no front end, no torch and no file: the settings are model-config.yaml's s
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import hashlib
 import os
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -17,6 +16,7 @@ from typing import Any, Literal, get_args
 from llama2.config import MODEL_ARGS_FILE, EngineConfig
 from llama2.engine.sequence import SamplingParams
 from llama2.errors import InvalidValue
+from llama2.names import nearest
 from llama2.text.chat import SpecialTags
 from llama2.text.dialog import DialogTurns
 
@@ -147,12 +147,3 @@ def positive(name: str, value: Any) -> int:
     if not isinstance(value, int) or isinstance(value, bool) or value < 1:
         raise ValueError(f"{name} must be a positive integer, got {'null' if value is None else repr(value)}")
     return value
-
-
-def nearest(name: str, known: Collection[str]) -> str:
-    """The end of an error message about an unknown name: the known one that it is misspelt for, or all of them.
-
-    Names as close as min_tokens and max_tokens, 0.8, are names of two things.
-    """
-    close = difflib.get_close_matches(name, known, n=1, cutoff=0.82)
-    return f"did you mean {close[0]!r}?" if close else f"known are {', '.join(sorted(known))}"

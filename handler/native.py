@@ -25,16 +25,17 @@ from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
 from handler.call import Progress
-from handler.config import HandlerConfig, Mode, nearest
+from handler.config import HandlerConfig, Mode
 from handler.errors import RequestError
 from handler.prompt import Prompt, check_length, fit
 from llama2.engine.sequence import Output, Request, SamplingParams, TokenLogprobs
 from llama2.errors import InvalidValue, shown
+from llama2.names import nearest
 from llama2.text.chat import encode_dialog
 from llama2.text.tokenizer import Tokenizer
 
 MAX_PROMPTS = 64
-_SAMPLING_FIELDS = {field.name for field in dataclasses.fields(SamplingParams)}
+_SAMPLING_FIELDS = {field.name for field in dataclasses.fields(SamplingParams)} - {"n"}
 _FIELDS = _SAMPLING_FIELDS | {"prompt", "dialog", "mode", "stream"}
 
 

@@ -7,18 +7,23 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from llama2.engine.sequence import Completion, SamplingParams
+from llama2.engine.sequence import Completion, Output, Reply, SamplingParams
 
 if TYPE_CHECKING:
+    from llama2.async_llm import AsyncLLM
     from llama2.llm import LLM
 
-__all__ = ["LLM", "Completion", "SamplingParams"]
+__all__ = ["LLM", "AsyncLLM", "Completion", "Output", "Reply", "SamplingParams"]
 
 
 def __getattr__(name: str) -> Any:
-    # LLM imports torch, which a program that only checks request bodies should not pay for.
+    # These import torch, which a program that only checks request bodies should not pay for.
     if name == "LLM":
         from llama2.llm import LLM
 
         return LLM
+    if name == "AsyncLLM":
+        from llama2.async_llm import AsyncLLM
+
+        return AsyncLLM
     raise AttributeError(f"module 'llama2' has no attribute {name!r}")

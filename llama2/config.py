@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from llama2.errors import InvalidValue, shown
+from llama2.names import by_name
 
 MODEL_ARGS_FILE = "model_args.json"
 
@@ -198,12 +199,13 @@ def _option(default: Any, text: str, *, key: str | None = None) -> Any:
     return field(default=default, metadata={"help": text} | ({"key": key} if key else {}))
 
 
+@by_name
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EngineConfig:
     """The options of an engine, declared here alone: the keywords of `LLM` and the keys of model-config.yaml follow.
 
     Raises:
-        InvalidValue: an option is out of range.
+        InvalidValue: an option is unknown or out of range.
     """
 
     max_seq_len: int = _option(2048, "prompt and reply together, in tokens")

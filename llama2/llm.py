@@ -1,31 +1,35 @@
 """Owns the offline front: prompts in, completions out, on the engine that the server runs.
 
     llm = LLM("converted_checkpoints")
-    llm.generate(["The capital of France is"], SamplingParams(temperature=0))
+    llm.generate("The capital of France is", temperature=0, max_new_tokens=20)
 
-One process, or every rank under torchrun, with the same lines.
+One process, or every rank under torchrun, with the same lines. `AsyncLLM` is the same for coroutines.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from itertools import count
+from collections.abc import Iterator, Sequence
 from pathlib import Path
+from types import TracebackType
 from typing import Any, cast
 
 import torch
 
+from llama2.arguments import ArgumentReader, Dialog, Parameters, Prompt
 from llama2.config import EngineConfig
+from llama2.engine.engine import Engine
 from llama2.engine.loading import load_engine
-from llama2.engine.sequence import Completion, Output, Request, SamplingParams
+from llama2.engine.sequence import Completion, Output, Reply, Request
+from llama2.engine.turns import Gains, Turns
 from llama2.progress import progress
-from llama2.text.chat import encode_dialog
-
-Dialog = list[Mapping[str, str]]
 
 
 class LLM:
-    """A model and its engine. Under torchrun every rank makes the same calls and gets the same results."""
+    """A model and its engine. Under torchrun every rank makes the same calls and gets the same results.
+
+    In one process several threads may use it, and their requests are computed together; under torchrun one thread of
+    each rank. `close`, or the end of a `with` block, or `del` gives the memory back.
+    """
 
     def __init__(
         self,
@@ -39,109 +43,150 @@ class LLM:
         """`options` are the fields of `EngineConfig`; see `load_engine` for the rest.
 
         Raises:
-            ValueError: the checkpoint, the tokenizer, the TP degree or a size is wrong.
+            ValueError: the checkpoint, the tokenizer, the TP degree or an option is wrong.
         """
-        self._engine = load_engine(
+        engine = load_engine(
             checkpoint_dir,
             tokenizer_path=tokenizer_path,
             dtype=dtype,
             device=device,
             config=EngineConfig(**options),
         )
-        self.tokenizer = self._engine.tokenizer
-        self._calls = count()
+        self.tokenizer = engine.tokenizer
+        self._turns = Turns(engine)
+        self._arguments = ArgumentReader(engine.tokenizer, engine.args.vocab_size)
 
     def generate(
         self,
-        prompts: list[str] | list[list[int]],
-        params: SamplingParams | list[SamplingParams] | None = None,
+        prompts: str | Sequence[Prompt],
+        params: Parameters = None,
+        *,
+        sampling_params: Parameters = None,
+        **options: Any,
     ) -> list[Completion]:
-        """Continue each prompt, given as text (BOS is added) or as ids (taken as they are), one reply each, in order.
+        """Continue each prompt, given as text (BOS is added) or as ids (taken as they are), in order.
+
+        Args:
+            prompts: a list, or one text, which gives a list of one completion.
+            params: for all prompts, or one each; `sampling_params` is another name of it.
+            options: fields of `SamplingParams`, which win over `params`; and what all replies are held to, one of
+                `json_schema` (a dict, JSON text, or a pydantic model), `regex`, `choice` (a list of texts) and
+                `grammar` (llguidance's Lark syntax). A reply that could not be held to it has the finish_reason
+                "error".
 
         Raises:
-            ValueError: a prompt is empty or too long, or there are not as many `params` as prompts.
+            ValueError: an argument is wrong, or a prompt is empty or too long; nothing has run then.
         """
-        if isinstance(prompts, str):
-            raise ValueError("prompts must be a list of prompts, got one string")
-        encoded = [self.tokenizer.encode_prompt(prompt) if isinstance(prompt, str) else prompt for prompt in prompts]
-        return self._complete(encoded, params, continues_prompt=True)
+        return self._complete(self._arguments.completions(prompts, params, sampling_params, **options))
 
     def chat(
-        self, dialogs: list[Dialog], params: SamplingParams | list[SamplingParams] | None = None
+        self,
+        dialogs: Dialog | Sequence[Dialog],
+        params: Parameters = None,
+        *,
+        sampling_params: Parameters = None,
+        **options: Any,
     ) -> list[Completion]:
         """Answer each dialog, a list of {"role", "content"}, in the model's own chat format.
+
+        One dialog alone gives a list of one completion. Otherwise as `generate`.
 
         Raises:
             ValueError: as `generate`, or roles are out of order, or a message holds a control tag.
         """
-        if any(isinstance(dialog, Mapping) for dialog in dialogs):
-            raise ValueError("dialogs must be a list of dialogs, each a list of messages; got a message in its place")
-        encoded = [encode_dialog(self.tokenizer, dialog) for dialog in dialogs]
-        return self._complete(encoded, params, continues_prompt=False)
+        return self._complete(self._arguments.chats(dialogs, params, sampling_params, **options))
 
-    def score(self, token_ids: list[int]) -> torch.Tensor:
-        """The logits (T, V), fp32 on the CPU, that the model gives after each of T ids."""
-        request = Request(request_id=f"{next(self._calls)}", prompt_ids=tuple(token_ids), score=True, generate=False)
-        (outputs,) = self._run([request])
-        return cast(torch.Tensor, outputs[-1].prompt_logits)
+    def stream(
+        self,
+        prompt: Prompt | Dialog,
+        params: Parameters = None,
+        *,
+        sampling_params: Parameters = None,
+        **options: Any,
+    ) -> Iterator[Output]:
+        """Continue one prompt, or answer one dialog, in pieces: each has `text` and `token_ids`, and the last one of a
+        reply a `finish_reason`. Of `n` replies each piece has the `index`. Otherwise as `generate`.
+
+        To leave the loop early aborts the request. Under torchrun all ranks get the same pieces, and leave at the same.
+
+        Raises:
+            ValueError: as `generate` and `chat`, at the call.
+        """
+        request = self._arguments.one(prompt, params, sampling_params, **options)
+        self._engine.check(request)
+        return self._pieces(request)
+
+    def score(self, token_ids: Sequence[int]) -> torch.Tensor:
+        """The logits (T, V), fp32 on the CPU, that the model gives after each of T ids.
+
+        Raises:
+            ValueError: there are none or too many, or one is outside the vocabulary.
+        """
+        ((output,),) = self._run([self._arguments.score(token_ids)])
+        return cast(torch.Tensor, output.prompt_logits)
 
     def close(self) -> None:
-        """Let go of the GPUs' recordings. Under torchrun every rank calls it, before it ends the process group."""
-        self._engine.close()
+        """Give the memory back, on a GPU that of recorded passes, too. Calls after it raise RuntimeError.
 
-    def _complete(
-        self,
-        prompts: list[list[int]],
-        params: SamplingParams | list[SamplingParams] | None,
-        *,
-        continues_prompt: bool,
-    ) -> list[Completion]:
-        if not isinstance(params, list):
-            params = [params or SamplingParams()] * len(prompts)
-        if len(params) != len(prompts):
-            raise ValueError(f"params must be one or as many as there are prompts ({len(prompts)}), got {len(params)}")
-        call = next(self._calls)
-        requests = [
-            Request(request_id=f"{call}-{index}", prompt_ids=tuple(ids), params=one, continues_prompt=continues_prompt)
-            for index, (ids, one) in enumerate(zip(prompts, params, strict=True))
-        ]
-        return [_completion(*one) for one in zip(requests, self._run(requests), strict=True)]
+        Under torchrun every rank calls it, before it ends the process group.
+        """
+        self._turns.close()
+
+    def __enter__(self) -> LLM:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        self.close()
+
+    @property
+    def _engine(self) -> Engine:
+        return self._turns.engine
+
+    def _complete(self, requests: list[Request]) -> list[Completion]:
+        return [completion(*one) for one in zip(requests, self._run(requests), strict=True)]
 
     def _run(self, requests: list[Request]) -> list[list[Output]]:
-        """The outputs of each request, on every rank: rank 0 drives the engine, and the others follow its steps."""
-        for request in requests:
-            self._engine.check(request)
-        if self._engine.rank != 0:
-            return cast("list[list[Output]]", self._engine.follow())
-        return cast("list[list[Output]]", self._engine.release(self._drive(requests)))
+        """The outputs of each request."""
+        quiet = self._engine.rank != 0
+        replies = sum(request.n for request in requests)
+        with progress(total=replies, desc="generate", unit="reply", delay=2, disable=quiet) as bar:
+            gains = Gains(requests, bar.update)
+            self._turns.add(gains)
+            try:
+                self._turns.advance(lambda: not gains.unfinished)
+            finally:
+                self._turns.drop(gains)
+        return list(gains.outputs.values())
 
-    def _drive(self, requests: list[Request]) -> list[list[Output]]:
-        gained: dict[str, list[Output]] = {request.request_id: [] for request in requests}
-        for request in requests:
-            self._engine.add(request)
+    def _pieces(self, request: Request) -> Iterator[Output]:
+        gains = Gains([request])
+        (outputs,) = gains.outputs.values()
+        self._turns.add(gains)
         try:
-            with progress(total=len(requests), desc="generate", unit="reply", delay=2) as bar:
-                while self._engine.has_work:
-                    for output in self._engine.step():
-                        if output.request_id in gained:  # else it was left over by an interrupted call
-                            gained[output.request_id].append(output)
-                            if output.finish_reason:
-                                bar.update()
-        except BaseException:
-            for request in requests:
-                self._engine.abort(request.request_id)
-            raise
-        return list(gained.values())
+            while outputs or gains.unfinished:
+                self._turns.advance(lambda: bool(outputs))
+                yield outputs.pop(0)
+        finally:
+            self._turns.drop(gains)
 
 
-def _completion(request: Request, outputs: list[Output]) -> Completion:
+def completion(request: Request, outputs: Sequence[Output]) -> Completion:
+    """All that a request has gained."""
+    return Completion(
+        prompt_tokens=len(request.prompt_ids),
+        outputs=tuple(
+            _reply(request, [output for output in outputs if output.index == index]) for index in range(request.n)
+        ),
+    )
+
+
+def _reply(request: Request, outputs: Sequence[Output]) -> Reply:
     reason = outputs[-1].finish_reason
     assert reason is not None
-    return Completion(
+    return Reply(
         text="".join(output.text for output in outputs),
         token_ids=[token_id for output in outputs for token_id in output.token_ids],
         finish_reason=reason,
-        prompt_tokens=len(request.prompt_ids),
         logprobs=None
         if request.params.logprobs is None
         else [logprobs for output in outputs for logprobs in output.logprobs],

@@ -11,10 +11,10 @@ from typing import Annotated, Any, TypeVar
 from pydantic import AfterValidator, BaseModel, ConfigDict, Discriminator, Field, ValidationError, model_validator
 from pydantic_core import ErrorDetails, PydanticCustomError
 
-from handler.config import nearest
 from handler.errors import RequestError
 from llama2.engine.sequence import MAX_INT
 from llama2.errors import shown
+from llama2.names import nearest
 
 # What each of pydantic's kinds of error, and of ours, is called by OpenAI.
 _CODES = {

@@ -166,7 +166,7 @@ class Model:
                 )
                 for one in encoded
             ),
-            params=body.sampling_params(max_new_tokens=max_new_tokens, logprobs=logprobs),
+            params=body.sampling_params(max_new_tokens=max_new_tokens, logprobs=logprobs, n=n),
             n=n,
             make_grammar=make_grammar,
             user=user,

@@ -80,7 +80,6 @@ class GenerationFormat(ABC):
                 request_id=f"{call_id}/{index}",
                 prompt_ids=prompt.ids,
                 params=self.generation.params,
-                n=self.generation.n,
                 grammar=self._grammar,
             )
             for index, prompt in enumerate(self.generation.prompts)

@@ -53,7 +53,7 @@ class SamplingFields(Body):
         """By token id."""
         return {int(key): bias for key, bias in self.logit_bias.items()}
 
-    def sampling_params(self, *, max_new_tokens: int | None, logprobs: int | None) -> SamplingParams:
+    def sampling_params(self, *, max_new_tokens: int | None, logprobs: int | None, n: int) -> SamplingParams:
         return SamplingParams(
             max_new_tokens=max_new_tokens,
             min_tokens=self.min_tokens,
@@ -71,4 +71,5 @@ class SamplingFields(Body):
             ignore_eos=self.ignore_eos,
             logprobs=logprobs,
             logit_bias=self.biases,
+            n=n,
         )

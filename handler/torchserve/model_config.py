@@ -9,8 +9,9 @@ from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
-from handler.config import KEYS, HandlerConfig, nearest, positive
+from handler.config import KEYS, HandlerConfig, positive
 from llama2.errors import shown
+from llama2.names import nearest
 
 # What TorchServe 0.12 itself reads (org.pytorch.serve.archive.model.ModelConfig), as far as it can work here.
 _POSITIVE = {"batchSize", "maxBatchDelay", "responseTimeout", "startupTimeout", "jobQueueSize", "maxRetryTimeoutInSec"}

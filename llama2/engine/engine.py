@@ -46,7 +46,7 @@ class Engine:
             vocab_size=args.vocab_size, max_seq_len=config.max_seq_len, max_batch_size=config.max_batch_size
         )
         self.tokenizer = tokenizer
-        self.rank = group.rank
+        self.rank, self.world_size = group.rank, group.world_size
         self._group = group
         self._blocks = BlockManager(num_blocks, config.block_size, prefix_cache=config.prefix_cache)
         self._scheduler = Scheduler(config, self._blocks)

@@ -20,6 +20,7 @@ from llama2.parallel.collectives import Collectives, connect
 from llama2.parallel.plan import build_mesh, local_size
 from llama2.parallel.process_group import Launched, choose_device, init_process_group
 from llama2.text.tokenizer import Tokenizer, load_tokenizer
+from llama2.weights.kinds import check_converted
 from llama2.weights.loader import load_model
 from llama2.weights.readers.dcp import DcpFolder
 
@@ -45,6 +46,8 @@ def load_engine(
         ValueError: the checkpoint, the tokenizer, the degree or a size is wrong.
         LockstepError: the ranks were given different settings.
     """
+    if model_args_path is None:
+        check_converted(checkpoint_dir)
     args = ModelArgs.load(model_args_path or checkpoint_dir)
     tokenizer = load_tokenizer(tokenizer_path or checkpoint_dir)
     if tokenizer.vocab_size > args.vocab_size:

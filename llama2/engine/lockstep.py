@@ -31,7 +31,7 @@ class Lockstep:
     """One rank's end of the group. `steps` is the number of the last call that it took part in."""
 
     def __init__(self, runner: Runner, collectives: Collectives) -> None:
-        self.rank = collectives.rank
+        self.rank, self.world_size = collectives.rank, collectives.world_size
         self.steps = 0
         self._runner = runner
         self._collectives = collectives

@@ -6,8 +6,9 @@ Knows no torch, no tensors and no text: ids in, ids out.
 from __future__ import annotations
 
 import enum
+import numbers
 from array import array
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 
@@ -16,6 +17,7 @@ if TYPE_CHECKING:
     from llama2.text.text_stream import TextStream
 
 from llama2.errors import InvalidValue, shown
+from llama2.names import SECOND_NAME, by_name
 
 FinishReason = Literal["stop", "length", "abort", "error"]
 
@@ -25,21 +27,25 @@ MAX_STOPS = 64  # each is looked for at every character
 MAX_STOP_LENGTH = 1000
 
 
+@by_name
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SamplingParams:
-    """How tokens are chosen and when they end.
+    """How tokens are chosen and when they end; vLLM's `max_tokens` is a second name of `max_new_tokens`.
 
     The order is: logit_bias, grammar, penalties, temperature, top_k, top_p, min_p, draw. `temperature=0` is greedy,
-    whatever the others are. `logit_bias` is added to the logits of the token ids it names. `logprobs=n` asks for the
-    log-probabilities of the chosen token and the n most likely ones under the model's own distribution, before any of
-    these. `max_new_tokens=None` means as many as fit into the engine's max_seq_len. Before there are `min_tokens`,
-    neither an end of text nor one of `stop_token_ids` is chosen, except where a grammar says what follows.
+    whatever the others are; `top_k` of 0 or -1 keeps all. `logit_bias` is added to the logits of the token ids it
+    names. `logprobs=k` asks for the log-probabilities of the chosen token and the k most likely ones under the model's
+    own distribution, before any of these. `max_new_tokens=None` means as many as fit into the engine's max_seq_len.
+    Before there are `min_tokens`, neither an end of text nor one of `stop_token_ids` is chosen, except where a grammar
+    says what follows. `n` replies are made of a prompt.
+
+    A number may be numpy's, `stop` one string, and what is a tuple here any list: the fields hold plain values.
 
     Raises:
-        InvalidValue: a field is out of range.
+        InvalidValue: a field is unknown or out of range.
     """
 
-    max_new_tokens: int | None = 128
+    max_new_tokens: int | None = field(default=128, metadata={SECOND_NAME: "max_tokens"})
     min_tokens: int = 0
     temperature: float = 0.6
     top_p: float = 0.9
@@ -54,56 +60,82 @@ class SamplingParams:
     ignore_eos: bool = False
     logprobs: int | None = None
     logit_bias: Mapping[int, float] = field(default_factory=dict)
+    n: int = 1
 
     def __post_init__(self) -> None:
+        plain: dict[str, Any] = {
+            "temperature": _number("temperature", self.temperature, low=0.0, high=100.0),
+            "top_p": _number("top_p", self.top_p, low=0.0, high=1.0, open_low=True),
+            "top_k": max(0, _integer("top_k", self.top_k, low=-1)),
+            "min_p": _number("min_p", self.min_p, low=0.0, high=1.0),
+            "repetition_penalty": _number(
+                "repetition_penalty", self.repetition_penalty, low=0.0, high=100.0, open_low=True
+            ),
+            "presence_penalty": _number("presence_penalty", self.presence_penalty, low=-2.0, high=2.0),
+            "frequency_penalty": _number("frequency_penalty", self.frequency_penalty, low=-2.0, high=2.0),
+            "stop": _stops(self.stop),
+            "stop_token_ids": _ids("stop_token_ids", self.stop_token_ids),
+            "logit_bias": _biases(self.logit_bias),
+            "min_tokens": _integer("min_tokens", self.min_tokens, low=0),
+            "n": _integer("n", self.n, low=1),
+        }
         if self.max_new_tokens is not None:
-            _check_int("max_new_tokens", self.max_new_tokens, low=1)
-        _check_int("min_tokens", self.min_tokens, low=0)
-        if self.max_new_tokens is not None and self.min_tokens > self.max_new_tokens:
-            raise InvalidValue("min_tokens", f"must be at most {self.max_new_tokens}, the limit, got {self.min_tokens}")
-        _check_number("temperature", self.temperature, low=0.0, high=100.0)
-        _check_number("top_p", self.top_p, low=0.0, high=1.0, open_low=True)
-        _check_int("top_k", self.top_k, low=0)
-        _check_number("min_p", self.min_p, low=0.0, high=1.0)
-        _check_number("repetition_penalty", self.repetition_penalty, low=0.0, high=100.0, open_low=True)
-        _check_number("presence_penalty", self.presence_penalty, low=-2.0, high=2.0)
-        _check_number("frequency_penalty", self.frequency_penalty, low=-2.0, high=2.0)
+            plain["max_new_tokens"] = _integer("max_new_tokens", self.max_new_tokens, low=1)
+            if plain["min_tokens"] > plain["max_new_tokens"]:
+                raise InvalidValue(
+                    "min_tokens", f"must be at most {self.max_new_tokens}, the limit, got {self.min_tokens}"
+                )
         if self.seed is not None:
-            _check_int("seed", self.seed, low=-(2**63), high=2**63 - 1)
-        if not isinstance(self.stop, tuple) or len(self.stop) > MAX_STOPS or not all(map(_is_stop, self.stop)):
-            raise InvalidValue(
-                "stop",
-                f"must be at most {MAX_STOPS} strings of 1 to {MAX_STOP_LENGTH} characters, got {shown(self.stop)}",
-            )
-        if not isinstance(self.stop_token_ids, tuple):
-            raise InvalidValue("stop_token_ids", f"must be a tuple of token ids, got {shown(self.stop_token_ids)}")
-        for token_id in self.stop_token_ids:
-            _check_int("stop_token_ids", token_id, low=0)
+            plain["seed"] = _integer("seed", self.seed, low=-(2**63), high=2**63 - 1)
+        if self.logprobs is not None:
+            plain["logprobs"] = _integer("logprobs", self.logprobs, low=0, high=MAX_LOGPROBS)
         if not isinstance(self.ignore_eos, bool):
             raise InvalidValue("ignore_eos", f"must be true or false, got {shown(self.ignore_eos)}")
-        if self.logprobs is not None:
-            _check_int("logprobs", self.logprobs, low=0, high=MAX_LOGPROBS)
-        if not isinstance(self.logit_bias, Mapping):
-            raise InvalidValue("logit_bias", f"must map token ids to numbers, got {shown(self.logit_bias)}")
-        for token_id, bias in self.logit_bias.items():
-            _check_int("logit_bias", token_id, low=0)
-            _check_number("logit_bias", bias, low=-100.0, high=100.0)
+        for name, value in plain.items():
+            object.__setattr__(self, name, value)
+
+
+def _integer(name: str, value: Any, *, low: int, high: int = MAX_INT) -> int:
+    is_integer = isinstance(value, numbers.Integral) and not isinstance(value, bool)
+    if not is_integer or not low <= value <= high:
+        raise InvalidValue(name, f"must be an integer from {low} to {high}, got {shown(value)}")
+    return int(value)
+
+
+def _number(name: str, value: Any, *, low: float, high: float, open_low: bool = False) -> float:
+    is_number = isinstance(value, numbers.Real) and not isinstance(value, bool)
+    if not is_number or not low <= value <= high or (open_low and value == low):
+        bracket = "(" if open_low else "["
+        raise InvalidValue(name, f"must be a number in {bracket}{low:g}, {high:g}], got {shown(value)}")
+    return float(value)
+
+
+def _stops(value: Any) -> tuple[str, ...]:
+    texts = (value,) if isinstance(value, str) else value
+    if not isinstance(texts, (tuple, list)) or len(texts) > MAX_STOPS or not all(map(_is_stop, texts)):
+        raise InvalidValue(
+            "stop", f"must be at most {MAX_STOPS} strings of 1 to {MAX_STOP_LENGTH} characters, got {shown(value)}"
+        )
+    return tuple(texts)
 
 
 def _is_stop(text: Any) -> bool:
     return isinstance(text, str) and 1 <= len(text) <= MAX_STOP_LENGTH
 
 
-def _check_int(name: str, value: Any, *, low: int, high: int = MAX_INT) -> None:
-    if not isinstance(value, int) or isinstance(value, bool) or not low <= value <= high:
-        raise InvalidValue(name, f"must be an integer from {low} to {high}, got {shown(value)}")
+def _ids(name: str, value: Any) -> tuple[int, ...]:
+    if isinstance(value, (str, bytes, Mapping)) or not isinstance(value, Iterable):
+        raise InvalidValue(name, f"must be a list of token ids, got {shown(value)}")
+    return tuple(_integer(name, token_id, low=0) for token_id in value)
 
 
-def _check_number(name: str, value: Any, *, low: float, high: float, open_low: bool = False) -> None:
-    is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
-    if not is_number or not low <= value <= high or (open_low and value == low):
-        bracket = "(" if open_low else "["
-        raise InvalidValue(name, f"must be a number in {bracket}{low:g}, {high:g}], got {shown(value)}")
+def _biases(value: Any) -> dict[int, float]:
+    if not isinstance(value, Mapping):
+        raise InvalidValue("logit_bias", f"must map token ids to numbers, got {shown(value)}")
+    return {
+        _integer("logit_bias", token_id, low=0): _number("logit_bias", bias, low=-100.0, high=100.0)
+        for token_id, bias in value.items()
+    }
 
 
 class Matcher(Protocol):
@@ -137,28 +169,30 @@ class Request:
     `continues_prompt` keeps the white space between prompt and reply, as the tokenizer would write both in one piece:
     True for a completion, which continues its prompt, False for a chat reply, which is a separate text.
 
-    `n` replies share the KV blocks of the prompt. `prompt_logprobs=k` asks for the log-probabilities of the prompt's
-    own tokens, with the k most likely at each; `score` for the raw logits of every prompt position.
+    The `params.n` replies share the KV blocks of the prompt. `prompt_logprobs=k` asks for the log-probabilities of the
+    prompt's own tokens, with the k most likely at each; `score` for the raw logits of every prompt position.
     `generate=False` ends after the prompt.
 
     Raises:
-        InvalidValue: `n` or `prompt_logprobs` is out of range.
+        InvalidValue: `prompt_logprobs` is out of range.
     """
 
     request_id: str
     prompt_ids: tuple[int, ...]
     params: SamplingParams = field(default_factory=SamplingParams)
     continues_prompt: bool = True
-    n: int = 1
     grammar: Grammar | None = None
     prompt_logprobs: int | None = None
     score: bool = False
     generate: bool = True
 
     def __post_init__(self) -> None:
-        _check_int("n", self.n, low=1)
         if self.prompt_logprobs is not None:
-            _check_int("prompt_logprobs", self.prompt_logprobs, low=0, high=MAX_LOGPROBS)
+            _integer("prompt_logprobs", self.prompt_logprobs, low=0, high=MAX_LOGPROBS)
+
+    @property
+    def n(self) -> int:
+        return self.params.n
 
     @property
     def wants_prompt_logits(self) -> bool:
@@ -196,14 +230,38 @@ class Output:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Completion:
-    """One finished request, whole. `token_ids` holds every generated id, including a final EOS or stop id."""
+class Reply:
+    """One reply, whole. `token_ids` holds every generated id, including a final EOS or stop id; `logprobs` is None if
+    they were not asked for."""
 
     text: str
     token_ids: list[int]
     finish_reason: FinishReason
-    prompt_tokens: int
     logprobs: list[TokenLogprobs] | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Completion:
+    """What came of one prompt: `outputs` holds its n replies. `text` and the like are those of the first."""
+
+    prompt_tokens: int
+    outputs: tuple[Reply, ...]
+
+    @property
+    def text(self) -> str:
+        return self.outputs[0].text
+
+    @property
+    def token_ids(self) -> list[int]:
+        return self.outputs[0].token_ids
+
+    @property
+    def finish_reason(self) -> FinishReason:
+        return self.outputs[0].finish_reason
+
+    @property
+    def logprobs(self) -> list[TokenLogprobs] | None:
+        return self.outputs[0].logprobs
 
 
 class Status(enum.Enum):

@@ -65,6 +65,10 @@ class GrammarCompiler:
             raise ValueError(f"it must have at most {MAX_PATTERN_LENGTH} characters, got {len(pattern)}")
         return self._compiled(_of_regex, pattern)
 
+    def lark(self, source: str) -> CompiledGrammar:
+        """What a grammar in llguidance's variant of Lark's syntax describes; its rule `start` is the whole text."""
+        return self._compiled(_of_lark, source)
+
     def choice(self, texts: list[str]) -> CompiledGrammar:
         """One of the texts."""
         if not texts or len(texts) > MAX_CHOICES or not all(isinstance(text, str) for text in texts):
@@ -282,6 +286,10 @@ def _of_regex(pattern: str, vocabulary: _Vocabulary) -> str:
     ascii_alone = llguidance.regex_to_lark(pattern, "dws")
     (grammar,) = json.loads(llguidance.LLMatcher.grammar_from_regex(ascii_alone))["grammars"]
     return f"{_OPTIONS}\n{grammar['lark_grammar']}"
+
+
+def _of_lark(source: str, vocabulary: _Vocabulary) -> str:
+    return f"{_OPTIONS}\n{source}"
 
 
 def _of_choices(source: str, vocabulary: _Vocabulary) -> str:

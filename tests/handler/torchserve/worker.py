@@ -14,7 +14,7 @@ from handler.call import Progress
 from handler.errors import RequestError
 from handler.service import Service
 from handler.torchserve.transport import Transport
-from llama2.engine.sequence import Output, Request
+from llama2.engine.sequence import Output, Request, SamplingParams
 from llama2.engine.service_loop import ServiceLoop
 from llama2.errors import InvalidValue
 
@@ -40,7 +40,7 @@ class Upper:
 
     def requests(self, call_id: str) -> list[Request]:
         return [
-            Request(request_id=f"{call_id}/{i}", prompt_ids=(len(text),), n=self.n)
+            Request(request_id=f"{call_id}/{i}", prompt_ids=(len(text),), params=SamplingParams(n=self.n))
             for i, text in enumerate(self.prompts)
         ]
 

@@ -179,7 +179,7 @@ def test_seedless_requests_repeat_with_the_engines_seed_and_differ_from_each_oth
 
 def test_the_first_output_says_how_many_tokens_of_the_prompt_were_in_the_cache(engine: Engine) -> None:
     prompt = tuple(range(100, 150))
-    several = Request(request_id="two", prompt_ids=prompt, params=GREEDY, n=2)
+    several = Request(request_id="two", prompt_ids=prompt, params=with_changes(n=2))
     for one, cached in ((request("one", prompt=prompt), 0), (several, 48)):
         engine.add(one)
         outputs = drain(engine)[one.request_id]

@@ -47,7 +47,7 @@ def outputs_of(engine: RemoteEngine, *requests: Request) -> dict[str, list[Outpu
     outputs: dict[str, list[Output]] = {one.request_id: [] for one in requests}
     for one in requests:
         engine.add(one)
-    left, deadline = sum(one.n for one in requests), time.monotonic() + 30
+    left, deadline = sum(one.params.n for one in requests), time.monotonic() + 30
     while left:
         assert time.monotonic() < deadline
         for output in engine.poll(1.0):
@@ -72,8 +72,8 @@ def test_its_replies_are_those_of_an_engine_in_this_process(remote: RemoteEngine
 def test_a_grammar_goes_along(remote: RemoteEngine, folder: Path) -> None:
     tokenizer = load_tokenizer(folder)
     grammar = GrammarCompiler(tokenizer, ModelArgs.load(folder).vocab_size).regex("[ab]{6}")
-    params = SamplingParams(max_new_tokens=20, seed=1)
-    asked = Request(request_id="g", prompt_ids=(5, 6), params=params, grammar=grammar, n=2)
+    params = SamplingParams(max_new_tokens=20, seed=1, n=2)
+    asked = Request(request_id="g", prompt_ids=(5, 6), params=params, grammar=grammar)
     outputs = outputs_of(remote, asked)["g"]
     for index in (0, 1):
         text = text_of([output for output in outputs if output.index == index])

@@ -2,6 +2,7 @@ import dataclasses
 import math
 from typing import Any
 
+import numpy as np
 import pytest
 
 from llama2.engine.sequence import (
@@ -14,7 +15,7 @@ from llama2.engine.sequence import (
     Sequence,
     Status,
 )
-from llama2.errors import InvalidValue
+from llama2.errors import InvalidValue, shown
 
 LEGAL: list[dict[str, Any]] = [
     {},
@@ -50,17 +51,18 @@ ILLEGAL: list[tuple[str, list[Any], str]] = [
     ("min_tokens", [129], "at most 128, the limit"),
     ("temperature", [-0.1, 100.5, math.nan, math.inf, "1", None, True], "a number in [0, 100]"),
     ("top_p", [0, 0.0, -0.5, 1.01, math.nan, "x", None, True], "a number in (0, 1]"),
-    ("top_k", [-1, 1.5, None, "3", False], f"an integer from 0 to {MAX_INT}"),
+    ("top_k", [-2, 1.5, None, "3", False], f"an integer from -1 to {MAX_INT}"),
     ("min_p", [-0.1, 1.1, math.nan, None], "a number in [0, 1]"),
     ("repetition_penalty", [0, -1.0, 101, math.inf, None], "a number in (0, 100]"),
     ("presence_penalty", [-2.1, 2.1, math.nan, None], "a number in [-2, 2]"),
-    ("frequency_penalty", [-2.1, 2.1, "0", None], "a number in [-2, 2]"),
+    ("frequency_penalty", [-2.1, 2.1, 10**400, "0", None], "a number in [-2, 2]"),
     ("seed", [2**63, -(2**63) - 1, 1.5, "1", True], f"an integer from {-(2**63)} to {2**63 - 1}"),
-    ("stop", ["ab", ["a"], ("a", ""), (1,), None], "at most 64 strings of 1 to 1000 characters"),
-    ("stop_token_ids", [[1], None, 5], "a tuple of token ids"),
+    ("stop", ["", ["a", ""], ("a", ""), (1,), 5, None], "at most 64 strings of 1 to 1000 characters"),
+    ("stop_token_ids", ["12", None, 5], "a list of token ids"),
     ("stop_token_ids", [(-1,), ("1",), (1.0,)], f"an integer from 0 to {MAX_INT}"),
     ("ignore_eos", [1, "true", None], "true or false"),
     ("logprobs", [-1, MAX_LOGPROBS + 1, True, 1.0], f"an integer from 0 to {MAX_LOGPROBS}"),
+    ("n", [0, 1.0, None], f"an integer from 1 to {MAX_INT}"),
 ]
 
 
@@ -94,7 +96,7 @@ def test_what_is_out_of_range_is_refused_with_its_field_value_and_range(name: st
     assert caught.value.field == name
     assert message.startswith(f"{name} must be {allowed}")
     culprit = value[0] if isinstance(value, tuple) and name == "stop_token_ids" else value
-    assert message.endswith(f"got {culprit!r}")
+    assert message.endswith(f"got {shown(culprit)}")
 
 
 def test_stop_strings_are_limited_in_number_and_in_length() -> None:
@@ -128,3 +130,33 @@ def test_a_sequence_counts_what_is_prompt_generated_and_not_yet_computed() -> No
     sequence.token_ids.append(7)
     assert (sequence.num_prompt, sequence.num_generated, sequence.num_uncomputed) == (3, 1, 1)
     assert request.prompt_ids == (4, 5, 6)
+
+
+def test_numbers_of_numpy_and_lists_become_plain_values() -> None:
+    given: dict[str, Any] = {
+        "max_new_tokens": np.int64(5),
+        "temperature": np.float32(0.5),
+        "top_k": np.int32(3),
+        "stop": "END",
+        "stop_token_ids": np.array([2, 3]),
+        "logit_bias": {np.int64(4): np.float32(1.5)},
+    }
+    plain: dict[str, Any] = {
+        "max_new_tokens": 5,
+        "temperature": 0.5,
+        "top_k": 3,
+        "stop": ("END",),
+        "stop_token_ids": (2, 3),
+        "logit_bias": {4: 1.5},
+    }
+    params = SamplingParams(**given)
+    assert params == SamplingParams(**plain)
+    numbers = (params.max_new_tokens, params.temperature, params.top_k, *params.stop_token_ids, *params.logit_bias)
+    assert [type(number) for number in numbers] == [int, float, int, int, int, int]
+
+
+def test_top_k_of_minus_one_is_off_and_max_tokens_a_second_name() -> None:
+    assert SamplingParams(top_k=-1) == SamplingParams(top_k=0)
+    assert SamplingParams(max_tokens=5) == SamplingParams(max_new_tokens=5)  # type: ignore[call-arg]
+    with pytest.raises(InvalidValue, match=r"max_token is an unknown name: did you mean 'max_tokens'\?"):
+        SamplingParams(max_token=5)  # type: ignore[call-arg]

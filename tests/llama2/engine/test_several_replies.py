@@ -44,7 +44,7 @@ def ids(outputs: list[Output]) -> list[int]:
 
 
 def replies(engine: Engine, n: int) -> list[list[int]]:
-    outputs = run(engine, Request(request_id="r", prompt_ids=PROMPT, params=PARAMS, n=n))
+    outputs = run(engine, Request(request_id="r", prompt_ids=PROMPT, params=replace(PARAMS, n=n)))
     assert [outputs["r", index][-1].finish_reason for index in range(n)] == ["length"] * n
     return [ids(outputs["r", index]) for index in range(n)]
 
@@ -59,7 +59,7 @@ def test_the_first_of_several_replies_is_the_only_reply(folder: Path) -> None:
 
 def test_replies_share_the_blocks_of_their_prompt_and_copy_what_they_write_into(folder: Path) -> None:
     engine = make(folder)
-    engine.add(Request(request_id="r", prompt_ids=PROMPT, params=PARAMS, n=4))
+    engine.add(Request(request_id="r", prompt_ids=PROMPT, params=replace(PARAMS, n=4)))
     engine.step()
     total = engine.stats().total_blocks
     assert total - engine.stats().free_blocks == 3
@@ -79,19 +79,19 @@ def test_a_reply_does_not_depend_on_sharing_nor_on_preemption(folder: Path, monk
 
 def test_places_in_the_batch_are_kept_for_all_replies(folder: Path) -> None:
     engine = make(folder)
-    engine.add(Request(request_id="one", prompt_ids=PROMPT, params=PARAMS, n=3))
-    engine.add(Request(request_id="two", prompt_ids=PROMPT, params=PARAMS, n=2))
+    engine.add(Request(request_id="one", prompt_ids=PROMPT, params=replace(PARAMS, n=3)))
+    engine.add(Request(request_id="two", prompt_ids=PROMPT, params=replace(PARAMS, n=2)))
     while engine.has_work:
         engine.step()
         assert engine.stats().running <= 4
     with pytest.raises(ValueError, match="n must be at most max_batch_size=4, got 5"):
-        engine.add(Request(request_id="many", prompt_ids=PROMPT, n=5))
+        engine.add(Request(request_id="many", prompt_ids=PROMPT, params=SamplingParams(n=5)))
 
 
 @pytest.mark.parametrize("steps", [0, 1, 4])
 def test_abort_ends_all_replies(folder: Path, steps: int) -> None:
     engine = make(folder)
-    engine.add(Request(request_id="r", prompt_ids=PROMPT, params=PARAMS, n=3))
+    engine.add(Request(request_id="r", prompt_ids=PROMPT, params=replace(PARAMS, n=3)))
     for _ in range(steps):
         engine.step()
     assert {output.finish_reason for output in engine.abort("r")} == {"abort"}
@@ -198,7 +198,7 @@ def test_a_grammar_is_kept_by_every_reply_also_after_preemption(folder: Path, mo
     monkeypatch.setattr(loading, "count_blocks", lambda *args, **kwargs: 7)
     engine = make(folder)
     sentence = list(range(100, 115))
-    request = Request(request_id="r", prompt_ids=PROMPT, params=PARAMS, n=3, grammar=Exactly([*sentence, 2]))
+    request = Request(request_id="r", prompt_ids=PROMPT, params=replace(PARAMS, n=3), grammar=Exactly([*sentence, 2]))
     free = Request(request_id="free", prompt_ids=PROMPT, params=PARAMS)
     outputs = run(engine, request, free)
     for index in range(3):
