@@ -24,10 +24,9 @@ import fire
 import torch
 import torch.distributed as dist
 
+from llama2.dtypes import read_dtype
 from llama2.weights.convert import convert
 from scripts.flags import check_flags
-
-DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 
 
 def options(
@@ -52,7 +51,7 @@ def options(
         save_checkpoint_dir: the folder to make. It appears when it is complete.
         tokenizer_path: tokenizer.model or tokenizer.json; by default the one in original_ckpt_dir.
         model_parallel_size: how many consolidated.NN.pth there must be; by default as many as there are.
-        dtype: bfloat16, float16 or float32; by default the source's.
+        dtype: bfloat16 (bf16), float16 (fp16) or float32 (fp32); by default the source's.
         output_format: dcp, or fairscale for Meta's layout.
         output_model_parallel_size: how many consolidated.NN.pth to write, with output_format fairscale.
         overwrite: replace the checkpoint that save_checkpoint_dir holds, once the new one is complete.
@@ -69,15 +68,14 @@ def options(
     for name, switch in (("overwrite", overwrite), ("verify", verify)):
         if not isinstance(switch, bool):
             raise ValueError(f"--{name} is a switch and takes no value, got {switch!r}")
-    if dtype is not None and dtype not in DTYPES:
-        raise ValueError(f"--dtype must be one of {', '.join(DTYPES)}, got {dtype!r}")
+    dtype_name = read_dtype(dtype, "--dtype")
     return {
         # str: fire reads a folder named 7 as a number.
         "original_ckpt_dir": str(original_ckpt_dir),
         "save_checkpoint_dir": str(save_checkpoint_dir),
         "tokenizer_path": None if tokenizer_path is None else str(tokenizer_path),
         "model_parallel_size": model_parallel_size,
-        "dtype": None if dtype is None else DTYPES[dtype],
+        "dtype": getattr(torch, dtype_name) if dtype_name else None,
         "output_format": output_format,
         "output_model_parallel_size": output_model_parallel_size,
         "overwrite": overwrite,

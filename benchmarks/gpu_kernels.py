@@ -27,9 +27,10 @@ from benchmarks.results import RESULTS
 from benchmarks.shapes import SHAPES
 from benchmarks.sweeps import attention, products, sampling, steps
 from benchmarks.sweeps.bench import Bench
+from llama2.dtypes import read_dtype
 from llama2.parallel.process_group import choose_device, init_process_group
+from scripts.flags import argument
 
-DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 # The engine's own choices first, then variants: time may run out.
 PARTS = (
     products.measure,
@@ -46,7 +47,7 @@ def main(arguments: list[str] | None = None) -> None:
     arguments = sys.argv[1:] if arguments is None else arguments
     settings = parser().parse_args(arguments)
     deadline = time.monotonic() + settings.seconds
-    device, dtype, args = choose_device(settings.device), DTYPES[settings.dtype], SHAPES[settings.shape]
+    device, dtype, args = choose_device(settings.device), getattr(torch, settings.dtype), SHAPES[settings.shape]
     rows: list[dict[str, Any]] = []
 
     def keep(row: dict[str, Any]) -> None:
@@ -84,7 +85,7 @@ def parser() -> argparse.ArgumentParser:
     known.add_argument("--compilers", type=int, default=8, help="processes that compile before anything is measured")
     known.add_argument("--compile", type=int, metavar="I", help="be one of these, from 0 on, and measure nothing")
     known.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
-    known.add_argument("--dtype", choices=DTYPES, default="bf16")
+    known.add_argument("--dtype", type=argument(read_dtype), default="bfloat16")
     known.add_argument("--out", type=Path, default=RESULTS / "gpu", help="the folder of gpu.json")
     return known
 

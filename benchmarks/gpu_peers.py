@@ -15,6 +15,8 @@ from benchmarks.gpu_report import GpuReport
 from benchmarks.offline import benchmark
 from benchmarks.results import RESULTS
 from benchmarks.shapes import SHAPES
+from llama2.dtypes import read_dtype
+from scripts.flags import argument
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -44,7 +46,7 @@ def parser() -> argparse.ArgumentParser:
     known.add_argument("--context", type=int, default=128, help="tokens of the prompt, which is one")
     known.add_argument("--rounds", type=int, default=2)
     known.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
-    known.add_argument("--dtype", choices=("bf16", "fp32"), default="bf16")
+    known.add_argument("--dtype", type=argument(read_dtype), default="bfloat16")
     known.add_argument("--out", type=Path, default=RESULTS / "gpu", help="the folder of gpu.json")
     return known
 

@@ -25,12 +25,13 @@ from benchmarks.profiles import profile
 from benchmarks.results import RESULTS
 from benchmarks.shapes import SHAPES
 from llama2.config import EngineConfig
+from llama2.dtypes import read_dtype
 from llama2.engine.engine import Engine
 from llama2.engine.sequence import Request, SamplingParams
 from llama2.kv_cache import bytes_per_block
 from llama2.parallel.process_group import choose_device, init_process_group
+from scripts.flags import argument
 
-DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 # Of the memory that the weights leave free: cells need less, and recording needs some.
 KV_SHARE = 0.6
 PROFILED_STEPS = 3
@@ -60,7 +61,7 @@ def parser() -> argparse.ArgumentParser:
     known.add_argument("--rounds", type=_count, default=3, help="how often each cell is measured")
     known.add_argument("--max_step_tokens", type=_count, default=2048, help="of one forward pass")
     known.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
-    known.add_argument("--dtype", choices=DTYPES, default="bf16")
+    known.add_argument("--dtype", type=argument(read_dtype), default="bfloat16")
     known.add_argument("--out", type=Path, default=RESULTS / "gpu", help="the folder of gpu.json")
     return known
 
@@ -89,7 +90,7 @@ class _Run:
     def __init__(self, settings: argparse.Namespace, device: torch.device) -> None:
         self._settings = settings
         self._device = device
-        self._dtype = DTYPES[settings.dtype]
+        self._dtype = getattr(torch, settings.dtype)
         self._args = SHAPES[settings.shape]
         self._report = GpuReport(settings.out)
         self._figures: dict[str, Any] = {"rows": []}

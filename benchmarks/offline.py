@@ -31,13 +31,13 @@ from benchmarks.peers.registry import GPT_FAST, PeerKind, find_peers
 from benchmarks.results import RESULTS, ROOT, save
 from benchmarks.shapes import find_shape
 from llama2.config import EngineConfig, ModelArgs
+from llama2.dtypes import read_dtype
 from llama2.engine.engine import Engine
 from llama2.engine.loading import load_engine
 from llama2.parallel.process_group import choose_device, init_process_group
 from llama2.progress import progress
 from scripts.flags import check_counts, describe_options, given, run, several
 
-DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 CACHE = ROOT / "build" / "peers"
 ENGINE = EngineConfig()
 
@@ -76,7 +76,7 @@ def benchmark(
         peer: engines to measure in turns with ours: transformers (a plain greedy loop), transformers_batching (its own
             continuous batching), transformers_static (static cache, compiled), llama_cpp, vllm, gpt_fast; several with
             commas. One that is not installed is named with the command that installs it.
-        dtype: bf16, fp16 or fp32; of weights, KV cache, and the product of the ceilings.
+        dtype: bfloat16 (bf16), float16 (fp16) or float32 (fp32); of weights, KV cache, and the product of the ceilings.
         device: cpu or cuda; by default a GPU where each rank has one.
         threads: of each rank on a CPU, by default OMP_NUM_THREADS, else all cores; a peer gets those of all ranks.
         max_step_tokens: of one forward pass; by default the engine's own, or more where the largest batch needs it.
@@ -88,8 +88,8 @@ def benchmark(
     """
     if (checkpoint is None) == (shape is None):
         raise ValueError("give either --checkpoint DIR or --shape NAME")
-    if dtype not in DTYPES:
-        raise ValueError(f"dtype must be one of {', '.join(DTYPES)}, got {dtype!r}")
+    dtype = read_dtype(dtype) or "bfloat16"
+    torch_dtype = getattr(torch, dtype)
     check_counts(new_tokens=new_tokens, rounds=rounds, batches=several(batches), contexts=several(contexts))
     check_counts(**given(threads=threads, max_step_tokens=max_step_tokens, max_seq_len=max_seq_len))
     check_counts(least=0, seed=seed)
@@ -109,7 +109,7 @@ def benchmark(
     missing = {one: kind for one, kind in peers.items() if not kind.is_installed(clone)}
     for one, kind in missing.items() if dist.get_rank() == 0 else ():
         print(f"== {one} is left out: {_not_installed(kind)}", file=sys.stderr, flush=True)
-    ceilings = measure_ceilings(where, DTYPES[dtype])
+    ceilings = measure_ceilings(where, torch_dtype)
     if where.type == "cuda":
         torch.cuda.empty_cache()
     config = EngineConfig(
@@ -121,13 +121,13 @@ def benchmark(
         symm_mem_all_reduce=symm_mem_all_reduce,
         seed=0,
     )
-    config = fit_memory(args, config, memory_share=0.45 if peers else 0.9, dtype=DTYPES[dtype], device=where)
+    config = fit_memory(args, config, memory_share=0.45 if peers else 0.9, dtype=torch_dtype, device=where)
     started = time.perf_counter()
     if shape:
-        engine = random_engine(args, config, dtype=DTYPES[dtype], device=where)
+        engine = random_engine(args, config, dtype=torch_dtype, device=where)
         source = Source.of_shape(shape, args)
     else:
-        engine = load_engine(str(checkpoint), dtype=DTYPES[dtype], device=where, config=config)
+        engine = load_engine(str(checkpoint), dtype=torch_dtype, device=where, config=config)
         source = Source.of_checkpoint(Path(str(checkpoint)))
     ready_seconds = time.perf_counter() - started
     if engine.rank != 0:
@@ -139,7 +139,7 @@ def benchmark(
         ceilings=ceilings,
         new_tokens=new_tokens,
         rounds=rounds,
-        dtype=DTYPES[dtype],
+        dtype=torch_dtype,
         device=where,
         seed=seed,
         source=source,

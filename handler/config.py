@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any, Literal, get_args
 
 from llama2.config import MODEL_ARGS_FILE, EngineConfig
+from llama2.dtypes import DtypeName, read_dtype
 from llama2.engine.sequence import SamplingParams
 from llama2.errors import InvalidValue
 from llama2.names import nearest
@@ -22,7 +23,6 @@ from llama2.text.dialog import DialogTurns
 
 Mode = Literal["text_completion", "chat"]
 Truncation = Literal["error", "left"]
-Dtype = Literal["bfloat16", "float16", "float32"]
 
 PATH_KEYS = ("converted_ckpt_dir", "tokenizer_path", "model_args_path")
 # The first is the default.
@@ -31,12 +31,11 @@ _CHOICES = {
     "truncation": get_args(Truncation),
     "special_tags": get_args(SpecialTags),
     "dialog_turns": get_args(DialogTurns),
-    "dtype": (None, *get_args(Dtype)),
 }
 _ENGINE_KEYS = {field.metadata.get("key", field.name): field.name for field in dataclasses.fields(EngineConfig)}
 _SAMPLING_KEYS = ("max_new_tokens", "temperature", "top_p")
 _RANK_KEYS = ("tensor_parallel_size", "threads", "step_timeout")
-KEYS = {*PATH_KEYS, *_CHOICES, *_ENGINE_KEYS, *_SAMPLING_KEYS, *_RANK_KEYS, "max_input_token_length"}
+KEYS = {*PATH_KEYS, *_CHOICES, "dtype", *_ENGINE_KEYS, *_SAMPLING_KEYS, *_RANK_KEYS, "max_input_token_length"}
 STEP_TIMEOUT = 30
 
 
@@ -53,7 +52,7 @@ class HandlerConfig:
     tokenizer_path: Path | None
     model_args_path: Path | None
     device: str | None
-    dtype: Dtype | None
+    dtype: DtypeName | None
     mode: Mode
     max_input_tokens: int
     truncation: Truncation
@@ -85,6 +84,7 @@ class HandlerConfig:
             **paths,
             **choices,
             device=device,
+            dtype=read_dtype(given.get("dtype")),
             max_input_tokens=_max_input_tokens(given, engine),
             engine=engine,
             sampling=SamplingParams(**{key: settings[key] for key in _SAMPLING_KEYS if key in settings}),
@@ -137,8 +137,7 @@ def _path(key: str, value: Any, base: Path) -> Path:
 
 def _choice(key: str, value: Any) -> Any:
     if value not in _CHOICES[key]:
-        names = ", ".join("null" if choice is None else choice for choice in _CHOICES[key])
-        raise ValueError(f"{key} must be one of {names}, got {value}")
+        raise ValueError(f"{key} must be one of {', '.join(_CHOICES[key])}, got {value}")
     return value
 
 

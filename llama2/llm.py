@@ -35,7 +35,7 @@ class LLM:
         self,
         checkpoint_dir: Path | str,
         *,
-        dtype: torch.dtype | None = None,
+        dtype: torch.dtype | str | None = None,
         device: torch.device | str | None = None,
         tokenizer_path: Path | str | None = None,
         **options: Any,

@@ -6,6 +6,7 @@ Fire calls the function first and complains about what is left over afterwards, 
 
 from __future__ import annotations
 
+import argparse
 import dataclasses
 import difflib
 import inspect
@@ -15,6 +16,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeVar
 
 _Command = TypeVar("_Command", bound=Callable[..., Any])
+_T = TypeVar("_T")
 
 
 def run(function: Callable[..., Any], *, mistakes: tuple[type[Exception], ...] = (ValueError,)) -> None:
@@ -62,6 +64,18 @@ def check_flags(arguments: Sequence[str], function: Callable[..., Any]) -> None:
         elif not former.startswith("--") or "=" in former:
             raise ValueError(f"unexpected argument {argument!r}: every option is a --flag")
         former = argument
+
+
+def argument(read: Callable[[str], _T]) -> Callable[[str], _T]:
+    """The type of an argument of argparse that `read` reads: argparse shows the message of this error alone."""
+
+    def checked(text: str) -> _T:
+        try:
+            return read(text)
+        except ValueError as error:
+            raise argparse.ArgumentTypeError(str(error)) from None
+
+    return checked
 
 
 def several(value: Any) -> list[Any]:

@@ -9,6 +9,7 @@ import torch
 from torch.distributed.device_mesh import DeviceMesh
 
 from llama2.config import EngineConfig, ModelArgs
+from llama2.dtypes import read_dtype
 from llama2.engine.engine import Engine
 from llama2.engine.lockstep import Lockstep, agree
 from llama2.engine.runner import Runner
@@ -32,20 +33,22 @@ def load_engine(
     *,
     tokenizer_path: Path | str | None = None,
     model_args_path: Path | str | None = None,
-    dtype: torch.dtype | None = None,
+    dtype: torch.dtype | str | None = None,
     device: torch.device | str | None = None,
     config: EngineConfig,
     launched: Launched | None = None,
 ) -> Engine:
     """Load a converted checkpoint over all ranks of the process group, which is set up here if needed.
 
-    `dtype` defaults to bf16 on a GPU and to the checkpoint's own on a CPU. Called on every rank. `launched` is for
-    ranks that `launch.Ranks` has started.
+    `dtype` is torch's or one of its names (`read_dtype`), and defaults to bf16 on a GPU and to the checkpoint's own on
+    a CPU. Called on every rank. `launched` is for ranks that `launch.Ranks` has
+    started.
 
     Raises:
         ValueError: the checkpoint, the tokenizer, the degree or a size is wrong.
         LockstepError: the ranks were given different settings.
     """
+    dtype_name = read_dtype(dtype)
     if model_args_path is None:
         check_converted(checkpoint_dir)
     args = ModelArgs.load(model_args_path or checkpoint_dir)
@@ -57,7 +60,8 @@ def load_engine(
         )
     checkpoint = DcpFolder(checkpoint_dir, args)
     device = choose_device(device)
-    dtype = dtype or (torch.bfloat16 if device.type == "cuda" else checkpoint.dtype)
+    given = torch.bfloat16 if device.type == "cuda" else checkpoint.dtype
+    dtype = getattr(torch, dtype_name) if dtype_name else given
     init_process_group(device, launched)
     mesh = build_mesh(checkpoint.spec, device.type)
     with undivided() as threads:

@@ -51,7 +51,7 @@ class Rank:
                 settings.checkpoint_dir,
                 tokenizer_path=settings.tokenizer_path,
                 model_args_path=settings.model_args_path,
-                dtype=getattr(torch, settings.dtype) if settings.dtype else None,
+                dtype=settings.dtype,
                 device=device,
                 config=settings.config,
                 launched=launched,

@@ -111,7 +111,7 @@ def test_the_readmes_torchrun_command_works_as_typed(source, tmp_path):
 
 
 def test_dtype_casts_and_verify_compares_with_the_cast_source(source, tmp_path, command):
-    assert command(*flags(source, tmp_path / "out"), "--dtype", "float32", "--verify")[0] == 0
+    assert command(*flags(source, tmp_path / "out"), "--dtype", "fp32", "--verify")[0] == 0
     assert_holds(tmp_path / "out", torch.float32)
 
 
@@ -188,7 +188,11 @@ FAULTS: dict[str, tuple[Callable[[Path], object] | None, list, str]] = {
     "no folder": (shutil.rmtree, [], "source"),
     "an unknown option": (None, ["--verfy"], "unknown option --verfy: did you mean --verify?"),
     "an argument without an option": (None, ["--verify=True", "here"], "unexpected argument 'here'"),
-    "an unknown dtype": (None, ["--dtype", "int8"], "--dtype must be one of bfloat16, float16, float32, got 'int8'"),
+    "an unknown dtype": (
+        None,
+        ["--dtype", "int8"],
+        "--dtype must be bfloat16 (bf16), float16 (fp16) or",
+    ),
     "an unknown format": (None, ["--output_format", "gguf"], "output_format must be dcp or fairscale, got 'gguf'"),
     "no size for the way back": (None, ["--output_format", "fairscale"], "needs output_model_parallel_size"),
     "a size that is no number": (None, ["--model_parallel_size", "all"], "must be a positive integer, got 'all'"),
