@@ -91,6 +91,7 @@ def _settle(config: Path, checkpoint: str | None) -> dict[str, Any]:
     if not (checked.converted_ckpt_dir / ".metadata").is_file():
         raise ValueError(f"{checked.converted_ckpt_dir} is no converted checkpoint: convert_checkpoints.py makes one")
     args = ModelArgs.load(checked.model_args_path or checked.converted_ckpt_dir)
+    checked.engine.for_model(args)
     mesh_shape(args, checked.degree)
     load_tokenizer(checked.tokenizer_path or checked.converted_ckpt_dir)
     for key in PATH_KEYS:

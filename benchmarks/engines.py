@@ -24,6 +24,7 @@ from llama2.config import EngineConfig, ModelArgs
 from llama2.engine.engine import Engine
 from llama2.engine.loading import build_engine
 from llama2.engine.sequence import Request, SamplingParams
+from llama2.kv_cache import KV_FRACTION
 from llama2.machine.memory import free_memory
 from llama2.machine.threads import undivided
 from llama2.parallel.collectives import connect
@@ -125,7 +126,7 @@ class MeasuredEngine:
 def fit_memory(
     args: ModelArgs, config: EngineConfig, *, memory_share: float, dtype: torch.dtype, device: torch.device
 ) -> EngineConfig:
-    """`config`, with its KV cache cut to `memory_share` of what loading leaves free if it does not fit.
+    """`config`, with a KV cache of `memory_share` of what loading leaves free where the default would not do.
 
     The process group must be set up.
     """
@@ -133,11 +134,10 @@ def fit_memory(
     weights = (read_parameters(args) + args.vocab_size * args.dim) * dtype.itemsize / ranks
     tokens = config.max_batch_size * config.blocks_per_sequence * config.block_size
     kv = tokens * kv_bytes_per_token(args, itemsize=dtype.itemsize) / min(ranks, args.n_kv_heads)
-    return (
-        config
-        if weights + kv <= memory_share * free_memory(device)
-        else replace(config, kv_memory_fraction=memory_share)
-    )
+    free = free_memory(device)
+    usual = KV_FRACTION[device.type] * (free - weights)
+    fits = kv <= min(usual, memory_share * free - weights)
+    return config if fits else replace(config, kv_memory_fraction=memory_share)
 
 
 def random_engine(args: ModelArgs, config: EngineConfig, *, dtype: torch.dtype, device: torch.device) -> Engine:

@@ -168,7 +168,7 @@ class _Run:
 
     def record_again(self) -> None:
         """A second, small engine on the same model: the cost of recording once every kernel is compiled."""
-        config = dataclasses.replace(self._config, kv_memory_fraction=None, max_seq_len=64)
+        config = dataclasses.replace(self._config, kv_memory_fraction=0.1, max_seq_len=64)
         _, memory = self._make_engine(config)
         self._figures["start"] |= {f"again_{name}": value for name, value in memory.items()}
         self._write()

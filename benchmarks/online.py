@@ -112,7 +112,7 @@ def benchmark(
     checkpoint: str = str(ROOT / "build" / "converted_checkpoints"),
     tp: int | None = None,
     batch_size: int = 32,
-    max_seq_len: int = ENGINE.max_seq_len,
+    max_seq_len: int = 2048,
     max_step_tokens: int = ENGINE.max_step_tokens,
     concurrency: int | Sequence[int] = (1, 8, 32),
     rates: float | Sequence[float] = (),
@@ -139,6 +139,7 @@ def benchmark(
         rates: loads of this many requests per second, Poisson arrivals.
         prompt_tokens: of each request.
         output_tokens: of each request.
+        max_seq_len: prompt and reply together, in tokens.
         requests: of each load, at most; a load of the search for the highest rate ends by time alone.
         seconds: how long each load runs, at most.
         slo: the limits, in ms, of a search for the highest rate: ttft=500,itl=50, or one of them.

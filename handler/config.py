@@ -43,9 +43,9 @@ STEP_TIMEOUT = 30
 class HandlerConfig:
     """The settings of one service.
 
-    `device` None means the best one available. `max_input_tokens` is the longest prompt accepted unchanged;
-    `truncation` says what happens to a longer one. `mode` is for bodies whose shape does not tell. `degree` ranks have
-    `threads` OpenMP threads each; if nothing moves in them for `step_timeout` seconds, they hang.
+    `device` None means the best one available. `max_input_token_length` limits the prompts that are accepted unchanged,
+    and `truncation` says what happens to a longer one. `mode` is for bodies whose shape does not tell. `degree` ranks
+    have `threads` OpenMP threads each; if nothing moves in them for `step_timeout` seconds, they hang.
     """
 
     converted_ckpt_dir: Path
@@ -54,7 +54,7 @@ class HandlerConfig:
     device: str | None
     dtype: DtypeName | None
     mode: Mode
-    max_input_tokens: int
+    max_input_token_length: int | None
     truncation: Truncation
     special_tags: SpecialTags
     dialog_turns: DialogTurns
@@ -85,13 +85,31 @@ class HandlerConfig:
             **choices,
             device=device,
             dtype=read_dtype(given.get("dtype")),
-            max_input_tokens=_max_input_tokens(given, engine),
+            max_input_token_length=_max_input_token_length(given),
             engine=engine,
-            sampling=SamplingParams(**{key: settings[key] for key in _SAMPLING_KEYS if key in settings}),
+            sampling=SamplingParams(**{key: given[key] for key in _SAMPLING_KEYS if key in given}),
             degree=degree,
             threads=positive("threads", given.get("threads", max(1, len(os.sched_getaffinity(0)) // degree))),
             step_timeout=positive("step_timeout", given.get("step_timeout", STEP_TIMEOUT)),
-        )
+        ).with_engine(engine)
+
+    def with_engine(self, engine: EngineConfig) -> HandlerConfig:
+        """These settings with the engine's, as it has worked out what nobody has set.
+
+        Raises:
+            ValueError: `max_input_token_length` leaves no room for a reply.
+        """
+        if engine.max_seq_len is not None and (self.max_input_token_length or 0) >= engine.max_seq_len:
+            raise ValueError(
+                f"max_input_token_length must leave room for a reply: at most {engine.max_seq_len - 1} with "
+                f"max_seq_len={engine.max_seq_len}, got {self.max_input_token_length}"
+            )
+        return dataclasses.replace(self, engine=engine)
+
+    @property
+    def max_input_tokens(self) -> int:
+        """The longest prompt that is accepted unchanged."""
+        return self.max_input_token_length or self.engine.max_seq_len - 1
 
     def fingerprint(self) -> str:
         """A short name for weights and settings: while it is the same, a seed gives the same reply."""
@@ -115,15 +133,9 @@ def _engine(given: Mapping[str, Any]) -> EngineConfig:
         raise InvalidValue(key, error.problem) from None
 
 
-def _max_input_tokens(given: Mapping[str, Any], engine: EngineConfig) -> int:
-    longest = engine.max_seq_len - 1
-    value = positive("max_input_token_length", given.get("max_input_token_length", longest))
-    if value > longest:
-        raise ValueError(
-            f"max_input_token_length must leave room for a reply: at most {longest} with max_seq_len="
-            f"{engine.max_seq_len}, got {value}"
-        )
-    return value
+def _max_input_token_length(given: Mapping[str, Any]) -> int | None:
+    key = "max_input_token_length"
+    return positive(key, given[key]) if key in given else None
 
 
 def _path(key: str, value: Any, base: Path) -> Path:

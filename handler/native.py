@@ -28,7 +28,7 @@ from handler.call import Progress
 from handler.config import HandlerConfig, Mode
 from handler.errors import RequestError
 from handler.prompt import Prompt, check_length, fit
-from llama2.engine.sequence import Output, Request, SamplingParams, TokenLogprobs
+from llama2.engine.sequence import Output, Request, SamplingParams, TokenLogprobs, with_completion_tokens
 from llama2.errors import InvalidValue, shown
 from llama2.names import nearest
 from llama2.text.chat import encode_dialog
@@ -135,6 +135,8 @@ class NativeApi:
         if not isinstance(stream, bool):
             raise InvalidValue("stream", f"must be true or false, got {shown(stream)}")
         params = self._params(fields)
+        if mode == "text_completion":
+            params = with_completion_tokens(params)
         items = _items(shape, fields[shape])
         encoded = {place: self._encode(place, item, mode) for place, item in items.items()}
         return NativeFormat(

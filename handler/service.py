@@ -7,7 +7,6 @@ client leaves, and has one thread that delivers what the engine has made.
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import logging
 import os
 import threading
@@ -99,17 +98,19 @@ class Service:
             device=config.device,
             config=config.engine,
         )
+        # Of what was set: the rest depends on the machine.
+        served = Served(names=tuple(dict.fromkeys(names)), system_fingerprint=config.fingerprint())
         args = ModelArgs.load(config.model_args_path or config.converted_ckpt_dir)
         tokenizer = load_tokenizer(config.tokenizer_path or config.converted_ckpt_dir)
         engine = RemoteEngine(settings, degree=config.degree, threads=config.threads, step_timeout=config.step_timeout)
         try:
             grammars = _warm_up(tokenizer, args.vocab_size)
             ready = engine.wait_until_ready()
+            config = config.with_engine(ready.config)
         except BaseException:
             engine.close()
             raise
-        config = dataclasses.replace(config, engine=ready.config)
-        service = cls(engine, _apis(tokenizer, grammars, ready.limits, config, names, engine.stats))
+        service = cls(engine, _apis(tokenizer, grammars, ready.limits, config, served, engine.stats))
 
         def fail(failure: EngineFailure) -> None:
             service.fail(failure)
@@ -216,7 +217,7 @@ def _apis(
     grammars: GrammarCompiler,
     limits: Limits,
     config: HandlerConfig,
-    names: Sequence[str],
+    served: Served,
     stats: Callable[[], EngineStats],
 ) -> Read:
     """The model's own path is the native API, and all behind it is OpenAI's."""
@@ -225,7 +226,7 @@ def _apis(
         tokenizer,
         config,
         vocab_size=limits.vocab_size,
-        served=Served(names=tuple(dict.fromkeys(names)), system_fingerprint=config.fingerprint()),
+        served=served,
         grammars=grammars,
         stats=stats,
     )

@@ -13,7 +13,7 @@ from dataclasses import replace
 from itertools import count
 from typing import Any
 
-from llama2.engine.sequence import Grammar, Request, SamplingParams
+from llama2.engine.sequence import Grammar, Request, SamplingParams, with_completion_tokens
 from llama2.errors import InvalidValue, shown
 from llama2.names import first_names
 from llama2.text.chat import encode_dialog
@@ -94,6 +94,8 @@ class ArgumentReader:
     ) -> list[Request]:
         call = next(self._calls)
         every, grammar = parameters
+        if continues_prompt:
+            every = [with_completion_tokens(params) for params in every]
         return [
             Request(
                 request_id=f"{call}-{index}",

@@ -9,7 +9,7 @@ import dataclasses
 import json
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -17,6 +17,11 @@ from llama2.errors import InvalidValue, shown
 from llama2.names import by_name
 
 MODEL_ARGS_FILE = "model_args.json"
+
+
+def _later() -> Any:
+    """A field whose value is worked out where none is given."""
+    return field(default=None)
 
 
 class Axes(NamedTuple):
@@ -43,7 +48,10 @@ _LAYER = {
 class ModelArgs:
     """The architecture of a Llama model, every optional key of Meta's `params.json` resolved.
 
-    `multiple_of` and `ffn_dim_multiplier` are kept only so that `to_params` can write Meta's file again.
+    `context_length` is how many positions it was trained for. Meta's file does not say: where nothing does, it follows
+    from `rope_theta`, in which Meta's models differ (4096 for Llama 2, and where that is unknown, too). `rope_scaling`
+    divides the positions (linear interpolation, arXiv:2306.15595). `multiple_of` and `ffn_dim_multiplier` are kept only
+    so that `to_params` can write Meta's file again.
     """
 
     dim: int
@@ -55,15 +63,20 @@ class ModelArgs:
     vocab_size: int
     norm_eps: float = 1e-5
     rope_theta: float = 10000.0
+    context_length: int = _later()
+    rope_scaling: float = 1.0
     multiple_of: int = 256
     ffn_dim_multiplier: float | None = None
 
     def __post_init__(self) -> None:
-        for name in ("dim", "n_layers", "n_heads", "n_kv_heads", "head_dim", "hidden_dim", "vocab_size", "multiple_of"):
+        if self.context_length is None:
+            object.__setattr__(self, "context_length", _trained_length(self.rope_theta))
+        sizes = ("dim", "n_layers", "n_heads", "n_kv_heads", "head_dim", "hidden_dim", "vocab_size", "multiple_of")
+        for name in (*sizes, "context_length"):
             value = getattr(self, name)
             if not isinstance(value, int) or isinstance(value, bool) or value < 1:
                 raise ValueError(f"{name} must be a positive integer, got {value!r}")
-        for name in ("norm_eps", "rope_theta"):
+        for name in ("norm_eps", "rope_theta", "rope_scaling"):
             value = getattr(self, name)
             if not isinstance(value, (int, float)) or isinstance(value, bool) or not 0 < value < math.inf:
                 raise ValueError(f"{name} must be a positive number, got {value!r}")
@@ -126,7 +139,11 @@ class ModelArgs:
     def to_params(self) -> dict[str, Any]:
         """The `params.json` that `from_params` reads back to an equal object."""
         params = {key: value for key, value in dataclasses.asdict(self).items() if value is not None}
-        # Meta's own code derives these two and knows no such keys: name them only where its formula would be wrong.
+        # Meta's own code knows none of these keys: they are named only where they are not what follows from the others.
+        if self.context_length == _trained_length(self.rope_theta):
+            del params["context_length"]
+        if self.rope_scaling == 1.0:
+            del params["rope_scaling"]
         if self.head_dim * self.n_heads == self.dim:
             del params["head_dim"]
         if self.hidden_dim == _ffn_width(self.dim, self.multiple_of, self.ffn_dim_multiplier):
@@ -187,6 +204,11 @@ class ModelArgs:
         }
 
 
+def _trained_length(rope_theta: Any) -> int:
+    """Of Llama 2 and what it does not know, Llama 3 and Code Llama."""
+    return {500_000.0: 8192, 1_000_000.0: 16384}.get(rope_theta, 4096)
+
+
 def _ffn_width(dim: int, multiple_of: int, ffn_dim_multiplier: float | None) -> int:
     width = int(2 * (4 * dim) / 3)
     if ffn_dim_multiplier is not None:
@@ -204,18 +226,26 @@ def _option(default: Any, text: str, *, key: str | None = None) -> Any:
 class EngineConfig:
     """The options of an engine, declared here alone: the keywords of `LLM` and the keys of model-config.yaml follow.
 
+    `max_seq_len` and `max_batch_size` are None until `load_engine` has set those that nobody has: by the model
+    (`for_model`), and by the memory that it leaves.
+
     Raises:
         InvalidValue: an option is unknown or out of range.
     """
 
-    max_seq_len: int = _option(2048, "prompt and reply together, in tokens")
-    max_batch_size: int = _option(8, "sequences that are computed together; more wait their turn")
+    max_seq_len: int = _option(None, "prompt and reply together, in tokens; none: as many as the model was trained for")
+    rope_scaling: float = _option(
+        1.0, "for a longer max_seq_len, up to so many times what the model was trained for: positions are divided by it"
+    )
+    max_batch_size: int = _option(
+        None, "sequences that are computed together, more wait their turn; none: by memory, at most 256, on a CPU 32"
+    )
     max_step_tokens: int = _option(512, "tokens of one forward pass: longer prompts are prefilled in chunks")
     block_size: int = _option(16, "tokens in a block of the KV cache")
     kv_memory_fraction: float | None = _option(
         None,
-        "KV cache of this fraction of the memory that loading and, on a GPU, the steps leave; none: of max_batch_size "
-        "sequences of max_seq_len",
+        "KV cache of this fraction of the memory that loading and, on a GPU, the steps leave; none: 0.9, on a CPU 0.25 "
+        "and no more than max_batch_size sequences of max_seq_len can use",
     )
     prefix_cache: bool = _option(True, "prompts reuse the blocks of earlier ones that begin alike")
     cuda_graphs: bool = _option(
@@ -229,9 +259,11 @@ class EngineConfig:
     def __post_init__(self) -> None:
         for name in ("max_seq_len", "max_batch_size", "block_size", "max_step_tokens"):
             value = getattr(self, name)
+            if value is None and name in ("max_seq_len", "max_batch_size"):
+                continue
             if not isinstance(value, int) or isinstance(value, bool) or value < 1:
                 raise InvalidValue(name, f"must be a positive integer, got {shown(value)}")
-        if self.max_step_tokens < self.max_batch_size:
+        if self.max_batch_size is not None and self.max_step_tokens < self.max_batch_size:
             raise InvalidValue(
                 "max_step_tokens", f"must be at least max_batch_size={self.max_batch_size}, got {self.max_step_tokens}"
             )
@@ -244,8 +276,29 @@ class EngineConfig:
             is_number = isinstance(fraction, (int, float)) and not isinstance(fraction, bool)
             if not is_number or not 0 < fraction <= 1:
                 raise InvalidValue("kv_memory_fraction", f"must be in (0, 1], got {shown(fraction)}")
+        scaling = self.rope_scaling
+        if not isinstance(scaling, (int, float)) or isinstance(scaling, bool) or not 1 <= scaling < math.inf:
+            raise InvalidValue("rope_scaling", f"must be a number of at least 1, got {shown(scaling)}")
         if self.seed is not None and (not isinstance(self.seed, int) or isinstance(self.seed, bool)):
             raise InvalidValue("seed", f"must be an integer, got {shown(self.seed)}")
+
+    def for_model(self, args: ModelArgs) -> EngineConfig:
+        """These options, with a `max_seq_len`.
+
+        Raises:
+            InvalidValue: it is more than the model was trained for, and no `rope_scaling` stretches that.
+        """
+        longest = int(args.context_length * self.rope_scaling)
+        if self.max_seq_len is None:
+            return replace(self, max_seq_len=longest)
+        if self.max_seq_len > longest:
+            enough = math.ceil(self.max_seq_len / args.context_length)
+            raise InvalidValue(
+                "max_seq_len",
+                f"must be at most {longest}, for which the model was trained, got {self.max_seq_len}: rope_scaling="
+                f"{enough} would stretch its positions to that, at some loss of quality",
+            )
+        return self
 
     @property
     def recorded_tokens(self) -> int:

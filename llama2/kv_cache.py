@@ -7,14 +7,19 @@ from __future__ import annotations
 
 import logging
 import math
+from dataclasses import replace
 
 import torch
 
 from llama2.config import EngineConfig, ModelArgs
-from llama2.machine.memory import empty, free_memory
+from llama2.machine.memory import free_memory, zeros
 from llama2.machine.memory_plan import describe, reserve
 
 logger = logging.getLogger(__name__)
+
+# By type of device, where none is given: the share of the memory that is left, and the most sequences at once.
+KV_FRACTION = {"cuda": 0.9, "cpu": 0.25}
+MAX_BATCH_SIZE = {"cuda": 256, "cpu": 32}
 
 
 class KVCache:
@@ -40,11 +45,11 @@ class KVCache:
         self.scratch_block = num_blocks
         self.block_size = block_size
 
-        def zeros() -> torch.Tensor:
-            return empty(math.prod(shape), dtype=dtype, device=device).zero_().view(shape)
+        def one() -> torch.Tensor:
+            return zeros(math.prod(shape), dtype=dtype, device=device).view(shape)
 
-        self.keys = [zeros() for _ in range(args.n_layers)]
-        self.values = [zeros() for _ in range(args.n_layers)]
+        self.keys = [one() for _ in range(args.n_layers)]
+        self.values = [one() for _ in range(args.n_layers)]
 
     def write(self, layer: int, k_TKD: torch.Tensor, v_TKD: torch.Tensor, slot_mapping_T: torch.Tensor) -> None:
         """Store the keys and values of T tokens at `slot_mapping_T` (int64)."""
@@ -69,6 +74,22 @@ def bytes_per_block(args: ModelArgs, *, block_size: int, n_kv_heads: int, dtype:
     return 2 * args.n_layers * block_size * n_kv_heads * args.head_dim * dtype.itemsize
 
 
+def choose_batch_size(
+    args: ModelArgs, config: EngineConfig, *, n_kv_heads: int, dtype: torch.dtype, device: torch.device, degree: int = 1
+) -> int:
+    """A `max_batch_size` for this rank's memory: as many sequences as have a quarter of max_seq_len each, on average,
+    and at most MAX_BATCH_SIZE, by halves."""
+    size = min(MAX_BATCH_SIZE[device.type], config.max_step_tokens)
+    while size > 1:
+        tried = replace(config, max_batch_size=size)
+        left, _ = _left(args, tried, dtype=dtype, device=device, degree=degree)
+        block = bytes_per_block(args, block_size=config.block_size, n_kv_heads=n_kv_heads, dtype=dtype)
+        if 4 * _fitting(tried, left // block, device) >= size * config.blocks_per_sequence:
+            break
+        size //= 2
+    return size
+
+
 def count_blocks(
     args: ModelArgs,
     config: EngineConfig,
@@ -79,59 +100,54 @@ def count_blocks(
     rank: int = 0,
     degree: int = 1,
 ) -> int:
-    """How many blocks this rank can hold: for max_batch_size × max_seq_len, or from the memory that is free now.
+    """How many blocks this rank holds: those of its share of the memory that is free now.
 
-    On a GPU that is what the steps do not need (`reserve`), which rank 0 logs. Ranks on the CPUs of one host share its
-    memory evenly.
+    On a GPU that is what the steps do not need (`reserve`), which rank 0 logs. The ranks on the CPUs of one host share
+    its memory evenly. Others use it, too: where no share is given, it is for no more than max_batch_size sequences of
+    max_seq_len.
 
     Raises:
-        ValueError: not even one sequence of max_seq_len fits; or, on a GPU, not all that were asked for.
+        ValueError: not even one sequence of max_seq_len fits.
     """
+    left, share_out = _left(args, config, dtype=dtype, device=device, degree=degree)
+    if rank == 0 and device.type == "cuda":
+        logger.info("%s", share_out)
     block = bytes_per_block(args, block_size=config.block_size, n_kv_heads=n_kv_heads, dtype=dtype)
-    if device.type == "cuda":
-        return _count_on_gpu(config, reserve(args, config, dtype=dtype, degree=degree), block, device, logs=rank == 0)
-    if config.kv_memory_fraction is None:
-        return config.max_batch_size * config.blocks_per_sequence
-    free = free_memory(device)
-    count = int(free * config.kv_memory_fraction) // block
+    count = _fitting(config, left // block, device)
     if count < config.blocks_per_sequence:
-        raise ValueError(f"{_shortage(config, free, count)}: raise the fraction or lower max_seq_len")
+        raise ValueError(
+            f"kv_memory_fraction={_fraction(config, device):g} of {left / 2**30:.1f} GiB holds {count} blocks of "
+            f"{config.block_size} tokens, but one sequence of max_seq_len={config.max_seq_len} needs "
+            f"{config.blocks_per_sequence}: {share_out}; raise the fraction, lower max_seq_len, max_batch_size or "
+            "max_step_tokens, or raise the tensor-parallel degree"
+        )
     return count
 
 
-def _count_on_gpu(
-    config: EngineConfig, reserved: dict[str, int], block: int, device: torch.device, *, logs: bool
-) -> int:
+def _left(
+    args: ModelArgs, config: EngineConfig, *, dtype: torch.dtype, device: torch.device, degree: int
+) -> tuple[int, str]:
+    """The bytes of this rank's memory that the steps leave, and how it is shared out, in words."""
+    if device.type != "cuda":
+        free = free_memory(device)
+        return free, f"so much is free on the {device} for each rank"
     # What loading has given back is torch's until now.
     torch.cuda.empty_cache()
-    free = free_memory(device)
-    left = max(0, free - sum(reserved.values()))
-    share_out = (
+    free, reserved = free_memory(device), reserve(args, config, dtype=dtype, degree=degree)
+    return max(0, free - sum(reserved.values())), (
         f"of {free / 2**30:.1f} GiB free on {device} after loading, {sum(reserved.values()) / 2**30:.1f} GiB are "
         f"reserved for the steps ({describe(reserved)})"
     )
-    if logs:
-        logger.info("%s", share_out)
-    remedy = "max_seq_len, max_batch_size or max_step_tokens, or raise the tensor-parallel degree"
-    if config.kv_memory_fraction is None:
-        count = config.max_batch_size * config.blocks_per_sequence
-        needed = (count + 1) * block  # one more is the scratch block
-        if needed > left:
-            raise ValueError(
-                f"the KV cache for max_batch_size={config.max_batch_size} sequences of "
-                f"max_seq_len={config.max_seq_len} needs {needed / 2**30:.1f} GiB, but {left / 2**30:.1f} GiB are "
-                f"left: {share_out}; lower {remedy}, or set kv_memory_fraction to 0.9, by which they share the rest"
-            )
-        return count
-    count = max(0, int(left * config.kv_memory_fraction) // block - 1)
-    if count < config.blocks_per_sequence:
-        raise ValueError(f"{_shortage(config, left, count)}: {share_out}; raise the fraction, lower {remedy}")
+
+
+def _fitting(config: EngineConfig, blocks_left: int, device: torch.device) -> int:
+    """How many blocks are taken of those that there is memory for."""
+    # One more is the scratch block.
+    count = max(0, int(blocks_left * _fraction(config, device)) - 1)
+    if device.type != "cuda" and config.kv_memory_fraction is None:
+        return min(count, config.max_batch_size * config.blocks_per_sequence)
     return count
 
 
-def _shortage(config: EngineConfig, free: int, count: int) -> str:
-    return (
-        f"kv_memory_fraction={config.kv_memory_fraction:g} of {free / 2**30:.1f} GiB holds {count} blocks of "
-        f"{config.block_size} tokens, but one sequence of max_seq_len={config.max_seq_len} needs "
-        f"{config.blocks_per_sequence}"
-    )
+def _fraction(config: EngineConfig, device: torch.device) -> float:
+    return config.kv_memory_fraction or KV_FRACTION[device.type]

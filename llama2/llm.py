@@ -68,7 +68,8 @@ class LLM:
 
         Args:
             prompts: a list, or one text, which gives a list of one completion.
-            params: for all prompts, or one each; `sampling_params` is another name of it.
+            params: for all prompts, or one each; `sampling_params` is another name of it. A completion has at most 128
+                tokens if they say nothing else.
             options: fields of `SamplingParams`, which win over `params`; and what all replies are held to, one of
                 `json_schema` (a dict, JSON text, or a pydantic model), `regex`, `choice` (a list of texts) and
                 `grammar` (llguidance's Lark syntax). A reply that could not be held to it has the finish_reason
@@ -89,7 +90,8 @@ class LLM:
     ) -> list[Completion]:
         """Answer each dialog, a list of {"role", "content"}, in the model's own chat format.
 
-        One dialog alone gives a list of one completion. Otherwise as `generate`.
+        One dialog alone gives a list of one completion. A reply has as many tokens as fit if `params` say nothing else.
+        Otherwise as `generate`.
 
         Raises:
             ValueError: as `generate`, or roles are out of order, or a message holds a control tag.

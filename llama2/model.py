@@ -111,5 +111,6 @@ def rotary_table(args: ModelArgs, max_seq_len: int, device: torch.device) -> tor
     """Cos and sin of each position's angles, `(max_seq_len, D / 2, 2)` in fp32 (RoFormer, arXiv:2104.09864)."""
     half = args.head_dim // 2
     inverse = args.rope_theta ** -(torch.arange(half, dtype=torch.float32, device=device) / half)
-    angles = torch.outer(torch.arange(max_seq_len, dtype=torch.float32, device=device), inverse)
+    positions = torch.arange(max_seq_len, dtype=torch.float32, device=device) / args.rope_scaling
+    angles = torch.outer(positions, inverse)
     return torch.stack((angles.cos(), angles.sin()), dim=-1)

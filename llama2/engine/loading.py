@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -14,7 +15,7 @@ from llama2.engine.engine import Engine
 from llama2.engine.lockstep import Lockstep, agree
 from llama2.engine.runner import Runner
 from llama2.engine.sampler import warm_up
-from llama2.kv_cache import KVCache, count_blocks
+from llama2.kv_cache import KVCache, choose_batch_size, count_blocks
 from llama2.machine.threads import undivided
 from llama2.model import Transformer
 from llama2.parallel.collectives import Collectives, connect
@@ -58,7 +59,8 @@ def load_engine(
             f"the tokenizer has {tokenizer.vocab_size} ids, but the model only {args.vocab_size}: "
             "they do not belong together"
         )
-    checkpoint = DcpFolder(checkpoint_dir, args)
+    config = config.for_model(args)
+    checkpoint = DcpFolder(checkpoint_dir, replace(args, rope_scaling=args.rope_scaling * config.rope_scaling))
     device = choose_device(device)
     given = torch.bfloat16 if device.type == "cuda" else checkpoint.dtype
     dtype = getattr(torch, dtype_name) if dtype_name else given
@@ -86,11 +88,19 @@ def build_engine(
     """An engine for a model that can run positions up to `config.max_seq_len`. Called on every rank.
 
     Raises:
-        ValueError: the memory of some rank does not hold one sequence of that length, or the KV cache asked for.
+        ValueError: the memory of some rank does not hold one sequence of that length.
         LockstepError: the ranks were given different settings.
     """
     args, dtype, device = model.args, model.dtype, model.device
     n_kv_heads = local_size("kv_heads", args.n_kv_heads, mesh)
+    degree = collectives.world_size
+    if config.max_batch_size is None:
+        asked = config
+        size = agree(
+            (args, asked, dtype, tokenizer.vocab_size),
+            lambda: choose_batch_size(args, asked, n_kv_heads=n_kv_heads, dtype=dtype, device=device, degree=degree),
+        )
+        config = replace(config, max_batch_size=size)
     num_blocks = agree(
         (args, config, dtype, tokenizer.vocab_size),
         lambda: count_blocks(
@@ -100,7 +110,7 @@ def build_engine(
             dtype=dtype,
             device=device,
             rank=collectives.rank,
-            degree=collectives.world_size,
+            degree=degree,
         ),
     )
     cache = KVCache(
@@ -113,8 +123,8 @@ def build_engine(
     )
     if collectives.rank == 0:
         logger.info(
-            "TP=%d on %s, %s, KV cache of %d blocks of %d tokens",
-            collectives.world_size, device.type, dtype, num_blocks, config.block_size,
+            "TP=%d on %s, %s, max_seq_len=%d, max_batch_size=%d, KV cache of %d blocks of %d tokens",
+            degree, device.type, dtype, config.max_seq_len, config.max_batch_size, num_blocks, config.block_size,
         )  # fmt: skip
     engine = Engine(
         args=args,

@@ -9,7 +9,7 @@ import enum
 import numbers
 from array import array
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 if TYPE_CHECKING:
@@ -25,6 +25,8 @@ MAX_LOGPROBS = 20
 MAX_INT = 2**31 - 1
 MAX_STOPS = 64  # each is looked for at every character
 MAX_STOP_LENGTH = 1000
+# Of a bare completion that says nothing else, which may never end by itself.
+COMPLETION_TOKENS = 128
 
 
 @by_name
@@ -45,7 +47,7 @@ class SamplingParams:
         InvalidValue: a field is unknown or out of range.
     """
 
-    max_new_tokens: int | None = field(default=128, metadata={SECOND_NAME: "max_tokens"})
+    max_new_tokens: int | None = field(default=None, metadata={SECOND_NAME: "max_tokens"})
     min_tokens: int = 0
     temperature: float = 0.6
     top_p: float = 0.9
@@ -93,6 +95,11 @@ class SamplingParams:
             raise InvalidValue("ignore_eos", f"must be true or false, got {shown(self.ignore_eos)}")
         for name, value in plain.items():
             object.__setattr__(self, name, value)
+
+
+def with_completion_tokens(params: SamplingParams) -> SamplingParams:
+    """The parameters of a bare completion: COMPLETION_TOKENS where they have no limit."""
+    return params if params.max_new_tokens is not None else replace(params, max_new_tokens=COMPLETION_TOKENS)
 
 
 def _integer(name: str, value: Any, *, low: int, high: int = MAX_INT) -> int:

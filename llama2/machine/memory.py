@@ -23,6 +23,12 @@ def empty(count: int, *, dtype: torch.dtype, device: torch.device) -> torch.Tens
     return torch.frombuffer(memory, dtype=dtype)
 
 
+def zeros(count: int, *, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+    """As `empty`, of zeros. On Linux CPUs a page takes memory when it is first written to, and is zero until then."""
+    values = empty(count, dtype=dtype, device=device)
+    return values if device.type == "cpu" and sys.platform.startswith("linux") else values.zero_()
+
+
 def free_memory(device: torch.device) -> int:
     """Bytes that this rank may still take of `device`: the ranks on the CPUs of one host share its memory evenly."""
     if device.type == "cuda":

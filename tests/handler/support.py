@@ -35,8 +35,9 @@ def byte_tokenizer(folder: Path, *, add_bos: bool = False) -> Tokenizer:
 
 
 def settings(top: dict[str, Any] | None = None, **handler: Any) -> dict[str, Any]:
-    """The repository's model-config.yaml with some keys changed."""
+    """The repository's model-config.yaml with some keys changed, and with small sizes."""
     values = yaml.safe_load((ROOT / "model-config.yaml").read_text())
+    values["handler"] |= {"max_seq_len": 512, "max_batch_size": 6, "max_new_tokens": 50}
     values["handler"] |= handler
     return values | (top or {})
 

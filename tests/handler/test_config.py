@@ -4,10 +4,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 
 from handler.torchserve.model_config import read_model_config
 from llama2.config import EngineConfig
-from tests.handler.support import config
+from tests.handler.support import ROOT, config
 from tests.handler.support import settings as shipped
 
 
@@ -21,7 +22,7 @@ def base(tmp_path: Path) -> Path:
 
 
 def test_the_shipped_file_has_every_key_of_torchserves_example_and_is_valid(base: Path) -> None:
-    settings = shipped()
+    settings = yaml.safe_load((ROOT / "model-config.yaml").read_text())
     config = read_model_config(settings, base=base)
     assert config.converted_ckpt_dir == base / "converted_checkpoints"
     top = {
@@ -67,7 +68,8 @@ def test_each_handler_key_takes_effect(base: Path, key: str, value: Any, seen: A
 def test_each_option_of_the_engine_is_a_key(base: Path, option: dataclasses.Field[Any]) -> None:
     key: str = option.metadata.get("key", option.name)
     default: Any = option.default
-    value: Any = {"kv_memory_fraction": 0.5, "seed": 1234}.get(option.name)
+    sizes = {"kv_memory_fraction": 0.5, "seed": 1234, "max_seq_len": 77, "max_batch_size": 7}
+    value: Any = sizes.get(option.name)
     if value is None:
         value = not default if isinstance(default, bool) else default + 1
     config = read_model_config(shipped(None, **{key: value}), base=base)

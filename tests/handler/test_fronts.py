@@ -26,7 +26,7 @@ GREEDY = {"temperature": 0, "ignore_eos": True}
 def service(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Service]:
     folder = tmp_path_factory.mktemp("model")
     byte_tokenizer(folder)
-    args = tiny_args(vocab_size=260)
+    args = tiny_args(vocab_size=260, context_length=6000)
     write_checkpoint(folder, args, random_weights(args))
     failures: list[BaseException] = []
     service = Service.load(

@@ -20,7 +20,7 @@ from tests.support.tokenizers import tiny_sentencepiece
 from tests.support.weights import random_weights, tiny_args
 
 PARAMS = SamplingParams(temperature=0, max_new_tokens=8, ignore_eos=True)
-ENDLESS = SamplingParams(temperature=0, max_new_tokens=None, ignore_eos=True)
+ENDLESS = SamplingParams(temperature=0, max_new_tokens=10**6, ignore_eos=True)
 PROMPTS = [[5 + index] * 3 for index in range(4)]
 
 

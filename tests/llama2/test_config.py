@@ -45,7 +45,16 @@ def test_the_published_models_have_the_published_sizes(
 
 @pytest.mark.parametrize(
     "changes",
-    [{}, {"n_kv_heads": 2}, {"ffn_dim_multiplier": 1.3}, {"head_dim": 16}, {"hidden_dim": 100}, {"rope_theta": 1e6}],
+    [
+        {},
+        {"n_kv_heads": 2},
+        {"ffn_dim_multiplier": 1.3},
+        {"head_dim": 16},
+        {"hidden_dim": 100},
+        {"rope_theta": 1e6},
+        {"context_length": 2048},
+        {"rope_scaling": 2.0},
+    ],
     ids=str,
 )
 def test_params_and_model_args_survive_a_round_trip(tmp_path: Path, changes: dict[str, Any]) -> None:
@@ -102,6 +111,8 @@ def test_a_damaged_model_args_file_is_refused_in_plain_words(tmp_path: Path, tex
     [
         ({"max_seq_len": 0}, "max_seq_len must be a positive integer, got 0"),
         ({"max_batch_size": 600}, "max_step_tokens must be at least max_batch_size=600, got 512"),
+        ({"rope_scaling": 0.5}, "rope_scaling must be a number of at least 1, got 0.5"),
+        ({"max_sequence_length": 5}, "max_sequence_length is an unknown name: did you mean 'max_seq_len'"),
         ({"kv_memory_fraction": 1.5}, r"kv_memory_fraction must be in \(0, 1\], got 1.5"),
         ({"kv_memory_fraction": "much"}, r"kv_memory_fraction must be in \(0, 1\], got 'much'"),
         ({"seed": 1.5}, "seed must be an integer, got 1.5"),
@@ -116,3 +127,29 @@ def test_an_impossible_engine_is_refused(changes: dict[str, Any], message: str) 
 def test_every_option_says_what_it_is_for() -> None:
     for field in dataclasses.fields(EngineConfig):
         assert field.metadata["help"], field.name
+
+
+@pytest.mark.parametrize(
+    ("params", "length"),
+    [
+        ({}, 4096),
+        ({"rope_theta": 1_000_000.0}, 16384),  # Code Llama
+        ({"rope_theta": 500_000.0}, 8192),  # Llama 3
+        ({"rope_theta": 12_345.0}, 4096),
+        ({"rope_theta": 1_000_000.0, "context_length": 2048}, 2048),
+    ],
+    ids=str,
+)
+def test_what_a_model_was_trained_for_follows_from_its_rope_unless_it_says(params: dict[str, Any], length: int) -> None:
+    args = tiny_args(**params)
+    assert args.context_length == length
+    assert EngineConfig().for_model(args).max_seq_len == length
+
+
+def test_a_longer_sequence_needs_rope_scaling() -> None:
+    args = tiny_args()
+    assert EngineConfig(max_seq_len=4096).for_model(args).max_seq_len == 4096
+    with pytest.raises(ValueError, match=r"max_seq_len must be at most 4096, .* got 4097: rope_scaling=2 would"):
+        EngineConfig(max_seq_len=4097).for_model(args)
+    assert EngineConfig(max_seq_len=8192, rope_scaling=2).for_model(args).max_seq_len == 8192
+    assert EngineConfig(rope_scaling=1.5).for_model(args).max_seq_len == 6144

@@ -138,7 +138,7 @@ def test_several_replies_to_one_prompt_are_its_outputs(llm: LLM) -> None:
         ({"json_schema": '{"enum": [7, 12]}'}, lambda text: json.loads(text) in (7, 12)),
         ({"json_schema": Answer}, lambda text: Answer.model_validate_json(text).sure in (True, False)),
     ],
-    ids=str,
+    ids=["choice", "regex", "grammar", "schema", "schema as text", "pydantic"],
 )
 def test_a_reply_is_held_to_a_constraint(llm: LLM, constraint: dict[str, Any], holds: Callable[[str], bool]) -> None:
     for done in llm.generate(["Is it?", "Tell me"], max_new_tokens=60, **constraint):
@@ -200,7 +200,7 @@ def test_the_pieces_of_a_stream_are_the_reply(llm: LLM) -> None:
 
 
 def test_a_stream_that_is_left_gives_its_blocks_back_at_once(llm: LLM) -> None:
-    for _ in llm.stream("Hello", PARAMS, max_new_tokens=None):
+    for _ in llm.stream("Hello", PARAMS, max_new_tokens=10**6):
         break
     llm.stream("never begun", PARAMS)
     stats = llm._engine.stats()

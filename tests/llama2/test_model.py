@@ -10,6 +10,7 @@ import torch
 
 from llama2 import LLM, SamplingParams
 from llama2.engine import loading
+from llama2.model import rotary_table
 from tests.support.checkpoints import write_checkpoint
 from tests.support.reference import reference_model
 from tests.support.tokenizers import tiny_sentencepiece
@@ -120,3 +121,23 @@ def test_the_prefix_cache_saves_work_and_changes_nothing(tiny: Path) -> None:
     assert uncached._engine.stats().cached_tokens == 0
     # Alone: 3 blocks for each but the first and the shortest, which has 2; together: the same, and the first's own.
     assert cached._engine.stats().cached_tokens >= 16 * (3 * 3 + 2 + 3 * 4 + 2)
+
+
+def test_rope_scaling_divides_positions() -> None:
+    plain = rotary_table(tiny_args(), 64, torch.device("cpu"))
+    stretched = rotary_table(tiny_args(rope_scaling=2.0), 128, torch.device("cpu"))
+    assert torch.equal(stretched[::2], plain)
+
+
+def test_an_engine_stretches_positions_as_it_is_asked(tmp_path: Path, tokenizer_file: Path) -> None:
+    """As a model that was trained on stretched ones."""
+    weights = random_weights(tiny_args(vocab_size=512))
+    logits = []
+    for scaling, option in ((2.0, 1.0), (1.0, 2.0), (1.0, 1.0)):
+        args = tiny_args(vocab_size=512, rope_scaling=scaling)
+        folder = write_checkpoint(tmp_path / f"{scaling} {option}", args, weights, tokenizer_file)
+        with LLM(folder, max_seq_len=32, rope_scaling=option) as llm:
+            logits.append(llm.score([5, 6, 7]))
+    own, asked, neither = logits
+    assert torch.equal(own, asked)
+    assert not torch.allclose(own, neither)

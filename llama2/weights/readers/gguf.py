@@ -161,6 +161,7 @@ class GgufFile:
             vocab_size=len(self._field("tokenizer.ggml.tokens")),
             norm_eps=norm_eps,
             rope_theta=rope_theta,
+            context_length=of("context_length", None),
         )
 
     def _stored_name(self, name: str) -> str:

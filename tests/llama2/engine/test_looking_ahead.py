@@ -55,7 +55,7 @@ def requests(engine: Engine) -> list[Request]:
         replace(PARAMS, seed=1),
         replace(PARAMS, temperature=0, logprobs=2),
         replace(PARAMS, seed=2, stop_token_ids=tuple(range(100, 200))),
-        replace(PARAMS, seed=3, stop=tuple("aeiou")),
+        replace(PARAMS, seed=3, stop=tuple("aeiou"), n=3),
         replace(PARAMS, seed=4, repetition_penalty=1.5, presence_penalty=1.0, frequency_penalty=0.5),
         replace(PARAMS, seed=5, logprobs=3, max_new_tokens=1),
         replace(PARAMS, seed=6, logit_bias={7: 4.0}, max_new_tokens=None),
@@ -64,7 +64,6 @@ def requests(engine: Engine) -> list[Request]:
     ]
     options: dict[int, dict[str, Any]] = {
         1: {"prompt_logprobs": 2},
-        3: {"n": 3},
         7: {"grammar": GrammarCompiler(engine.tokenizer, ARGS.vocab_size).regex(r"[a-c]{3,40}")},
     }
     return [

@@ -11,8 +11,9 @@ from pathlib import Path
 import pytest
 import torch
 
+from llama2 import kv_cache
 from llama2.config import EngineConfig, ModelArgs
-from llama2.kv_cache import bytes_per_block, count_blocks
+from llama2.kv_cache import bytes_per_block, choose_batch_size, count_blocks
 from llama2.machine.memory_plan import MIB, describe, reserve
 
 LLAMA_7B = ModelArgs.from_params({"dim": 4096, "n_layers": 32, "n_heads": 32}, vocab_size=32000)
@@ -65,15 +66,40 @@ def count(monkeypatch: pytest.MonkeyPatch, free: int, *, rank: int = 0, **change
     return count_blocks(LLAMA_7B, config, n_kv_heads=32, dtype=BF16, device=GPU, rank=rank, degree=1)
 
 
-def test_all_sequences_fit_beside_what_is_reserved_or_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    needed = (64 * 256 + 1) * BLOCK  # and the scratch block
-    assert count(monkeypatch, TOTAL + needed) == 64 * 256
-    with pytest.raises(ValueError, match=r"max_batch_size=64 sequences of max_seq_len=4096 needs 128\.0 GiB") as caught:
-        count(monkeypatch, TOTAL + needed - 1)
-    message = str(caught.value)
-    assert all(f"{name} {size / MIB:.0f} MiB" in message for name, size in RESERVED.items())
-    assert f"of {(TOTAL + needed) / 2**30:.1f} GiB free on cuda:0" in message
-    assert "lower max_seq_len, max_batch_size or max_step_tokens, or raise the tensor-parallel degree" in message
+def test_without_a_fraction_nine_tenths_of_what_is_left_are_taken(monkeypatch: pytest.MonkeyPatch) -> None:
+    free = TOTAL + (40 << 30)
+    assert count(monkeypatch, free) == count(monkeypatch, free, kv_memory_fraction=0.9)
+
+
+@pytest.mark.parametrize(
+    ("free_gib", "max_step_tokens", "size"),
+    [(60, 512, 64), (60, 16, 16), (12, 512, 16), (3.5, 512, 4), (150, 512, 256)],
+)
+def test_the_batch_is_as_large_as_a_quarter_of_the_longest_sequence_each_allows(
+    monkeypatch: pytest.MonkeyPatch, free_gib: float, max_step_tokens: int, size: int
+) -> None:
+    """Of 7B in bf16 a quarter of 4096 positions is half a GiB."""
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (int(free_gib * 2**30), 141 << 30))
+    config = EngineConfig(max_seq_len=4096, max_step_tokens=max_step_tokens)
+    chosen = choose_batch_size(LLAMA_7B, config, n_kv_heads=32, dtype=BF16, device=GPU)
+    assert chosen == size
+    config = replace(config, max_batch_size=chosen)
+    left = free_gib * 2**30 - sum(reserve(LLAMA_7B, config, dtype=BF16, degree=1).values())
+    assert 0.9 * left > chosen / 4 * 256 * BLOCK
+
+
+def test_on_a_cpu_the_kv_cache_is_bounded_by_what_it_can_use_and_by_a_quarter_of_what_is_free(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    cpu, config = torch.device("cpu"), EngineConfig(max_seq_len=4096)
+    for free_gib, batch, blocks in ((1000, 32, 32 * 256), (24, 8, 767), (8, 2, 255)):
+        monkeypatch.setattr(kv_cache, "free_memory", lambda device, free=free_gib: free << 30)
+        sizes = {"n_kv_heads": 32, "dtype": BF16, "device": cpu}
+        assert choose_batch_size(LLAMA_7B, config, **sizes) == batch  # type: ignore[arg-type]
+        if blocks >= 256:
+            assert count_blocks(LLAMA_7B, replace(config, max_batch_size=batch), **sizes) == blocks  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match=r"kv_memory_fraction=0.25 of 8.0 GiB holds 255 blocks .* needs 256"):
+        count_blocks(LLAMA_7B, replace(config, max_batch_size=4), **sizes)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("fraction", [0.5, 0.9, 1.0])

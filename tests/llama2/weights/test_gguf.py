@@ -42,6 +42,7 @@ def test_the_architecture_of_the_demo_model(demo: GgufFile) -> None:
         vocab_size=49152,
         norm_eps=1e-5,
         rope_theta=100000.0,
+        context_length=8192,
     )
     assert ModelArgs.from_params(demo.args.to_params()) == demo.args
     assert "hidden_dim" not in demo.args.to_params(), "Meta's own formula gives this width"

@@ -58,7 +58,7 @@ def test_another_shape_is_named(tmp_path: Path) -> None:
 
 
 def test_a_folder_that_is_no_checkpoint_is_refused_in_plain_words(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=r"is this a folder that convert_checkpoints.py wrote"):
+    with pytest.raises(ValueError, match=r"is no converted checkpoint: it has no model_args\.json"):
         load_engine(tmp_path, config=CONFIG)
     with pytest.raises(ValueError, match=r"has no \.metadata file"):
         DcpFolder(tmp_path, ARGS)
@@ -86,5 +86,5 @@ def test_the_kv_cache_is_sized_from_the_batch_or_from_free_memory(folder: Path) 
     assert by_batch.stats().total_blocks == 2 * 2
     by_memory = load_engine(folder, config=EngineConfig(max_seq_len=32, max_batch_size=2, kv_memory_fraction=0.001))
     assert by_memory.stats().total_blocks > 4
-    with pytest.raises(ValueError, match="raise the fraction or lower max_seq_len"):
+    with pytest.raises(ValueError, match="raise the fraction, lower max_seq_len"):
         load_engine(folder, config=EngineConfig(max_seq_len=32, max_batch_size=2, kv_memory_fraction=1e-9))
