@@ -1,0 +1,64 @@
+"""docs/options.md is true: it has every option and no other, with the default that the code has."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+
+import pytest
+import yaml
+
+from handler.config import KEYS, HandlerConfig
+from llama2.config import EngineConfig
+from llama2.engine.sequence import COMPLETION_TOKENS, SamplingParams
+from llama2.kv_cache import KV_FRACTION, MAX_BATCH_SIZE
+
+ROOT = Path(__file__).parents[1]
+PAGE = (ROOT / "docs" / "options.md").read_text(encoding="utf-8")
+_CELLS = [[cell.strip() for cell in row.split("|")[1:4]] for row in PAGE.splitlines() if row.startswith("| `")]
+# By key: the name in Python, and the default.
+ROWS = {key.strip("`"): (name, default) for key, name, default in _CELLS if key != "`model-config.yaml`"}
+# What no option holds, because it depends on the model, the machine or the kind of request.
+WORKED_OUT = {
+    "max_seq_len": "what the model was trained for",
+    "max_batch_size": f"by memory, at most {MAX_BATCH_SIZE['cuda']}, on a CPU {MAX_BATCH_SIZE['cpu']}",
+    "kv_memory_fraction": f"{KV_FRACTION['cuda']}, on a CPU {KV_FRACTION['cpu']}",
+    "seed": "another at every start",
+    "max_new_tokens": f"as many as fit in a chat, {COMPLETION_TOKENS} of a completion",
+}
+
+
+def shown(name: str, default: object) -> str:
+    return WORKED_OUT[name] if default is None else str(default).lower() if isinstance(default, bool) else str(default)
+
+
+def test_the_table_has_every_key_and_no_other() -> None:
+    assert ROWS.keys() == KEYS
+
+
+@pytest.mark.parametrize("option", dataclasses.fields(EngineConfig), ids=lambda option: option.name)
+def test_an_option_of_the_engine_has_its_default(option: dataclasses.Field[object]) -> None:
+    row = ROWS[option.metadata.get("key", option.name)]
+    assert row == (f"`LLM({option.name})`", shown(option.name, option.default))
+
+
+@pytest.mark.parametrize("key", ["max_new_tokens", "temperature", "top_p"])
+def test_a_field_of_a_request_has_its_default(key: str) -> None:
+    assert ROWS[key] == (f"`SamplingParams({key})`", shown(key, getattr(SamplingParams(), key)))
+
+
+def test_the_servers_own_keys_have_their_defaults(tmp_path: Path) -> None:
+    config = HandlerConfig.read({"converted_ckpt_dir": str(tmp_path)}, base=tmp_path)
+    for key in ("truncation", "special_tags", "mode", "step_timeout"):
+        assert ROWS[key] == ("", str(getattr(config, key)))
+    assert ROWS["tensor_parallel_size"][1] == str(config.degree)
+    assert config.engine == EngineConfig()
+    assert config.sampling == SamplingParams()
+
+
+def test_the_shipped_file_has_these_defaults_but_for_two(tmp_path: Path) -> None:
+    settings = yaml.safe_load((ROOT / "model-config.yaml").read_text())["handler"] | {"converted_ckpt_dir": "."}
+    own = ("tensor_parallel_size", "manual_seed")
+    assert " and ".join(f"`{key}: {settings[key]}`" for key in own) in PAGE
+    shipped = HandlerConfig.read(settings | dict.fromkeys(own), base=tmp_path)
+    assert shipped == HandlerConfig.read({"converted_ckpt_dir": "."}, base=tmp_path)
