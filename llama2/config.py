@@ -156,11 +156,10 @@ class ModelArgs:
         path = Path(path)
         path = path / MODEL_ARGS_FILE if path.is_dir() else path
         try:
-            values = json.loads(path.read_text(encoding="utf-8"))
-            return cls(**values)
+            return cls(**json.loads(path.read_text(encoding="utf-8")))
         except FileNotFoundError:
             raise ValueError(f"{path} does not exist: is this a folder that convert_checkpoints.py wrote?") from None
-        except (TypeError, UnicodeDecodeError, json.JSONDecodeError) as error:
+        except (TypeError, ValueError, RecursionError) as error:
             raise ValueError(f"{path} is not a {MODEL_ARGS_FILE} of this project: {error}") from None
 
     def save(self, folder: Path | str) -> None:

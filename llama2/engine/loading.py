@@ -22,7 +22,6 @@ from llama2.parallel.collectives import Collectives, connect
 from llama2.parallel.plan import build_mesh, local_size
 from llama2.parallel.process_group import Launched, choose_device, init_process_group
 from llama2.text.tokenizer import Tokenizer, load_tokenizer
-from llama2.weights.kinds import check_converted
 from llama2.weights.loader import load_model
 from llama2.weights.readers.dcp import DcpFolder
 
@@ -50,9 +49,9 @@ def load_engine(
         LockstepError: the ranks were given different settings.
     """
     dtype_name = read_dtype(dtype)
-    if model_args_path is None:
-        check_converted(checkpoint_dir)
-    args = ModelArgs.load(model_args_path or checkpoint_dir)
+    args = ModelArgs.load(model_args_path) if model_args_path else None
+    checkpoint = DcpFolder(checkpoint_dir, args, rope_scaling=config.rope_scaling)
+    args = checkpoint.args
     tokenizer = load_tokenizer(tokenizer_path or checkpoint_dir)
     if tokenizer.vocab_size > args.vocab_size:
         raise ValueError(
@@ -60,7 +59,6 @@ def load_engine(
             "they do not belong together"
         )
     config = config.for_model(args)
-    checkpoint = DcpFolder(checkpoint_dir, replace(args, rope_scaling=args.rope_scaling * config.rope_scaling))
     device = choose_device(device)
     given = torch.bfloat16 if device.type == "cuda" else checkpoint.dtype
     dtype = getattr(torch, dtype_name) if dtype_name else given

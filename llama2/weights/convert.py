@@ -17,6 +17,7 @@ import torch.distributed as dist
 
 from llama2.config import MODEL_ARGS_FILE, ModelArgs
 from llama2.progress import Bar, progress
+from llama2.weights.manifest import FileHashes, Manifest
 from llama2.weights.readers import Chunk, Reader
 from llama2.weights.readers.dcp import DcpFolder, save_chunks
 from llama2.weights.readers.fairscale import (
@@ -92,9 +93,11 @@ def convert(
     try:
         if output_model_parallel_size is not None:
             _write_shards(ranks, source, staged.partial, num_shards=output_model_parallel_size, dtype=dtype)
+            ranks.agree(lambda: opened.write_tokenizer(staged.partial), only_first=True)
         else:
-            _write_dcp(ranks, source, staged.partial, dtype=dtype)
-        ranks.agree(lambda: opened.write_tokenizer(staged.partial), only_first=True)
+            hashes = _write_dcp(ranks, source, staged.partial, dtype=dtype)
+            ranks.agree(lambda: opened.write_tokenizer(staged.partial), only_first=True)
+            ranks.agree(Manifest(staged.partial, hashes).write, only_first=True)
         if verify:
             ranks.agree(lambda: _verify(ranks, source, staged.partial, dtype=dtype))
         ranks.agree(staged.commit, only_first=True)
@@ -112,6 +115,13 @@ class _Ranks:
         self.rank = dist.get_rank() if dist.is_initialized() else 0
         self.world_size = dist.get_world_size() if dist.is_initialized() else 1
 
+    def gather(self, value: T) -> list[T]:
+        """The values of all processes, in the order of ranks, on every one of them."""
+        values = [value] * self.world_size
+        if self.world_size > 1:
+            dist.all_gather_object(values, value)
+        return values
+
     def agree(self, step: Callable[[], T], *, only_first: bool = False) -> T:
         """Run `step` on every process (`only_first`: on rank 0, None elsewhere); raise on all if it failed on one."""
         result, error = None, None
@@ -120,11 +130,7 @@ class _Ranks:
                 result = step()
             except (ValueError, OSError) as caught:
                 error = caught
-        messages = [_message(error) if error else None]
-        if self.world_size > 1:
-            messages = [None] * self.world_size
-            dist.all_gather_object(messages, _message(error) if error else None)
-        for message in messages:
+        for message in self.gather(_message(error) if error else None):
             if message is not None:
                 raise ValueError(message) from error
         return result  # type: ignore[return-value]
@@ -170,7 +176,8 @@ def _check_target(target: Path, source: Path, *, overwrite: bool) -> None:
         raise ValueError(f"save_checkpoint_dir {target} holds no checkpoint: --overwrite does not replace it")
 
 
-def _write_dcp(ranks: _Ranks, source: Reader, folder: Path, *, dtype: torch.dtype) -> None:
+def _write_dcp(ranks: _Ranks, source: Reader, folder: Path, *, dtype: torch.dtype) -> dict[str, FileHashes]:
+    """Returns the hashes of all ranks' files with weights."""
     shapes = source.args.parameter_shapes()
 
     def nbytes(chunk: Chunk) -> int:
@@ -181,8 +188,9 @@ def _write_dcp(ranks: _Ranks, source: Reader, folder: Path, *, dtype: torch.dtyp
 
     chunks = ranks.agree(plan)
     with ranks.progress("converting", sum(map(nbytes, chunks))) as bar:
-        ranks.agree(lambda: save_chunks(folder, chunks, shapes=shapes, dtype=dtype, progress=bar.update))
+        own = ranks.agree(lambda: save_chunks(folder, chunks, shapes=shapes, dtype=dtype, progress=bar.update))
     ranks.agree(lambda: source.args.save(folder), only_first=True)
+    return {name: hashes for part in ranks.gather(own) for name, hashes in part.items()}
 
 
 def _write_shards(ranks: _Ranks, source: Reader, folder: Path, *, num_shards: int, dtype: torch.dtype) -> None:

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from llama2.config import MODEL_ARGS_FILE
 from llama2.errors import InvalidValue
 
+METADATA_FILE = ".metadata"
 _CONVERT = "python convert_checkpoints.py --original_ckpt_dir {} --save_checkpoint_dir converted_checkpoints"
 
 
@@ -20,7 +20,7 @@ def check_converted(path: Path | str, field: str = "checkpoint_dir") -> None:
         folder = Path(path)
     except TypeError:
         raise InvalidValue(field, f"must be a folder, got {path!r}") from None
-    if (folder / MODEL_ARGS_FILE).is_file():
+    if (folder / METADATA_FILE).is_file():
         return
     convert = f"convert it first: {_CONVERT.format(folder)}"
     if not folder.exists():
@@ -37,5 +37,5 @@ def check_converted(path: Path | str, field: str = "checkpoint_dir") -> None:
     elif (folder / "config.json").is_file() or any(folder.glob("*.safetensors")):
         fault = "holds Hugging Face's files, which are not read: get the model in Meta's own format, and convert that"
     else:
-        fault = f"is no converted checkpoint: it has no {MODEL_ARGS_FILE}"
+        fault = f"is no converted checkpoint: it has no {METADATA_FILE} file, which convert_checkpoints.py writes"
     raise InvalidValue(field, f"{str(path)!r} {fault}")

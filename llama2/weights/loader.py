@@ -20,6 +20,7 @@ from llama2.parallel.collectives import Collectives
 from llama2.parallel.plan import allocate
 from llama2.parallel.splits import split
 from llama2.progress import progress
+from llama2.weights.manifest import MANIFEST_FILE
 from llama2.weights.readers.dcp import DcpFolder
 from llama2.weights.spec import Spec
 
@@ -77,6 +78,11 @@ def load_model(
         ValueError: a file of the checkpoint is damaged.
     """
     started = time.monotonic()
+    if collectives.rank == 0 and not checkpoint.has_hashes:
+        logger.warning(
+            "%s has no %s: damage to it would go unnoticed; convert it again to have one",
+            checkpoint.path, MANIFEST_FILE,
+        )  # fmt: skip
     sizes: list[int] = []
 
     def fill(at_rest: Mapping[str, DTensor]) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
@@ -47,3 +47,17 @@ def whole(reader: Reader, name: str) -> list[Chunk]:
     """A weight that is stored in one piece, or has to be put together."""
     shape = reader.args.parameter_shapes()[name]
     return [Chunk(name=name, offsets=(0,) * len(shape), shape=shape, read=lambda: reader.read(name))]
+
+
+def check_layers(args: ModelArgs, names: Iterable[str], said: str, path: Path) -> None:
+    """Compare the number of layers that a file `said` with the names of the tensors in `path`.
+
+    Before a list of all weights is made: a number that is far too large would take all memory.
+
+    Raises:
+        ValueError: they differ.
+    """
+    indices = (name.split(".")[1:2] for name in names)
+    found = {index for (index,) in filter(None, indices) if index.isdecimal()}
+    if args.n_layers != len(found):
+        raise ValueError(f"{said} says n_layers={args.n_layers}, but {path} has tensors of {len(found)} layers")

@@ -12,6 +12,7 @@ import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -31,16 +32,16 @@ from torch.distributed.checkpoint.planner import SavePlan, SavePlanner, TensorWr
 from torch.distributed.checkpoint.storage import WriteResult
 from torch.futures import Future
 
-from llama2.config import ModelArgs
+from llama2.config import MODEL_ARGS_FILE, ModelArgs
 from llama2.weights.formats import Format
-from llama2.weights.readers import Chunk, whole
-from llama2.weights.readers.mapped import MappedReader
+from llama2.weights.kinds import check_converted
+from llama2.weights.manifest import FileHashes, Hashing, Manifest
+from llama2.weights.readers import Chunk, check_layers, whole
+from llama2.weights.readers.mapped import METADATA_FILE, MappedReader
 from llama2.weights.spec import Spec
 
 if TYPE_CHECKING:
     from typing_extensions import Buffer
-
-METADATA_FILE = ".metadata"
 
 _ALIGNMENT = 64
 
@@ -52,22 +53,25 @@ def save_chunks(
     shapes: Mapping[str, tuple[int, ...]],
     dtype: torch.dtype,
     progress: Callable[[int], object],
-) -> None:
+) -> dict[str, FileHashes]:
     """Write this process's `chunks` into `folder` as `dtype`; a collective if a process group is up.
 
     The chunks of all processes together tile every parameter of `shapes`. `progress` is told the bytes of each chunk
-    written. No more than one chunk is held in memory, and none if it is mapped and has the right dtype.
+    written. No more than one chunk is held in memory, and none if it is mapped and has the right dtype. Returns the
+    hashes of what this process meant to write, by the file's name.
 
     Raises:
         OSError, ValueError: on every rank, if some rank failed.
     """
+    writer = _ChunkWriter(folder)
     with _own_errors():
         dcp.save(
             {},
-            storage_writer=_ChunkWriter(folder),
+            storage_writer=writer,
             planner=_ChunkPlanner(chunks, shapes=shapes, dtype=dtype, progress=progress),
             no_dist=not dist.is_initialized(),
         )
+    return writer.hashes
 
 
 class DcpFolder:
@@ -77,25 +81,35 @@ class DcpFolder:
         args: the architecture: as given, else that of the folder's `model_args.json`.
         dtype: of every plain weight.
         spec: all of its tensors.
+        has_hashes: whether its values will be compared with the hashes of what was written.
 
     Raises:
-        ValueError: the folder is no converted checkpoint, or a tensor is missing, unknown, or of another shape.
+        ValueError: the folder is no converted checkpoint, a file is damaged (values are compared when they are read),
+            or a tensor is missing, unknown, or of another shape.
     """
 
     def __init__(
-        self, folder: Path | str, args: ModelArgs | None = None, *, formats: Mapping[str, Format] | None = None
+        self,
+        folder: Path | str,
+        args: ModelArgs | None = None,
+        *,
+        formats: Mapping[str, Format] | None = None,
+        rope_scaling: float = 1.0,
     ) -> None:
-        """`formats` as in `Spec`."""
+        """`formats` as in `Spec`; the architecture's positions are divided by `rope_scaling`."""
         self.path = Path(folder)
-        self.args = args or ModelArgs.load(self.path)
-        self._reader = MappedReader(self.path)
-        if not (self.path / METADATA_FILE).is_file():
-            raise ValueError(f"{self.path} is no converted checkpoint: it has no {METADATA_FILE} file")
-        try:
-            tensors = self._reader.read_metadata().state_dict_metadata
-        except Exception as error:
-            raise ValueError(f"{self.path / METADATA_FILE} cannot be read: {error}") from None
+        check_converted(self.path)
+        manifest = Manifest.read(self.path)
+        self.has_hashes = manifest is not None
+        if manifest is not None:
+            manifest.check_sizes()
+            manifest.check_whole(but=DEFAULT_SUFFIX)
+        args = args or ModelArgs.load(self.path)
+        self.args = replace(args, rope_scaling=args.rope_scaling * rope_scaling)
+        self._reader = MappedReader(self.path, manifest)
+        tensors = self._reader.read_metadata().state_dict_metadata
         found = {name: tensor for name, tensor in tensors.items() if isinstance(tensor, TensorStorageMetadata)}
+        check_layers(self.args, tensors, MODEL_ARGS_FILE, self.path / METADATA_FILE)
         self.dtype = found["norm.weight"].properties.dtype if "norm.weight" in found else torch.float32
         self.spec = Spec(args=self.args, dtype=self.dtype, formats=formats or {})
         self._parts = self.spec.tensors()
@@ -166,13 +180,19 @@ def _without_checksums() -> Iterator[None]:
 
 
 class _SmallWrites(io.FileIO):
-    """A file that takes 256 KB at a time, as `cp` gives it.
+    """A file that takes 256 KB at a time, as `cp` gives it, and hashes them.
 
     Linux looks for room in the page cache for each write as a whole, and was seen to take 8 times as long for 1 MB.
     """
 
+    def __init__(self, path: Path) -> None:
+        super().__init__(path, "wb")
+        self.hashing = Hashing()
+
     def write(self, data: Buffer, /) -> int:
-        return super().write(memoryview(data)[: 1 << 18])
+        written = super().write(memoryview(data)[: 1 << 18])
+        self.hashing.update(memoryview(data)[:written])
+        return written
 
 
 @contextmanager
@@ -236,14 +256,19 @@ class _ChunkWriter(dcp.FileSystemWriter):
     """Writes DCP's usual files, one for each rank, and lets go of each tensor once it is written.
 
     The base class keeps every tensor of a file until the file is complete: after a change of dtype, a whole share.
+    `hashes` are those of the file that this rank wrote, by its name.
     """
+
+    def __init__(self, folder: Path) -> None:
+        super().__init__(folder)
+        self.hashes: dict[str, FileHashes] = {}
 
     def write_data(self, plan: SavePlan, planner: SavePlanner) -> Future[list[WriteResult]]:
         file = f"{plan.storage_data.prefix}0{DEFAULT_SUFFIX}"
         path = Path(self.path) / file
         results = []
         try:
-            with _without_checksums(), io.BufferedWriter(_SmallWrites(path, "wb")) as stream:
+            with _without_checksums(), io.BufferedWriter(raw := _SmallWrites(path)) as stream:
                 with _writing_back(stream.fileno()):
                     for item in plan.items:
                         # torch.save puts values on such a border of what it writes: so they are on one of the file.
@@ -255,6 +280,7 @@ class _ChunkWriter(dcp.FileSystemWriter):
                         results.append(WriteResult(index=item.index, size_in_bytes=length, storage_data=place))
                 stream.flush()
                 os.fsync(stream.fileno())
+            self.hashes[file] = raw.hashing.result()
         except (OSError, RuntimeError) as error:
             # torch.save hides what stopped it, a full disk or a signal, behind a RuntimeError of its own.
             cause = error.__context__ if isinstance(error, RuntimeError) else error

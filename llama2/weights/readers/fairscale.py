@@ -18,7 +18,7 @@ from pathlib import Path
 import torch
 
 from llama2.config import ModelArgs
-from llama2.weights.readers import Chunk
+from llama2.weights.readers import Chunk, check_layers
 
 logger = logging.getLogger(__name__)
 
@@ -64,9 +64,10 @@ class FairscaleFolder:
         self.path = Path(folder)
         self.args = ModelArgs.from_params(_read_params(self.path), vocab_size=vocab_size)
         self.num_shards = _count_shards(self.path, num_shards)
+        self._shards = [_open_shard(shard_file(self.path, index)) for index in range(self.num_shards)]
+        check_layers(self.args, self._shards[0], PARAMS_FILE, shard_file(self.path, 0))
         check_num_shards(self.args, self.num_shards)
         self._shapes = self.args.parameter_shapes()
-        self._shards = [_open_shard(shard_file(self.path, index)) for index in range(self.num_shards)]
         self._check_names()
         self._axes = {name: self._checked_axis(name) for name in self._shapes}
         self.dtype = self._checked_dtype()

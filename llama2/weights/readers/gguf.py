@@ -18,7 +18,7 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 
 from llama2.config import ModelArgs
 from llama2.text.tokenizer_files import BPE_FILE, CONFIG_FILE
-from llama2.weights.readers import Chunk, whole
+from llama2.weights.readers import Chunk, check_layers, whole
 
 _ARCHITECTURE = "llama"
 # How text is cut into words before the merges, by `tokenizer.ggml.pre`. These are SmolLM2's own two steps.
@@ -173,6 +173,7 @@ class GgufFile:
         return _NAMES_OF_WHOLE["tok_embeddings.weight"] if tied else stored
 
     def _check_tensors(self) -> None:
+        check_layers(self.args, self._tensors, "the metadata", self.path)
         wanted = {self._stored_name(name): shape for name, shape in self.args.parameter_shapes().items()}
         for name in sorted(wanted.keys() ^ self._tensors.keys()):
             what = "is missing" if name in wanted else "is not part of a Llama model"

@@ -88,6 +88,7 @@ def test_plain_python_writes_a_folder_that_is_complete_by_itself(source, tmp_pat
     assert sorted(path.name for path in target.iterdir()) == [
         ".metadata",
         "__0_0.distcp",
+        "manifest.json",
         "model_args.json",
         "tokenizer.model",
     ]

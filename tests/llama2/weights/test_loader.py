@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed.checkpoint as dcp
 
 from llama2.config import EngineConfig, ModelArgs
 from llama2.engine.loading import load_engine
@@ -13,6 +15,8 @@ from llama2.weights.readers.dcp import DcpFolder
 from tests.support.checkpoints import write_checkpoint
 from tests.support.tokenizers import tiny_sentencepiece
 from tests.support.weights import random_weights, tiny_args
+
+pytestmark = pytest.mark.filterwarnings("ignore:.*single process.*")
 
 ARGS = tiny_args(vocab_size=512)
 CONFIG = EngineConfig(max_seq_len=32, max_batch_size=2)
@@ -37,17 +41,26 @@ def test_on_a_cpu_the_model_runs_in_the_checkpoints_dtype_unless_told_otherwise(
 
 
 def test_a_missing_tensor_is_named(tmp_path: Path) -> None:
-    write_checkpoint(tmp_path, ARGS, random_weights(ARGS))
-    more = ModelArgs.from_params({**ARGS.to_params(), "n_layers": 3})
-    with pytest.raises(ValueError, match=r"lacks tensor layers\.2\.attention\.wk\.weight \(9 in all\)"):
-        DcpFolder(tmp_path, more)
+    dcp.save(
+        {name: values for name, values in random_weights(ARGS).items() if "wk" not in name}, checkpoint_id=tmp_path
+    )
+    with pytest.raises(ValueError, match=r"lacks tensor layers\.0\.attention\.wk\.weight \(2 in all\)"):
+        DcpFolder(tmp_path, ARGS)
 
 
 def test_an_extra_tensor_is_named(tmp_path: Path) -> None:
+    extra = {"layers.1.attention.bias": torch.zeros(3)}
+    dcp.save({**random_weights(ARGS), **extra}, checkpoint_id=tmp_path)
+    with pytest.raises(ValueError, match=r"has an unknown tensor layers\.1\.attention\.bias \(1 in all\)"):
+        DcpFolder(tmp_path, ARGS)
+
+
+@pytest.mark.parametrize("n_layers", [1, 3, 10**9, 10**30])
+def test_another_number_of_layers_is_refused_at_once(tmp_path: Path, n_layers: int) -> None:
     write_checkpoint(tmp_path, ARGS, random_weights(ARGS))
-    fewer = ModelArgs.from_params({**ARGS.to_params(), "n_layers": 1})
-    with pytest.raises(ValueError, match=r"has an unknown tensor layers\.1\.attention\.wk\.weight"):
-        DcpFolder(tmp_path, fewer)
+    replace(ARGS, n_layers=n_layers).save(tmp_path)
+    with pytest.raises(ValueError, match=rf"says n_layers={n_layers}, but .*\.metadata has tensors of 2 layers"):
+        DcpFolder(tmp_path)
 
 
 def test_another_shape_is_named(tmp_path: Path) -> None:
@@ -58,10 +71,8 @@ def test_another_shape_is_named(tmp_path: Path) -> None:
 
 
 def test_a_folder_that_is_no_checkpoint_is_refused_in_plain_words(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=r"is no converted checkpoint: it has no model_args\.json"):
+    with pytest.raises(ValueError, match=r"is no converted checkpoint: it has no \.metadata file, which .* writes"):
         load_engine(tmp_path, config=CONFIG)
-    with pytest.raises(ValueError, match=r"has no \.metadata file"):
-        DcpFolder(tmp_path, ARGS)
     (tmp_path / ".metadata").write_bytes(b"junk")
     with pytest.raises(ValueError, match="cannot be read"):
         DcpFolder(tmp_path, ARGS)
