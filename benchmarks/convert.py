@@ -28,8 +28,8 @@ import torch
 from benchmarks.results import RESULTS, ROOT, save
 from benchmarks.tables import table
 from llama2.config import ModelArgs
+from llama2.flags import check_amounts, check_counts, run
 from llama2.weights.readers.fairscale import write_fairscale
-from scripts.flags import check_amounts, check_counts, run
 
 NUM_SHARDS = 8
 DTYPE = torch.bfloat16

@@ -28,8 +28,8 @@ from benchmarks.shapes import SHAPES
 from benchmarks.sweeps import attention, products, sampling, steps
 from benchmarks.sweeps.bench import Bench
 from llama2.dtypes import read_dtype
+from llama2.flags import argument
 from llama2.parallel.process_group import choose_device, init_process_group
-from scripts.flags import argument
 
 # The engine's own choices first, then variants: time may run out.
 PARTS = (

@@ -16,7 +16,7 @@ from benchmarks.offline import benchmark
 from benchmarks.results import RESULTS
 from benchmarks.shapes import SHAPES
 from llama2.dtypes import read_dtype
-from scripts.flags import argument
+from llama2.flags import argument
 
 
 def main(arguments: list[str] | None = None) -> None:

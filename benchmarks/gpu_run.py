@@ -28,9 +28,9 @@ from llama2.config import EngineConfig
 from llama2.dtypes import read_dtype
 from llama2.engine.engine import Engine
 from llama2.engine.sequence import Request, SamplingParams
+from llama2.flags import argument
 from llama2.kv_cache import bytes_per_block
 from llama2.parallel.process_group import choose_device, init_process_group
-from scripts.flags import argument
 
 # Of the memory that the weights leave free: cells need less, and recording needs some.
 KV_SHARE = 0.6

@@ -23,13 +23,13 @@ import torch.distributed as dist
 from benchmarks.convert import make_checkpoint
 from benchmarks.results import RESULTS, ROOT, save
 from benchmarks.tables import table
+from llama2.flags import check_amounts, check_counts, run
 from llama2.machine.threads import undivided
 from llama2.parallel.collectives import connect
 from llama2.parallel.plan import build_mesh
 from llama2.parallel.process_group import choose_device, init_process_group
 from llama2.weights.loader import load_model
 from llama2.weights.readers.dcp import DcpFolder
-from scripts.flags import check_amounts, check_counts, run
 
 WANTED_RATIO = 0.7
 MAX_SEQ_LEN = 2048

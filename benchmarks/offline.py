@@ -34,9 +34,9 @@ from llama2.config import EngineConfig, ModelArgs
 from llama2.dtypes import read_dtype
 from llama2.engine.engine import Engine
 from llama2.engine.loading import load_engine
+from llama2.flags import check_counts, describe_options, given, run, several
 from llama2.parallel.process_group import choose_device, init_process_group
 from llama2.progress import progress
-from scripts.flags import check_counts, describe_options, given, run, several
 
 CACHE = ROOT / "build" / "peers"
 ENGINE = EngineConfig()

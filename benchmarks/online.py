@@ -45,11 +45,11 @@ from benchmarks.plots import Line, Panel, draw
 from benchmarks.results import RESULTS, ROOT, save
 from benchmarks.slo import Slo, highest_rate
 from benchmarks.tables import table
+from handler.torchserve.server.process import ServerError
 from llama2.config import EngineConfig
-from scripts.flags import check_amounts, check_counts, describe_options, given, run, several
+from llama2.flags import check_amounts, check_counts, describe_options, given, run, several
 from scripts.serve import local_settings
 from scripts.temporary_server import MODEL, temporary_server
-from scripts.torchserve import ServerError
 
 READY_SECONDS = 1200
 LATE_SECONDS = 1.0

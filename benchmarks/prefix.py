@@ -20,7 +20,7 @@ from llama2.config import EngineConfig
 from llama2.engine.engine import Engine
 from llama2.engine.loading import load_engine
 from llama2.engine.sequence import Request, SamplingParams
-from scripts.flags import check_counts, describe_options, run
+from llama2.flags import check_counts, describe_options, run
 
 WANTED_PREFIX = 1000
 WANTED_RATIO = 0.2

@@ -25,7 +25,7 @@ from llama2.config import EngineConfig
 from llama2.engine.block_manager import BlockManager
 from llama2.engine.scheduler import Plan, Scheduler
 from llama2.engine.sequence import Request, SamplingParams, Sequence
-from scripts.flags import check_counts, run, several
+from llama2.flags import check_counts, run, several
 
 BLOCK_SIZE = 16
 WARM_UP = 2 * BLOCK_SIZE  # steps

@@ -25,7 +25,10 @@ def read_body(body: Any, *, is_json: bool) -> dict[str, Any] | str:
         RequestError: there is no body, or it is not UTF-8, not JSON, JSON but no object, or too many values.
     """
     if body is None:
-        raise RequestError("the request has no body: send JSON with 'Content-Type: application/json', or curl -T FILE")
+        raise RequestError(
+            "the request has no body, or one that was sent as a form, as curl -d does: add the header "
+            "'Content-Type: application/json', or send a file with curl -T FILE"
+        )
     if isinstance(body, (bytes, bytearray)):
         body = _decode(bytes(body))
     if isinstance(body, str):

@@ -13,7 +13,9 @@ if TYPE_CHECKING:
     from llama2.async_llm import AsyncLLM
     from llama2.llm import LLM
 
-__all__ = ["LLM", "AsyncLLM", "Completion", "Output", "Reply", "SamplingParams"]
+    __version__: str
+
+__all__ = ["LLM", "AsyncLLM", "Completion", "Output", "Reply", "SamplingParams", "__version__"]
 
 
 def __getattr__(name: str) -> Any:
@@ -26,4 +28,8 @@ def __getattr__(name: str) -> Any:
         from llama2.async_llm import AsyncLLM
 
         return AsyncLLM
+    if name == "__version__":
+        from importlib.metadata import version
+
+        return version("torchserve-llama2")
     raise AttributeError(f"module 'llama2' has no attribute {name!r}")

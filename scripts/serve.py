@@ -13,7 +13,6 @@ import shlex
 import shutil
 import subprocess
 import sys
-import time
 import urllib.request
 from collections.abc import Sequence
 from pathlib import Path
@@ -22,9 +21,10 @@ from typing import Any
 import fire
 import yaml
 
-from build_archive import PACKAGES
 from handler.torchserve.gpu_mask import entries, requested
-from scripts.torchserve import Ports, ServerError, TorchServe
+from handler.torchserve.server.archive import PACKAGES, build_archive
+from handler.torchserve.server.command import wait
+from handler.torchserve.server.process import Ports, ServerError, TorchServe
 
 ROOT = Path(__file__).resolve().parent.parent
 BUILD = ROOT / "build"
@@ -53,20 +53,21 @@ def serve(*, tp: int | None = None, port: int = 8080) -> None:
              "--original_ckpt_dir", meta, "--tokenizer_path", meta,
              "--model_parallel_size", SHARDS, "--save_checkpoint_dir", converted)  # fmt: skip
     config = _write_config(tp, converted)
-    server = TorchServe(folder=BUILD / "server", ports=_ports(port))
+    server = TorchServe(folder=BUILD / "server", ports=Ports.counted_from(port))
     state_file, state = BUILD / "server" / "serving", _fingerprint(config, port)
     if server.running and state_file.exists() and state_file.read_text() == state:
         print("== the server runs already, with these settings")
     else:
         if not server.running:
             server.ports.check_free()
-        _run("archive", "build_archive.py", "--config", config, "--model_store", store, "--model_name", MODEL)
+        print("== archive")
+        build_archive(config=str(config), model_store=str(store), model_name=MODEL)
         if server.stop():
             print("== stop the server that ran with other settings or older code")
         print("== start TorchServe")
-        server.start(model_store=store, model=MODEL, settings=ROOT)
+        server.start(model_store=store, model=MODEL)
         state_file.write_text(state)
-    _wait(server)
+    wait(server, MODEL, timeout=READY_SECONDS)
     for file in ("sample_text.txt", "dialogs.txt"):
         _curl(server, file)
     print(f"\nThe server goes on running; its logs are in {BUILD.relative_to(ROOT)}/server/logs. To stop it: make stop")
@@ -81,11 +82,6 @@ def stop() -> None:
 def _check(name: str, value: object, low: int, high: int) -> None:
     if value is not None and (type(value) is not int or not low <= value <= high):
         raise ServerError(f"{name} must be a whole number from {low} to {high}, got {value!r}")
-
-
-def _ports(port: int) -> Ports:
-    names = ("inference", "management", "metrics", "grpc_inference", "grpc_management")
-    return Ports(**{name: port + index for index, name in enumerate(names)})
 
 
 def _run(what: str, *arguments: object) -> None:
@@ -138,27 +134,12 @@ def _count_visible(listed: str, mask: str | None) -> int:
 def _fingerprint(config: Path, port: int) -> str:
     """What a running server was started with: its settings, its GPUs and the code in its archive."""
     digest = hashlib.sha256(f"{port} {requested(os.environ)}".encode())
-    archived = [path for package in PACKAGES for path in sorted((ROOT / package).rglob("*"))]
+    archived = [path for package in PACKAGES for path in sorted(package.rglob("*"))]
     code = [path for path in archived if path.is_file() and path.parent.name != "__pycache__"]
-    for path in (config, ROOT / "config.properties", ROOT / "log4j2.xml", *code):
+    for path in (config, *code):
         digest.update(f"{path} {path.stat().st_size} ".encode())
         digest.update(path.read_bytes())
     return digest.hexdigest()
-
-
-def _wait(server: TorchServe) -> None:
-    begin = time.monotonic()
-
-    def progress(waited: float) -> None:
-        if sys.stdout.isatty():
-            print(f"\r== wait until the workers are READY: {waited:.0f} s ", end="", flush=True)
-
-    try:
-        server.wait_ready(MODEL, timeout=READY_SECONDS, progress=progress)
-    except ServerError:
-        server.stop()
-        raise
-    print(f"\r== the workers are READY after {time.monotonic() - begin:.0f} s    ")
 
 
 def _curl(server: TorchServe, file: str) -> None:
@@ -180,7 +161,7 @@ def _curl(server: TorchServe, file: str) -> None:
 def main(arguments: Sequence[str] | None = None) -> None:
     try:
         fire.Fire({"serve": serve, "stop": stop}, command=arguments)
-    except ServerError as error:
+    except (ServerError, ValueError) as error:
         sys.exit(f"\nerror: {error}")
 
 

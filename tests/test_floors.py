@@ -33,7 +33,7 @@ TORCH_FREE = (
         "llama2.engine.sequence",
     ),
     *("llama2.text.dialog", "llama2.text.tools", "llama2.text.tool_prompt", "llama2.text.json_schema"),
-    *("llama2.engine.scheduler", "llama2.engine.block_manager", "build_archive"),
+    *("llama2.engine.scheduler", "llama2.engine.block_manager", "build_archive", "handler.torchserve.server.command"),
     *(
         "handler.body",
         "handler.errors",

@@ -41,9 +41,14 @@ _VARIABLES = {"MAX_INPUT_TOKEN_LENGTH": "max_input_token_length", "MAX_NEW_TOKEN
 
 
 def read_model_config(
-    settings: Mapping[str, Any], *, base: Path, environ: Mapping[str, str] | None = None
+    settings: Mapping[str, Any],
+    *,
+    base: Path,
+    environ: Mapping[str, str] | None = None,
+    file: str = "model-config.yaml",
 ) -> HandlerConfig:
-    """Read the parsed yaml. Relative paths are taken from `base`, the folder that the file stands for.
+    """Read the parsed yaml. Relative paths are taken from `base`, the folder that the file stands for; errors call
+    it `file`.
 
     `environ` may hold MAX_INPUT_TOKEN_LENGTH and MAX_NEW_TOKENS, which win over the file.
 
@@ -58,12 +63,12 @@ def read_model_config(
     try:
         _check(settings)
     except ValueError as error:
-        raise ValueError(f"model-config.yaml: {error}") from None
+        raise ValueError(f"{file}: {error}") from None
     try:
         device = "cpu" if settings.get("deviceType") == "cpu" else None
         return HandlerConfig.read({**settings["handler"], **overrides}, base=base, device=device)
     except ValueError as error:
-        raise ValueError(f"model-config.yaml: handler: {error}") from None
+        raise ValueError(f"{file}: handler: {error}") from None
 
 
 def _check(settings: Mapping[str, Any]) -> None:

@@ -42,7 +42,8 @@ def mesh_shape(args: ModelArgs, degree: int, units: Mapping[str, int] = MappingP
 
 def degrees(args: ModelArgs, units: Mapping[str, int] = MappingProxyType({})) -> list[int]:
     """Every TP degree that leaves each rank at least one head and a share of everything else, ascending."""
-    return [degree for degree in range(1, args.n_heads + 1) if _fits(args, degree, units)]
+    # No machine has more ranks, but a damaged file may say any number of heads.
+    return [degree for degree in range(1, min(args.n_heads, 4096) + 1) if _fits(args, degree, units)]
 
 
 def split(size: int, *parts: int) -> list[int]:

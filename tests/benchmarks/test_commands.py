@@ -7,7 +7,7 @@ import sys
 
 import pytest
 
-from scripts import flags
+from llama2 import flags
 
 
 @pytest.mark.parametrize(

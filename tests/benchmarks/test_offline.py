@@ -17,7 +17,7 @@ from benchmarks import ceilings, offline
 from benchmarks.engines import Cell
 from benchmarks.peers import registry
 from benchmarks.peers.registry import find_peers
-from scripts import flags
+from llama2 import flags
 from tests.support.ranks import run_ranks
 
 pytestmark = pytest.mark.integration

@@ -13,8 +13,8 @@ from typing import Any
 import httpx
 import pytest
 
+from handler.torchserve.server.process import TorchServe
 from scripts.temporary_server import temporary_server
-from scripts.torchserve import TorchServe
 from tests.handler.support import settings
 
 SETTINGS = settings({"deviceType": "cpu"}, dtype="float32", max_seq_len=1024, max_batch_size=8, max_step_tokens=256)

@@ -9,10 +9,10 @@ import pytest
 import torch
 
 from benchmarks import gpu_kernels, gpu_peers, gpu_run
-from convert_checkpoints import options
 from llama2 import LLM
 from llama2.dtypes import read_dtype
 from llama2.errors import InvalidValue
+from llama2.weights.convert_command import options
 from tests.support.checkpoints import write_checkpoint
 from tests.support.tokenizers import tiny_sentencepiece
 from tests.support.weights import random_weights, tiny_args

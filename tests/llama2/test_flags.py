@@ -12,7 +12,7 @@ import pytest
 
 from benchmarks import offline, online, prefix
 from llama2.config import EngineConfig
-from scripts.flags import check_amounts, check_counts, given, run, several
+from llama2.flags import check_amounts, check_counts, given, run, several
 
 
 @pytest.mark.parametrize("value", [0, -1, 1.5, True, None, "many", "", [0, 1], [], [1, "x"], (1, 2), float("nan")])

@@ -1,0 +1,1 @@
+"""What starts TorchServe: its archive, its settings, its process. A worker imports nothing of it."""

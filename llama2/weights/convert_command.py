@@ -1,0 +1,130 @@
+"""Owns the converter's command line (`convert_checkpoints.py`, `llama2-convert`): its flags, its processes, its end.
+
+Any number of processes under torchrun converts any number of shards, and so does one without it. Knows no file format.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import logging
+import os
+import signal
+import sys
+from collections.abc import Iterator
+from datetime import timedelta
+from pathlib import Path
+from types import FrameType
+from typing import Any, NoReturn
+
+import fire
+import torch
+import torch.distributed as dist
+
+from llama2.dtypes import read_dtype
+from llama2.flags import check_flags
+from llama2.weights.convert import convert
+
+
+def options(
+    *,
+    original_ckpt_dir: str,
+    save_checkpoint_dir: str,
+    tokenizer_path: str | None = None,
+    model_parallel_size: int | None = None,
+    dtype: str | None = None,
+    output_format: str = "dcp",
+    output_model_parallel_size: int | None = None,
+    overwrite: bool = False,
+    verify: bool = False,
+    max_seq_len: int | None = None,
+    max_batch_size: int | None = None,
+) -> dict[str, Any]:
+    """Convert Meta's Llama checkpoint to one folder that loads at every tensor parallel degree, or back.
+
+    Args:
+        original_ckpt_dir: Meta's folder (params.json, consolidated.00.pth ...) or a GGUF file; to convert back, a
+            converted folder.
+        save_checkpoint_dir: the folder to make. It appears when it is complete.
+        tokenizer_path: tokenizer.model or tokenizer.json; by default the one in original_ckpt_dir.
+        model_parallel_size: how many consolidated.NN.pth there must be; by default as many as there are.
+        dtype: bfloat16 (bf16), float16 (fp16) or float32 (fp32); by default the source's.
+        output_format: dcp, or fairscale for Meta's layout.
+        output_model_parallel_size: how many consolidated.NN.pth to write, with output_format fairscale.
+        overwrite: replace the checkpoint that save_checkpoint_dir holds, once the new one is complete.
+        verify: read the result back and compare every weight with its source.
+        max_seq_len: accepted for the sake of TorchServe's example; a conversion does not depend on it.
+        max_batch_size: the same.
+    """
+    for name, number in (
+        ("model_parallel_size", model_parallel_size),
+        ("output_model_parallel_size", output_model_parallel_size),
+    ):
+        if number is not None and (type(number) is not int or number < 1):
+            raise ValueError(f"--{name} must be a positive integer, got {number!r}")
+    for name, switch in (("overwrite", overwrite), ("verify", verify)):
+        if not isinstance(switch, bool):
+            raise ValueError(f"--{name} is a switch and takes no value, got {switch!r}")
+    dtype_name = read_dtype(dtype, "--dtype")
+    return {
+        # str: fire reads a folder named 7 as a number.
+        "original_ckpt_dir": str(original_ckpt_dir),
+        "save_checkpoint_dir": str(save_checkpoint_dir),
+        "tokenizer_path": None if tokenizer_path is None else str(tokenizer_path),
+        "model_parallel_size": model_parallel_size,
+        "dtype": getattr(torch, dtype_name) if dtype_name else None,
+        "output_format": output_format,
+        "output_model_parallel_size": output_model_parallel_size,
+        "overwrite": overwrite,
+        "verify": verify,
+    }
+
+
+def main() -> None:
+    """Exit with 0, with 1 after one line for an error of any process, or with 2 after fire's usage."""
+    first = os.environ.get("RANK", "0") == "0"
+    logging.basicConfig(level=logging.INFO if first else logging.WARNING, format="%(message)s")
+    status = 0
+    with _process_group():
+        # Not earlier: a process that waits for its group is in C++, where only the default handler works.
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, _stop)
+        try:
+            check_flags(sys.argv[1:], options)
+            with contextlib.nullcontext() if first else contextlib.redirect_stderr(io.StringIO()):
+                # Alone, since fire describes the result instead where --help follows other flags.
+                command = ["--help"] if "--help" in sys.argv else sys.argv[1:]
+                arguments = fire.Fire(options, command, name=Path(sys.argv[0]).name, serialize=lambda _: None)
+            convert(**arguments)
+        except ValueError as error:
+            status = 1
+            if first:
+                print(f"error: {error}", file=sys.stderr)
+        except fire.core.FireExit as usage:
+            status = usage.code
+    # Rank 0 reports for all: one failure in torchrun's summary, and no process stopped while it leaves.
+    sys.exit(status if first else 0)
+
+
+@contextlib.contextmanager
+def _process_group() -> Iterator[None]:
+    """The group that torchrun asks for, if any. None leaves before all are done: torchrun would stop the others."""
+    if "RANK" not in os.environ:
+        yield
+        return
+    # A process that dies ends every collective at once; this only bounds how much slower than another one may be.
+    dist.init_process_group("gloo", timeout=timedelta(hours=1))
+    yield
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+def _stop(number: int, frame: FrameType | None) -> NoReturn:
+    """Unwind, so that what was written is removed; once, since torchrun and a terminal both send the signal."""
+    for each in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(each, signal.SIG_IGN)
+    raise SystemExit(128 + number)
+
+
+if __name__ == "__main__":
+    main()
