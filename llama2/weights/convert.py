@@ -170,10 +170,10 @@ def _check_target(target: Path, source: Path, *, overwrite: bool) -> None:
         return
     if not target.is_dir():
         raise ValueError(f"save_checkpoint_dir {target} is a file")
+    if not (target / MODEL_ARGS_FILE).exists() and not (target / PARAMS_FILE).exists():
+        raise ValueError(f"save_checkpoint_dir {target} exists and holds no checkpoint: choose another name")
     if not overwrite:
         raise ValueError(f"save_checkpoint_dir {target} exists; --overwrite replaces it")
-    if not (target / MODEL_ARGS_FILE).exists() and not (target / PARAMS_FILE).exists():
-        raise ValueError(f"save_checkpoint_dir {target} holds no checkpoint: --overwrite does not replace it")
 
 
 def _write_dcp(ranks: _Ranks, source: Reader, folder: Path, *, dtype: torch.dtype) -> dict[str, FileHashes]:

@@ -1,4 +1,7 @@
-"""Owns what a path is that should be a converted checkpoint and is not, in words. Reads no file, and knows no torch."""
+"""Owns what the names of its files say about a path that should hold a model. Reads none of them, and knows no torch.
+
+So a wrong path is answered before anything that it lacks, and in words that name what it is.
+"""
 
 from __future__ import annotations
 
@@ -7,11 +10,30 @@ from pathlib import Path
 from llama2.errors import InvalidValue
 
 METADATA_FILE = ".metadata"
+_HUGGING_FACE = ("*.safetensors", "pytorch_model*.bin", "model.safetensors.index.json", "config.json")
+_NOT_YET = (
+    "weights in Hugging Face's format, which are not read yet; Meta's own are (params.json, consolidated.00.pth …)"
+)
 _CONVERT = "python convert_checkpoints.py --original_ckpt_dir {} --save_checkpoint_dir converted_checkpoints"
 
 
+def check_source(path: Path) -> None:
+    """Raises ValueError unless `path` looks like something that the converter reads."""
+    if not path.exists():
+        raise ValueError(f"{path} does not exist")
+    if _is_meta(path) or (path / METADATA_FILE).exists() or path.suffix == ".gguf":
+        return
+    if _is_hugging_face(path):
+        inside = path / "original"
+        hint = f"; its subfolder {inside} is Meta's" if _is_meta(inside) else ""
+        raise ValueError(f"{path} holds {_NOT_YET}{hint}")
+    if path.is_file():
+        raise ValueError(f"{path} is a file; expected Meta's folder, a converted one, or a .gguf file")
+    raise ValueError(f"{path} holds no checkpoint: expected Meta's folder, with params.json and consolidated.00.pth")
+
+
 def check_converted(path: Path | str, field: str = "checkpoint_dir") -> None:
-    """Refuse what is no folder that convert_checkpoints.py wrote; `field` is where the user gave it.
+    """Refuse what is no folder that the converter wrote; `field` is where the user gave it.
 
     Raises:
         InvalidValue: it says what `path` is, and what is to be done with it.
@@ -30,12 +52,24 @@ def check_converted(path: Path | str, field: str = "checkpoint_dir") -> None:
                 "; if it is a name on the hub, nothing is fetched from there: download Meta's files (hf download "
                 f"{path} --local-dir {folder.name}) and convert them: {_CONVERT.format(folder.name)}"
             )
-    elif folder.is_file():
-        fault = f"is a GGUF file: {convert}" if folder.suffix == ".gguf" else "is a file, and not a folder"
-    elif (folder / "params.json").is_file() or any(folder.glob("consolidated.*.pth")):
+    elif folder.suffix == ".gguf":
+        fault = f"is a GGUF file: {convert}"
+    elif _is_meta(folder):
         fault = f"holds Meta's files: {convert}"
-    elif (folder / "config.json").is_file() or any(folder.glob("*.safetensors")):
-        fault = "holds Hugging Face's files, which are not read: get the model in Meta's own format, and convert that"
+    elif _is_hugging_face(folder):
+        fault = f"holds {_NOT_YET}, to be converted"
+    elif folder.is_file():
+        fault = "is a file, and not a folder"
     else:
         fault = f"is no converted checkpoint: it has no {METADATA_FILE} file, which convert_checkpoints.py writes"
     raise InvalidValue(field, f"{str(path)!r} {fault}")
+
+
+def _is_meta(path: Path) -> bool:
+    return (path / "params.json").is_file() or next(path.glob("consolidated.*.pth"), None) is not None
+
+
+def _is_hugging_face(path: Path) -> bool:
+    if path.is_file():
+        return path.suffix == ".safetensors"
+    return any(next(path.glob(name), None) for name in _HUGGING_FACE)

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from llama2.text.tokenizer import BPE_FILE, SENTENCEPIECE_FILE, Tokenizer, load_tokenizer
+from llama2.weights.kinds import check_source
 from llama2.weights.readers import Reader
 from llama2.weights.readers.dcp import METADATA_FILE, DcpFolder
 from llama2.weights.readers.fairscale import FairscaleFolder
@@ -35,6 +36,7 @@ def open_source(path: Path | str, *, tokenizer_path: Path | str | None = None, n
         ValueError: one line that says what is wrong with it.
     """
     path = Path(path)
+    check_source(path)
     is_file, is_converted = path.is_file(), (path / METADATA_FILE).exists()
     if num_shards is not None and (is_file or is_converted):
         kind = "a file" if is_file else "a converted checkpoint"
@@ -43,9 +45,10 @@ def open_source(path: Path | str, *, tokenizer_path: Path | str | None = None, n
         try:
             from llama2.weights.readers.gguf import GgufFile
         except ModuleNotFoundError as error:
-            raise ValueError(f"{path}: a file is read by the package {error.name}, which is not installed") from None
+            raise ValueError(f"{path}: GGUF files are not read without the package {error.name}") from None
         gguf = GgufFile(path)
         if tokenizer_path is None:
+            gguf.check_tokenizer()
             return Source(reader=gguf, write_tokenizer=gguf.write_tokenizer)
         return Source(reader=gguf, write_tokenizer=_copier(load_tokenizer(tokenizer_path)))
     tokenizer = load_tokenizer(path if tokenizer_path is None else tokenizer_path)

@@ -26,6 +26,7 @@ from llama2.config import ModelArgs
 from llama2.flags import check_flags
 from llama2.parallel.splits import mesh_shape
 from llama2.text.tokenizer import load_tokenizer
+from llama2.weights.kinds import check_converted
 
 # What goes into it, from the source tree or from site-packages.
 _ROOT = Path(__file__).resolve().parents[3]
@@ -83,12 +84,10 @@ def _settle(config: Path, checkpoint: str | None) -> dict[str, Any]:
     if not isinstance(settings, dict):
         raise ValueError(f"--config {config} holds no keys")
     if checkpoint is not None and isinstance(settings.get("handler"), dict):
-        if not Path(checkpoint).exists():
-            raise ValueError(f"--checkpoint {checkpoint} does not exist: convert_checkpoints.py makes it")
+        check_converted(checkpoint, "--checkpoint")
         settings["handler"]["converted_ckpt_dir"] = str(Path(checkpoint).resolve())
     checked = read_model_config(settings, base=config.resolve().parent, file=str(config))
-    if not (checked.converted_ckpt_dir / ".metadata").is_file():
-        raise ValueError(f"{checked.converted_ckpt_dir} is no converted checkpoint: convert_checkpoints.py makes one")
+    check_converted(checked.converted_ckpt_dir, "converted_ckpt_dir")
     args = ModelArgs.load(checked.model_args_path or checked.converted_ckpt_dir)
     checked.engine.for_model(args)
     mesh_shape(args, checked.degree)

@@ -14,10 +14,11 @@ import hashlib
 import logging
 import os
 import platform
+import shutil
 import sys
 import tempfile
 import time
-from contextlib import redirect_stdout
+from contextlib import redirect_stdout, suppress
 from pathlib import Path
 
 import torch
@@ -26,6 +27,7 @@ logger = logging.getLogger(__name__)
 
 SOURCES = Path(__file__).parent
 NAME = "llama2_cpu"
+_KEPT_DAYS = 60  # machines that share a home folder, and versions of the sources, have libraries of their own
 
 
 @functools.cache
@@ -58,18 +60,34 @@ def _compiled() -> Path:
     folder = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache"), "torchserve-llama2")
     library = folder / f"{NAME}-{digest.hexdigest()[:16]}.so"
     if library.exists():
+        with suppress(OSError):  # a folder that only others may write into
+            os.utime(library)  # for `_clean`
         return library
     folder.mkdir(parents=True, exist_ok=True)
     with open(folder / "lock", "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         if not library.exists():
+            _clean(folder)
             started = time.monotonic()
-            logger.info("compiling the CPU kernels, once for this machine")
+            # A warning, which is shown in a program that has not set up logging, too.
+            logger.warning("compiling the CPU kernels, once for this machine: this takes half a minute or so")
             with tempfile.TemporaryDirectory(dir=folder) as build:
                 _compile([str(file) for file in files if file.suffix == ".cpp"], flags, build)
                 os.replace(Path(build, f"{NAME}.so"), library)
-            logger.info("compiled the CPU kernels in %.0f s", time.monotonic() - started)
+            logger.warning("compiled the CPU kernels in %.0f s", time.monotonic() - started)
     return library
+
+
+def _clean(folder: Path) -> None:
+    """Remove what compilers that were killed left behind, and libraries that nothing has loaded for `_KEPT_DAYS`.
+
+    Called under the folder's lock: nobody compiles in it. Whoever has loaded a library keeps it.
+    """
+    for left_over in folder.glob("tmp*"):
+        shutil.rmtree(left_over, ignore_errors=True)
+    for library in folder.glob(f"{NAME}-*.so"):
+        if time.time() - library.stat().st_mtime > _KEPT_DAYS * 86400:
+            library.unlink(missing_ok=True)
 
 
 def _compile(sources: list[str], flags: list[str], build: str) -> None:

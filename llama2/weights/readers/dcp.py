@@ -97,8 +97,8 @@ class DcpFolder:
         rope_scaling: float = 1.0,
     ) -> None:
         """`formats` as in `Spec`; the architecture's positions are divided by `rope_scaling`."""
+        check_converted(folder)
         self.path = Path(folder)
-        check_converted(self.path)
         manifest = Manifest.read(self.path)
         self.has_hashes = manifest is not None
         if manifest is not None:

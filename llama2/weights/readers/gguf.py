@@ -89,27 +89,32 @@ class GgufFile:
         """Write `tokenizer.json` and `tokenizer_config.json`, as the tokenizers library and transformers read them.
 
         Raises:
-            ValueError: the vocabulary is not byte-level, or was learned on words cut in a way that is not known here.
+            ValueError: as `check_tokenizer`, or the tokenizer is damaged.
         """
-        kind, cut = self._field("tokenizer.ggml.model"), self._field("tokenizer.ggml.pre")
-        if kind != "gpt2" or cut not in _PRE_TOKENIZERS:
-            allowed = ", ".join(_PRE_TOKENIZERS)
-            raise ValueError(
-                f"{self.path}: tokenizer {kind!r} with words cut as {cut!r} is not supported, only gpt2 with {allowed}"
-            )
+        self.check_tokenizer()
         try:
-            tokenizer, config = self._build_tokenizer(cut), self._tokenizer_config()
+            tokenizer, config = self._build_tokenizer(), self._tokenizer_config()
         except Exception as error:  # the tokenizers library raises no class of its own
             raise ValueError(f"{self.path}: the tokenizer in the metadata is damaged: {error}") from None
         tokenizer.save(str(Path(folder) / BPE_FILE))
         text = json.dumps(config, indent=2, ensure_ascii=False) + "\n"
         (Path(folder) / CONFIG_FILE).write_text(text, encoding="utf-8")
 
-    def _build_tokenizer(self, cut: str) -> Tokenizer:
+    def check_tokenizer(self) -> None:
+        """Raises ValueError if the vocabulary is not byte-level, or words are cut for it in a way not known here."""
+        kind, cut = self._field("tokenizer.ggml.model"), self._field("tokenizer.ggml.pre")
+        if kind != "gpt2" or cut not in _PRE_TOKENIZERS:
+            allowed = ", ".join(_PRE_TOKENIZERS)
+            raise ValueError(
+                f"{self.path} is a GGUF file of a kind that is not read yet: its tokenizer is {kind!r} with words cut "
+                f"as {cut!r}, and only gpt2 with {allowed} is known; Meta's own folder is read"
+            )
+
+    def _build_tokenizer(self) -> Tokenizer:
         pieces, types = self._field("tokenizer.ggml.tokens"), self._field("tokenizer.ggml.token_type")
         merges = [tuple(merge.split(" ")) for merge in self._field("tokenizer.ggml.merges")]
         tokenizer = Tokenizer(models.BPE({piece: index for index, piece in enumerate(pieces)}, merges))
-        tokenizer.pre_tokenizer = _PRE_TOKENIZERS[cut]()
+        tokenizer.pre_tokenizer = _PRE_TOKENIZERS[self._field("tokenizer.ggml.pre")]()
         tokenizer.decoder = decoders.ByteLevel()
         tokenizer.add_special_tokens(list(_added(pieces, types, gguf.TokenType.CONTROL)))
         tokenizer.add_tokens(list(_added(pieces, types, gguf.TokenType.USER_DEFINED)))

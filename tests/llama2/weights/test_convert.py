@@ -2,6 +2,7 @@
 
 import errno
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -17,6 +18,7 @@ import torch
 import torch.distributed.checkpoint as dcp
 
 import convert_checkpoints
+from llama2 import LLM
 from llama2.config import ModelArgs
 from llama2.text.tokenizer import load_tokenizer
 from llama2.weights.convert import convert
@@ -106,7 +108,7 @@ def test_the_readmes_torchrun_command_works_as_typed(source, tmp_path):
     assert done.returncode == 0, done.stderr
     assert_holds(tmp_path / "out")
     again = subprocess.run([*launch, *options.split()], cwd=ROOT, capture_output=True, text=True, timeout=100)
-    assert again.returncode == 1
+    assert again.returncode != 0
     errors = [line for line in again.stderr.splitlines() if line.startswith("error: ")]
     assert errors == [f"error: save_checkpoint_dir {tmp_path}/out exists; --overwrite replaces it"]
 
@@ -186,7 +188,7 @@ FAULTS: dict[str, tuple[Callable[[Path], object] | None, list, str]] = {
     "a missing tensor": (lambda d: set_tensor(d, "output.weight", None), [], "tensor 'output.weight' is missing"),
     "no tokenizer": (lambda d: (d / "tokenizer.model").unlink(), [], "tokenizer"),
     "an invalid tokenizer": (lambda d: (d / "tokenizer.model").write_bytes(b"junk"), [], "tokenizer.model"),
-    "no folder": (shutil.rmtree, [], "source"),
+    "no folder": (shutil.rmtree, [], "/source does not exist"),
     "an unknown option": (None, ["--verfy"], "unknown option --verfy: did you mean --verify?"),
     "an argument without an option": (None, ["--verify=True", "here"], "unexpected argument 'here'"),
     "an unknown dtype": (
@@ -220,10 +222,61 @@ def test_an_error_is_one_line_and_exit_code_1_and_leaves_nothing(source, tmp_pat
 
 
 @pytest.mark.parametrize(
+    ("files", "message"),
+    [
+        (
+            ["config.json", "model-00001-of-00002.safetensors"],
+            "holds weights in Hugging Face's format, which are not read",
+        ),
+        (["config.json", "pytorch_model.bin", "tokenizer.model"], "holds weights in Hugging Face's format"),
+        (["model.safetensors", "original/params.json"], "its subfolder .*/original is Meta's"),
+        (["readme.md"], "holds no checkpoint: expected Meta's folder"),
+        ([], "holds no checkpoint: expected Meta's folder"),
+    ],
+)
+def test_a_folder_that_is_not_read_is_named_whatever_else_it_lacks(tmp_path, command, files, message):
+    folder = tmp_path / "model"
+    for name in files:
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).touch()
+    folder.mkdir(exist_ok=True)
+    code, lines = command("--original_ckpt_dir", folder, "--save_checkpoint_dir", tmp_path / "out")
+    assert code == 1
+    assert re.match(f"error: {folder} .*{message}", lines[0]), lines
+    with pytest.raises(ValueError, match=rf"{folder} is no converted checkpoint"):
+        LLM(folder)
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "consolidated.00.pth", "llama-2-7b.Q4_0.gguf"])
+def test_a_file_that_is_not_read_is_named(tmp_path, command, name):
+    (tmp_path / name).write_bytes(b"GGUF")
+    code, lines = command("--original_ckpt_dir", tmp_path / name, "--save_checkpoint_dir", tmp_path / "out")
+    assert code == 1
+    assert re.match(
+        f"error: {tmp_path / name} (holds weights in Hugging|is a file; expected|is not a whole GGUF)", lines[0]
+    )
+
+
+@pytest.mark.integration
+@pytest.mark.parametrize("processes", [1, 3])
+def test_under_torchrun_an_error_is_one_line_of_one_rank(tmp_path, processes):
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
+    options = ["--original_ckpt_dir", "Llama-2-7b", "--save_checkpoint_dir", str(tmp_path / "out")]
+    environ = {**os.environ, "OMP_NUM_THREADS": "1"}  # else torchrun itself has something to say
+    done = subprocess.run(
+        [*launch, str(ROOT / "convert_checkpoints.py"), *options],
+        cwd=tmp_path, env=environ, capture_output=True, text=True, timeout=100,
+    )  # fmt: skip
+    assert done.stderr == "error: Llama-2-7b does not exist\n"
+    assert done.returncode not in (0, None)
+
+
+@pytest.mark.parametrize(
     ("place", "extra", "message"),
     [
         ("checkpoint", [], "exists; --overwrite replaces it"),
-        ("holiday photos", ["--overwrite"], "holds no checkpoint: --overwrite does not replace it"),
+        ("holiday photos", ["--overwrite"], "holds no checkpoint: choose another name"),
+        ("holiday photos", [], "holds no checkpoint: choose another name"),
         ("file", ["--overwrite"], "is a file"),
         ("file/out", [], "/file'"),
         ("source", ["--overwrite"], "must not be or contain original_ckpt_dir"),

@@ -37,8 +37,8 @@ from tests.support.weights import meta_folder, random_weights, tiny_args
         ({"port": "x"}, "--port must be a whole number"),
         ({"stop": 3}, "--stop is a switch"),
         ({"config": "nowhere.yaml"}, "nowhere.yaml cannot be read"),
-        ({}, "--checkpoint converted_checkpoints does not exist"),
-        ({"checkpoint": "nowhere"}, "--checkpoint nowhere does not exist"),
+        ({}, "converted_checkpoints is no converted checkpoint: it does not exist"),
+        ({"checkpoint": "nowhere"}, "nowhere is no converted checkpoint: it does not exist"),
     ],
 )
 def test_a_mistake_is_found_before_anything_starts(
@@ -97,7 +97,7 @@ def free_port() -> int:
 
 @pytest.fixture
 def project() -> Iterator[Path]:
-    """A folder with a converted checkpoint and a yaml for one rank on the CPU. Its path is short: sockets need that."""
+    """A folder with a converted checkpoint and a yaml for one rank on the CPU, of a short path, as sockets need it."""
     with tempfile.TemporaryDirectory(prefix="llama-") as folder:
         yield make_project(Path(folder))
 
