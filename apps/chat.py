@@ -31,17 +31,36 @@ IDLE: Final = {"submit_btn": True, "stop_btn": False}
 BUSY: Final = {"submit_btn": False, "stop_btn": True}
 QUIET: Final[Any] = {"show_progress": "hidden", "api_visibility": "private"}
 
+# A model that rambles leaves room for the turns to come.
+REPLY_TOKENS: Final = 256
+
+# Enter while a reply comes: what is in the box is sent when the reply has ended.
+ENTER_WHILE_BUSY: Final = """() => {
+    const box = document.querySelector("#box")
+    if (box.querySelector("[data-testid=stop-button]") && box.querySelector("textarea").value.trim())
+        box.dataset.waiting = "yes"
+}"""
+SEND_WHAT_WAITS: Final = """() => {
+    const box = document.querySelector("#box")
+    if (box.dataset.waiting) {
+        delete box.dataset.waiting
+        setTimeout(() => box.querySelector("[data-testid=submit-button]")?.click(), 100)
+    }
+}"""
+
 History = list[dict[str, Any]]  # as gradio.Chatbot has it: each message is {"role", "content": [parts]}
 
 
 def build_page(server: Server) -> gradio.Blocks:
     """The page, ready to be launched."""
 
-    async def greet() -> Any:
+    async def greet() -> tuple[Any, str]:
+        """The placeholder of an empty conversation, and the line above every one: who answers, or why nobody does."""
         try:
-            return gradio.update(placeholder=f"### {await server.model()}\nAsk it something.")
+            model = await server.model()
         except Exception as error:
-            return gradio.update(placeholder=f"### Not connected\n{server.explain(error)}")
+            return gradio.update(placeholder=f"### Not connected\n{server.explain(error)}"), "not connected"
+        return gradio.update(placeholder=f"### {model.name}\nAsk it something."), html.escape(str(model))
 
     async def take_turn(
         event: gradio.EventData,
@@ -67,6 +86,7 @@ def build_page(server: Server) -> gradio.Blocks:
                 yield gradio.skip(), [*history, to_bubble(reply)]
 
     with gradio.Blocks(title="Chat", analytics_enabled=False) as page:
+        line = gradio.HTML(elem_id="model", container=False, padding=False)
         chat = gradio.Chatbot(elem_id="chat", show_label=False, container=False, buttons=[], latex_delimiters=[])
         box = gradio.Textbox(
             elem_id="box",
@@ -84,7 +104,7 @@ def build_page(server: Server) -> gradio.Blocks:
                 temperature = gradio.Slider(0, 2, value=0.6, step=0.05, label="Temperature", min_width=210)
                 top_p = gradio.Slider(0.05, 1, value=0.9, step=0.05, label="Top p", min_width=210)
                 max_tokens = gradio.Number(
-                    0, label="Max tokens (0: all that fit)", minimum=0, precision=0, min_width=190
+                    REPLY_TOKENS, label="Max tokens (0: all that fit)", minimum=0, precision=0, min_width=190
                 )
         turn = gradio.on(
             [box.submit, chat.retry],
@@ -93,10 +113,13 @@ def build_page(server: Server) -> gradio.Blocks:
             [box, chat],
             **QUIET,
         )
-        turn.then(settle, chat, [box, chat], queue=False, **QUIET)  # runs after a stop too
+        settled = turn.then(settle, chat, [box, chat], queue=False, **QUIET)  # runs after a stop too
+        settled.then(greet, None, [chat, line], queue=False, **QUIET)
+        box.submit(None, js=ENTER_WHILE_BUSY, queue=False, **QUIET)
+        settled.then(None, js=SEND_WHAT_WAITS, queue=False, **QUIET)
         box.stop(None, cancels=turn, **QUIET)
         chat.clear(list, None, chat, queue=False, **QUIET)
-        page.load(greet, None, chat, queue=False, **QUIET)
+        page.load(greet, None, [chat, line], queue=False, **QUIET)
     return page.queue(default_concurrency_limit=None, api_open=False)
 
 

@@ -42,6 +42,18 @@ class Reply:
     failed: bool = False
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Model:
+    """Who answers: its name, where it is served, and its context in tokens, if the server says so."""
+
+    name: str
+    place: str
+    context: int | None
+
+    def __str__(self) -> str:
+        return " · ".join([self.name, self.place, *([f"context {self.context:,}"] if self.context else [])])
+
+
 class NoKeyError(openai.OpenAIError):
     """There is no key file, or no key in it."""
 
@@ -62,13 +74,14 @@ class Server:
             max_retries=0,
             timeout=openai.Timeout(SILENCE_SECONDS, connect=CONNECT_SECONDS),
         )
-        self._model: str | None = None
+        self._model: Model | None = None
 
-    async def model(self) -> str:
-        """The name of the served model. `explain` has words for the errors that it raises."""
+    async def model(self) -> Model:
+        """The served model. `explain` has words for the errors that it raises."""
         if self._model is None:
-            models = await self._client.models.list()
-            self._model = models.data[0].id
+            listed = (await self._client.models.list()).data[0]
+            context = getattr(listed, "max_model_len", None)  # no field of OpenAI's, but of several servers
+            self._model = Model(name=listed.id, place=urlsplit(self._base_url).netloc, context=context)
         return self._model
 
     async def reply(self, messages: Sequence[Mapping[str, str]], sampling: Sampling) -> AsyncGenerator[Reply, None]:
@@ -79,7 +92,7 @@ class Server:
         text = ""
         try:
             chosen = {field: value for field, value in dataclasses.asdict(sampling).items() if value is not None}
-            request: Any = {"model": await self.model(), "messages": messages, **chosen}
+            request: Any = {"model": (await self.model()).name, "messages": messages, **chosen}
             pace = Pace()
             async with await self._client.chat.completions.create(
                 **request, stream=True, stream_options={"include_usage": True}

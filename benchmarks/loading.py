@@ -127,7 +127,7 @@ def _report(loading: list[float], reading: list[float], *, size: int, ranks: int
         f"{statistics.median(ratios):.2f} ({min(ratios):.2f} to {max(ratios):.2f})",
         f"{WANTED_RATIO:g}",
     ]
-    print(table(["GB", "load GB/s", "cat GB/s", "ratio", "wanted"], [row]))
+    print(table(["GB", "load GB/s", "cat GB/s", "ratio", "our target"], [row]))
     print(f"wrote {save(out, 'loading', {'rounds': rounds, 'ranks': ranks}, figures)}")
 
 

@@ -219,8 +219,8 @@ def as_text(figures: Mapping[str, Any]) -> str:
         added = "-" if cost["added_ttft_ms"] is None else f"{cost['added_ttft_ms']:.1f}"
         parts.append(
             f"the front: {cost['ratio_to_engine']:.3f} of the engine's tokens/s at {cost['load']['clients']} clients "
-            f"(wanted: at least {front.WANTED_RATIO}), {added} ms to the first token of one "
-            f"(wanted: at most {front.WANTED_MS})"
+            f"(our target: at least {front.WANTED_RATIO}), {added} ms to the first token of one "
+            f"(our target: at most {front.WANTED_MS})"
         )
         cores = ", ".join(f"{part} {busy:.2f}" for part, busy in cost["cores"].items())
         parts.append(f"processors busy meanwhile: {cores}; together {sum(cost['cores'].values()):.2f}")

@@ -93,7 +93,7 @@ def benchmark(
     rows = [[f"{first:.1f}", f"{again:.1f}", str(hits)] for first, again, hits in zip(*columns, strict=True)]
     print(table(["first, ms", "repeated, ms", "tokens from the cache"], rows))
     ratio = figures["ratio"]
-    wanted = f"; wanted: at most {WANTED_RATIO}" if prefix_tokens == WANTED_PREFIX else ""
+    wanted = f"; our target: at most {WANTED_RATIO}" if prefix_tokens == WANTED_PREFIX else ""
     print(f"\nrepeated / first: {ratio['median']:.3f} (from {ratio['min']:.3f} to {ratio['max']:.3f}{wanted})")
     settings = {"prefix_tokens": prefix_tokens, "suffix_tokens": suffix_tokens, "max_step_tokens": max_step_tokens}
     print(f"written to {save(out, 'prefix', settings, figures)}")

@@ -85,15 +85,42 @@ def test_what_was_said_and_the_settings_reach_the_model(page: Page, chat_url: st
     assert counts(page.ask("Hello"))[0] > first + 25, "the system prompt"
 
 
-def test_enter_during_a_reply_keeps_what_is_written(page: Page, chat_url: str) -> None:
+def test_enter_during_a_reply_sends_what_is_written_when_it_has_ended(page: Page, chat_url: str) -> None:
     page.open(chat_url)
     page.set("Max tokens", "40")
     page.say(LONG)
     wait_for(lambda: len(page.messages) == 2, "a reply")
     page.say("and then?")
-    wait_for(lambda: not page.busy, "the end of the reply")
-    assert len(page.messages) == 2
+    assert page.all("#box[data-waiting]")
     assert page.all("#box textarea")[0].get_attribute("value") == "and then?"
+    wait_for(lambda: len(page.notes) == 2 and not page.busy, "the reply to what waited")
+    assert page.messages[2].strip() == "and then?"
+    assert len(page.messages) == 4
+    assert page.all("#box textarea")[0].get_attribute("value") == ""
+    assert not page.all("#box[data-waiting]")
+
+
+def test_the_model_is_named_above_every_conversation(page: Page, chat_url: str, served: Served) -> None:
+    page.open(chat_url)
+    page.set("Max tokens", "4")
+    page.ask("Hello")
+    (line,) = page.texts("#model")
+    assert line.strip() == f"llama · 127.0.0.1:{served.server.ports.inference} · context 1,024"
+
+
+def test_a_reply_leaves_room_for_more_unless_told_otherwise(page: Page, chat_url: str) -> None:
+    page.open(chat_url)
+    page.click("#settings > button")
+    wait_for(lambda: page._field("Max tokens"), "the field")
+    assert page._field("Max tokens").get_attribute("value") == "256"
+
+
+def test_nothing_lies_below_the_button_that_clears(page: Page, chat_url: str) -> None:
+    page.open(chat_url)
+    page.set("Max tokens", "4")
+    page.ask("Hello")
+    clear, first = page.all("#chat button[title=Clear]")[0].rect, page.all("#chat .message-row")[0].rect
+    assert clear["y"] + clear["height"] + 8 <= first["y"]
 
 
 @pytest.mark.parametrize("settings", [False, True], ids=["chat", "settings"])
@@ -155,5 +182,6 @@ def test_a_server_that_is_down_gets_a_plain_message(page: Page) -> None:
         page.open(url)
         words = f"No server answers at http://127.0.0.1:{port}. Start one with “make serve”, then try again."
         assert words in page.greeting
+        wait_for(lambda: "".join(page.texts("#model")).strip() == "not connected", "the line above")
         assert page.ask("Hello") == words
         assert not page.busy

@@ -70,7 +70,7 @@ def _compiled() -> Path:
             _clean(folder)
             started = time.monotonic()
             # A warning, which is shown in a program that has not set up logging, too.
-            logger.warning("compiling the CPU kernels, once for this machine: this takes half a minute or so")
+            logger.warning("compiling the CPU kernels, once for this machine: this takes half a minute to two minutes")
             with tempfile.TemporaryDirectory(dir=folder) as build:
                 _compile([str(file) for file in files if file.suffix == ".cpp"], flags, build)
                 os.replace(Path(build, f"{NAME}.so"), library)

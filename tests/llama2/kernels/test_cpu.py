@@ -330,7 +330,7 @@ def test_a_first_start_says_that_it_compiles_and_cleans_up_what_is_left(tmp_path
         for _ in range(2)
     )
     assert first.stderr.splitlines() == [
-        "compiling the CPU kernels, once for this machine: this takes half a minute or so",
+        "compiling the CPU kernels, once for this machine: this takes half a minute to two minutes",
         "compiled the CPU kernels in 0 s",
     ]
     assert second.stderr == ""
