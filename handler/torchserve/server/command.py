@@ -40,7 +40,7 @@ def serve(*, config: str | None = None, checkpoint: str | None = None, port: int
         raise ValueError(f"--port must be a whole number from 1024 to 65531, got {port!r}")
     if not isinstance(stop, bool):
         raise ValueError(f"--stop is a switch and takes no value, got {stop!r}")
-    folder = Path(f"llama2-serve-{port}")
+    folder = Path.cwd() / f"llama2-serve-{port}"
     server = TorchServe(folder=folder, ports=Ports.counted_from(port))
     if stop:
         print("the server has stopped" if server.stop() else f"no server of {folder} is running")

@@ -73,7 +73,7 @@ def test_nothing_is_stopped_where_nothing_runs(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     serve(stop=True)
-    assert capsys.readouterr().out == "no server of llama2-serve-8080 is running\n"
+    assert capsys.readouterr().out == f"no server of {tmp_path}/llama2-serve-8080 is running\n"
 
 
 def test_a_folder_too_deep_for_sockets_is_refused(tmp_path: Path) -> None:
@@ -115,12 +115,23 @@ def make_project(folder: Path) -> Path:
     return folder
 
 
-def start(project: Path, port: int) -> subprocess.Popen[str]:
+@pytest.fixture
+def started() -> Iterator[list[subprocess.Popen[str]]]:
+    """The commands that a test has started: they are ended with it."""
+    commands: list[subprocess.Popen[str]] = []
+    yield commands
+    for one in commands:
+        one.terminate()
+        one.communicate(timeout=60)
+
+
+def start(commands: list[subprocess.Popen[str]], project: Path, port: int) -> subprocess.Popen[str]:
     command = [sys.executable, "-m", "handler.torchserve.server.command", "--port", str(port)]
     environ = {**os.environ, "PYTHONPATH": str(ROOT)}
-    return subprocess.Popen(
-        command, cwd=project, env=environ, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    commands.append(
+        subprocess.Popen(command, cwd=project, env=environ, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     )
+    return commands[-1]
 
 
 def read_until(process: subprocess.Popen[str], text: str) -> str:
@@ -134,11 +145,11 @@ def read_until(process: subprocess.Popen[str], text: str) -> str:
 
 
 @pytest.mark.integration
-def test_it_serves_from_any_folder_until_it_is_told_to_end(project: Path) -> None:
+def test_it_serves_from_any_folder_until_it_is_told_to_end(project: Path, started: list[subprocess.Popen[str]]) -> None:
     port = free_port()
     (project / f"llama2-serve-{port}").mkdir()
     (project / f"llama2-serve-{port}" / "key_file.json").write_text('{"inference": {"key": "an old one"}}')
-    process = start(project, port)
+    process = start(started, project, port)
     seen = read_until(process, "Ctrl-C")
     (key,) = re.findall(r"KEY=(\S+)", seen)
     assert key != "an old one"
@@ -157,13 +168,15 @@ def test_it_serves_from_any_folder_until_it_is_told_to_end(project: Path) -> Non
 
 
 @pytest.mark.integration
-def test_a_model_that_cannot_be_served_ends_it_with_the_reason(project: Path) -> None:
+def test_a_model_that_cannot_be_served_ends_it_with_the_reason(
+    project: Path, started: list[subprocess.Popen[str]]
+) -> None:
     data = project / "converted_checkpoints" / "__0_0.distcp"
     values = bytearray(data.read_bytes())
     values[len(values) // 2] ^= 1
     data.write_bytes(values)
     port = free_port()
-    process = start(project, port)
+    process = start(started, project, port)
     output, _ = process.communicate(timeout=120)
     assert process.returncode == 1
     assert re.search(r"error: the model cannot be served: .*__0_0\.distcp is damaged", output)
@@ -171,16 +184,16 @@ def test_a_model_that_cannot_be_served_ends_it_with_the_reason(project: Path) ->
 
 
 @pytest.mark.integration
-def test_a_worker_that_ends_again_and_again_ends_it_too(project: Path) -> None:
+def test_a_worker_that_ends_again_and_again_ends_it_too(project: Path, started: list[subprocess.Popen[str]]) -> None:
     (project / "converted_checkpoints" / "manifest.json").unlink()
     port = free_port()
-    process = start(project, port)
+    process = start(started, project, port)
     read_until(process, "READY")
     server = TorchServe(folder=project / f"llama2-serve-{port}", ports=Ports.counted_from(port))
     while process.poll() is None:
         for one in server.processes():
-            if "org.pytorch.serve.ModelServer" not in one.info["cmdline"]:
-                with contextlib.suppress(psutil.NoSuchProcess):
+            with contextlib.suppress(psutil.NoSuchProcess):
+                if "org.pytorch.serve.ModelServer" not in one.cmdline():
                     one.kill()
         time.sleep(0.2)
     output = process.communicate()[0]
