@@ -30,7 +30,7 @@ from handler.errors import RequestError
 from handler.prompt import Prompt, check_length, fit
 from llama2.engine.sequence import Output, Request, SamplingParams, TokenLogprobs, with_completion_tokens
 from llama2.errors import InvalidValue, shown
-from llama2.names import nearest
+from llama2.names import OF_A_BODY, nearest
 from llama2.text.chat import encode_dialog
 from llama2.text.tokenizer import Tokenizer
 
@@ -123,7 +123,7 @@ class NativeApi:
         """
         fields = {"prompt": body} if isinstance(body, str) else body
         for name in fields.keys() - _FIELDS:
-            raise InvalidValue(name, f"is an unknown field: {nearest(name, _FIELDS)}")
+            raise InvalidValue(name, f"is an unknown field: {nearest(name, _FIELDS, likeness=OF_A_BODY)}")
         if ("prompt" in fields) == ("dialog" in fields):
             raise InvalidValue("prompt", "or dialog must be in the body, and not both")
         shape: Literal["prompt", "dialog"] = "dialog" if "dialog" in fields else "prompt"

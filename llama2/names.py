@@ -19,12 +19,14 @@ T = TypeVar("T")
 SECOND_NAME = "second_name"
 
 
-def nearest(name: str, known: Collection[str]) -> str:
-    """The end of an error message about an unknown name: the known one that it is misspelt for, or all of them.
+# Names as close as min_tokens and max_tokens, 0.8, are names of two things in a body, which may have other servers'
+# fields.
+OF_A_BODY = 0.82
 
-    Names as close as min_tokens and max_tokens, 0.8, are names of two things.
-    """
-    close = difflib.get_close_matches(name, known, n=1, cutoff=0.82)
+
+def nearest(name: str, known: Collection[str], *, likeness: float = 0.6) -> str:
+    """The end of an error message about an unknown name: the known one that it is misspelt for, or all of them."""
+    close = difflib.get_close_matches(name, known, n=1, cutoff=likeness)
     return f"did you mean {close[0]!r}?" if close else f"known are {', '.join(sorted(known))}"
 
 

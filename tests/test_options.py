@@ -49,7 +49,7 @@ def test_a_field_of_a_request_has_its_default(key: str) -> None:
 
 def test_the_servers_own_keys_have_their_defaults(tmp_path: Path) -> None:
     config = HandlerConfig.read({"converted_ckpt_dir": str(tmp_path)}, base=tmp_path)
-    for key in ("truncation", "special_tags", "mode", "step_timeout"):
+    for key in ("truncation", "special_tags", "dialog_turns", "mode", "step_timeout"):
         assert ROWS[key] == ("", str(getattr(config, key)))
     assert ROWS["tensor_parallel_size"][1] == str(config.degree)
     assert config.engine == EngineConfig()

@@ -14,7 +14,7 @@ from pydantic_core import ErrorDetails, PydanticCustomError
 from handler.errors import RequestError
 from llama2.engine.sequence import MAX_INT
 from llama2.errors import shown
-from llama2.names import nearest
+from llama2.names import OF_A_BODY, nearest
 
 # What each of pydantic's kinds of error, and of ours, is called by OpenAI.
 _CODES = {
@@ -110,7 +110,8 @@ def _refusal(error: ErrorDetails, kind: type[Body], body: Mapping[str, Any]) -> 
     code = _CODES.get(error["type"], "invalid_value")
     if code == "unknown_parameter":
         known = {field.alias or name for name, field in kind.model_fields.items()}
-        message = f"unknown field {path!r}: {nearest(path, known) if path in body else 'it has no place there'}"
+        hint = nearest(path, known, likeness=OF_A_BODY) if path in body else "it has no place there"
+        message = f"unknown field {path!r}: {hint}"
     elif code == "missing_required_parameter":
         message = f"{path} is missing"
     elif code == "unsupported_parameter":

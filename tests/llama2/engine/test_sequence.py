@@ -48,7 +48,6 @@ LEGAL: list[dict[str, Any]] = [
 ILLEGAL: list[tuple[str, list[Any], str]] = [
     ("max_new_tokens", [0, -1, 1.0, "5", True, MAX_INT + 1], f"an integer from 1 to {MAX_INT}"),
     ("min_tokens", [-1, 1.0, "5", None, True], f"an integer from 0 to {MAX_INT}"),
-    ("min_tokens", [129], "at most 128, the limit"),
     ("temperature", [-0.1, 100.5, math.nan, math.inf, "1", None, True], "a number in [0, 100]"),
     ("top_p", [0, 0.0, -0.5, 1.01, math.nan, "x", None, True], "a number in (0, 1]"),
     ("top_k", [-2, 1.5, None, "3", False], f"an integer from -1 to {MAX_INT}"),
@@ -112,6 +111,12 @@ def test_a_number_too_large_for_a_float_is_a_users_mistake(name: str, value: Any
     with pytest.raises(InvalidValue) as caught:
         SamplingParams(**{name: value})
     assert caught.value.field == name
+
+
+def test_a_reply_cannot_have_to_be_longer_than_it_may() -> None:
+    SamplingParams(min_tokens=129)
+    with pytest.raises(InvalidValue, match="min_tokens must be at most 128, the limit, got 129"):
+        SamplingParams(min_tokens=129, max_new_tokens=128)
 
 
 def test_params_and_requests_are_immutable_and_compare_by_value() -> None:

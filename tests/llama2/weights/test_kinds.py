@@ -16,8 +16,8 @@ CONVERT = "python convert_checkpoints.py --original_ckpt_dir"
     [
         (["params.json", "consolidated.00.pth"], f"holds Meta's files: convert it first: {CONVERT} "),
         (["consolidated.00.pth"], "holds Meta's files: convert it first"),
-        (["config.json", "model.safetensors"], "holds Hugging Face's files, which are not read"),
-        (["notes.txt"], "is no converted checkpoint: it has no model_args.json"),
+        (["config.json", "model.safetensors"], "holds weights in Hugging Face's format, which are not read"),
+        (["notes.txt"], "is no converted checkpoint: it has no .metadata file"),
     ],
     ids=str,
 )

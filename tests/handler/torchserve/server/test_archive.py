@@ -102,7 +102,7 @@ def test_a_folder_that_is_no_archive_is_never_replaced(project: Path) -> None:
     [
         (None, {"model_name": "../llama"}, "--model_name must be"),
         (None, {"archive_format": "tgz"}, "--archive_format must be one of no-archive, default, got 'tgz'"),
-        (None, {"checkpoint": "nowhere"}, "nowhere is no converted checkpoint: it does not exist"),
+        (None, {"checkpoint": "nowhere"}, "--checkpoint 'nowhere' does not exist"),
         ("model-config.yaml", {}, "model-config.yaml cannot be read"),
         ("converted_checkpoints/.metadata", {}, "is no converted checkpoint"),
         ("converted_checkpoints/model_args.json", {}, "model_args.json does not exist"),

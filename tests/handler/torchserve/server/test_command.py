@@ -37,8 +37,8 @@ from tests.support.weights import meta_folder, random_weights, tiny_args
         ({"port": "x"}, "--port must be a whole number"),
         ({"stop": 3}, "--stop is a switch"),
         ({"config": "nowhere.yaml"}, "nowhere.yaml cannot be read"),
-        ({}, "converted_checkpoints is no converted checkpoint: it does not exist"),
-        ({"checkpoint": "nowhere"}, "nowhere is no converted checkpoint: it does not exist"),
+        ({}, "--checkpoint 'converted_checkpoints' does not exist"),
+        ({"checkpoint": "nowhere"}, "--checkpoint 'nowhere' does not exist"),
     ],
 )
 def test_a_mistake_is_found_before_anything_starts(
