@@ -1,7 +1,7 @@
 """Owns `manifest.json` of a converted folder: the hashes of its files, and the comparison of what is read with them.
 
 They find damage: on a disk, in memory, in a copy. They do not find forgery, since who can change a file can change its
-hash as well. Knows no tensors.
+hash as well. Knows no tensors. xxhash is imported where something is hashed: a model of random weights needs none.
 """
 
 from __future__ import annotations
@@ -13,9 +13,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import xxhash
-
 if TYPE_CHECKING:
+    import xxhash
     from typing_extensions import Buffer
 
 MANIFEST_FILE = "manifest.json"
@@ -39,7 +38,7 @@ class Hashing:
     def __init__(self) -> None:
         self._size = 0
         self._blocks: list[str] = []
-        self._current = xxhash.xxh3_128()
+        self._current = _xxh3_128()
 
     def update(self, data: Buffer) -> None:
         rest = memoryview(data).cast("B")
@@ -79,7 +78,7 @@ class CheckedFile:
         for block in range(begin // _BLOCK, -(-end // _BLOCK)):
             if block not in self._good:
                 data = self._data[block * _BLOCK : (block + 1) * _BLOCK]
-                if xxhash.xxh3_128_hexdigest(data) != self._expected.blocks[block]:
+                if _xxh3_128(data).hexdigest() != self._expected.blocks[block]:
                     raise ValueError(
                         f"{self._path} is damaged: bytes {block * _BLOCK} to {block * _BLOCK + len(data)} are not "
                         "what was written"
@@ -160,7 +159,7 @@ class Manifest:
 def _content(files: Mapping[str, FileHashes]) -> dict[str, Any]:
     """What the file holds. It has a hash of its own: else a damaged hash would accuse the file that it belongs to."""
     described = {name: {"size": file.size, "blocks": list(file.blocks)} for name, file in files.items()}
-    own = xxhash.xxh3_128_hexdigest(json.dumps(described, sort_keys=True).encode())
+    own = _xxh3_128(json.dumps(described, sort_keys=True).encode()).hexdigest()
     return {"hash": _HASH, "block_bytes": _BLOCK, "own": own, "files": described}
 
 
@@ -170,3 +169,9 @@ def _hash_file(path: Path) -> FileHashes:
         while part := file.read(_BLOCK):
             hashing.update(part)
     return hashing.result()
+
+
+def _xxh3_128(data: Buffer = b"") -> xxhash.xxh3_128:
+    import xxhash
+
+    return xxhash.xxh3_128(data)
