@@ -164,7 +164,8 @@ REFUSED: list[tuple[str, Any, int, str | None]] = [
     ("completions", {"prompt": "a", "max_tokens": 2000}, 400, "prompt"),
     ("completions", {"prompt": "a", "n": 9}, 400, "n"),
     ("completions", {"prompt": "a", "model": "gpt-4"}, 404, "model"),
-    ("chat/completions", {"messages": QUESTION, "store": True}, 400, "store"),
+    ("chat/completions", {"messages": QUESTION, "modalities": ["audio"]}, 400, "modalities"),
+    ("responses", {"input": "a", "previous_response_id": "resp_1"}, 400, "previous_response_id"),
     ("chat/completions", {"messages": [{"role": "tool", "content": "31"}]}, 400, "messages[0].tool_call_id"),
     ("embeddings", {"input": "a"}, 404, None),
 ]
