@@ -5,6 +5,7 @@ Knows no front: commands come and news goes through a pipe, whose other end is `
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import dataclasses
 import gc
@@ -58,10 +59,14 @@ class Rank:
                 launched=launched,
             )
         except Exception as error:
-            logger.exception("rank %d cannot load the model", launched.rank)
+            is_users = isinstance(error, ValueError)
+            logger.error("rank %d cannot load the model: %s", launched.rank, error, exc_info=not is_users)
             self._fail(error)
         self._loop = ServiceLoop(engine, self._fail)
         self._grammars = GrammarCompiler(engine.tokenizer, engine.args.vocab_size)
+        if engine.rank == 0:
+            with contextlib.suppress(ValueError):  # a vocabulary without an end of text
+                self._grammars.json_object()  # the first one reads the vocabulary, for which no reply should wait
         # A collection of all that was imported and loaded takes 0.1 s, in which no thread runs.
         gc.collect()
         gc.freeze()
