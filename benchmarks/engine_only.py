@@ -20,7 +20,8 @@ import fire
 from llama2.config import EngineConfig
 from llama2.engine.engine import Engine
 from llama2.engine.loading import load_engine
-from llama2.engine.sequence import Request, SamplingParams
+from llama2.engine.sampling_params import SamplingParams
+from llama2.engine.sequence import Request
 
 SEED = 1
 

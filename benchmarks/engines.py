@@ -23,7 +23,8 @@ from benchmarks.peers.protocol import Done, Work
 from llama2.config import EngineConfig, ModelArgs
 from llama2.engine.engine import Engine
 from llama2.engine.loading import build_engine
-from llama2.engine.sequence import Request, SamplingParams
+from llama2.engine.sampling_params import SamplingParams
+from llama2.engine.sequence import Request
 from llama2.kv_cache import KV_FRACTION
 from llama2.machine.memory import free_memory
 from llama2.machine.threads import undivided

@@ -27,7 +27,8 @@ from benchmarks.shapes import SHAPES
 from llama2.config import EngineConfig
 from llama2.dtypes import read_dtype
 from llama2.engine.engine import Engine
-from llama2.engine.sequence import Request, SamplingParams
+from llama2.engine.sampling_params import SamplingParams
+from llama2.engine.sequence import Request
 from llama2.flags import argument
 from llama2.kv_cache import bytes_per_block
 from llama2.parallel.process_group import choose_device, init_process_group

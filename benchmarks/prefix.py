@@ -19,7 +19,8 @@ from benchmarks.tables import table
 from llama2.config import EngineConfig
 from llama2.engine.engine import Engine
 from llama2.engine.loading import load_engine
-from llama2.engine.sequence import Request, SamplingParams
+from llama2.engine.sampling_params import SamplingParams
+from llama2.engine.sequence import Request
 from llama2.flags import check_counts, describe_options, run
 
 WANTED_PREFIX = 1000

@@ -23,8 +23,9 @@ from benchmarks.results import RESULTS, save
 from benchmarks.tables import table
 from llama2.config import EngineConfig
 from llama2.engine.block_manager import BlockManager
+from llama2.engine.sampling_params import SamplingParams
 from llama2.engine.scheduler import Plan, Scheduler
-from llama2.engine.sequence import Request, SamplingParams, Sequence
+from llama2.engine.sequence import Request, Sequence
 from llama2.flags import check_counts, run, several
 
 BLOCK_SIZE = 16

@@ -15,7 +15,7 @@ from typing import Any, Literal, get_args
 
 from llama2.config import MODEL_ARGS_FILE, EngineConfig
 from llama2.dtypes import DtypeName, read_dtype
-from llama2.engine.sequence import SamplingParams
+from llama2.engine.sampling_params import SamplingParams
 from llama2.errors import InvalidValue
 from llama2.names import nearest
 from llama2.text.chat import SpecialTags

@@ -28,7 +28,8 @@ from handler.call import Progress
 from handler.config import HandlerConfig, Mode
 from handler.errors import RequestError
 from handler.prompt import Prompt, check_length, fit
-from llama2.engine.sequence import Output, Request, SamplingParams, TokenLogprobs, with_completion_tokens
+from llama2.engine.sampling_params import SamplingParams, with_completion_tokens
+from llama2.engine.sequence import Output, Request, TokenLogprobs
 from llama2.errors import InvalidValue, shown
 from llama2.names import OF_A_BODY, nearest
 from llama2.text.chat import encode_dialog

@@ -7,7 +7,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from llama2.engine.sequence import Completion, Output, Reply, SamplingParams
+from llama2.engine.sampling_params import SamplingParams
+from llama2.engine.sequence import Completion, Output, Reply
 
 if TYPE_CHECKING:
     from llama2.async_llm import AsyncLLM

@@ -13,7 +13,8 @@ from dataclasses import replace
 from itertools import count
 from typing import Any
 
-from llama2.engine.sequence import Grammar, Request, SamplingParams, with_completion_tokens
+from llama2.engine.sampling_params import SamplingParams, with_completion_tokens
+from llama2.engine.sequence import Grammar, Request
 from llama2.errors import InvalidValue, shown
 from llama2.names import first_names
 from llama2.text.chat import encode_dialog

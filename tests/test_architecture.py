@@ -77,7 +77,8 @@ def files_of_a_rank(folder: Path) -> set[str]:
     from llama2.config import EngineConfig
     from llama2.engine.messages import Add, Ready, Settings
     from llama2.engine.rank import Rank
-    from llama2.engine.sequence import Request, SamplingParams
+    from llama2.engine.sampling_params import SamplingParams
+    from llama2.engine.sequence import Request
     from llama2.parallel.process_group import Launched
 
     trace = Trace()

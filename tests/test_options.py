@@ -10,7 +10,7 @@ import yaml
 
 from handler.config import KEYS, HandlerConfig
 from llama2.config import EngineConfig
-from llama2.engine.sequence import COMPLETION_TOKENS, SamplingParams
+from llama2.engine.sampling_params import COMPLETION_TOKENS, SamplingParams
 from llama2.kv_cache import KV_FRACTION, MAX_BATCH_SIZE
 
 ROOT = Path(__file__).parents[1]

@@ -11,7 +11,8 @@ import torch
 from benchmarks.sweeps.bench import Bench, Calls
 from llama2.config import ModelArgs
 from llama2.engine.sampler import Sampler
-from llama2.engine.sequence import Request, SamplingParams, Sequence
+from llama2.engine.sampling_params import SamplingParams
+from llama2.engine.sequence import Request, Sequence
 
 ROWS = (1, 64)
 PARAMS: dict[str, dict[str, Any]] = {

@@ -29,7 +29,8 @@ from handler.openai.messages import (
     typed_tools,
 )
 from handler.openai.replies import ChoicesFormat
-from llama2.engine.sequence import MAX_INT, MAX_LOGPROBS, Output, Request, TokenLogprobs
+from llama2.engine.sampling_params import MAX_INT, MAX_LOGPROBS
+from llama2.engine.sequence import Output, Request, TokenLogprobs
 from llama2.errors import InvalidValue
 from llama2.text.tools import CallDelta, ToolStream
 

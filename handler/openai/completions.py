@@ -17,7 +17,8 @@ from handler.openai.generation import MAX_N, ChoicesBody, Generation, Model
 from handler.openai.inspector import Inspector, inspected
 from handler.openai.logprobs import CompletionLogprobs
 from handler.openai.replies import ChoicesFormat
-from llama2.engine.sequence import MAX_LOGPROBS, Output, Request, TokenLogprobs
+from llama2.engine.sampling_params import MAX_LOGPROBS
+from llama2.engine.sequence import Output, Request, TokenLogprobs
 from llama2.errors import InvalidValue
 
 DEFAULT_MAX_TOKENS = 16

@@ -12,7 +12,7 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Discriminator, Field
 from pydantic_core import ErrorDetails, PydanticCustomError
 
 from handler.errors import RequestError
-from llama2.engine.sequence import MAX_INT
+from llama2.engine.sampling_params import MAX_INT
 from llama2.errors import shown
 from llama2.names import OF_A_BODY, nearest
 

@@ -20,7 +20,8 @@ from handler.openai.logprobs import TokenNames
 from handler.openai.prompts import Encoded, PromptReader
 from handler.openai.sampling import SamplingFields
 from handler.prompt import Prompt
-from llama2.engine.sequence import MAX_INT, Grammar, SamplingParams
+from llama2.engine.sampling_params import MAX_INT, SamplingParams
+from llama2.engine.sequence import Grammar
 from llama2.errors import InvalidValue
 from llama2.text.tokenizer import Tokenizer
 

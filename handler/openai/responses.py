@@ -17,7 +17,8 @@ from handler.openai.generation import CommonFields, Model
 from handler.openai.messages import ReasoningEffort, TemplateKwargs, forced_tools
 from handler.openai.response_events import ResponseFormat
 from handler.openai.response_input import FunctionChoice, FunctionTools, Input, read_messages, typed_functions
-from llama2.engine.sequence import MAX_INT, MAX_LOGPROBS, Grammar
+from llama2.engine.sampling_params import MAX_INT, MAX_LOGPROBS
+from llama2.engine.sequence import Grammar
 
 _STORED = "nothing is stored here: send the whole conversation as input"
 _LOGPROBS = "message.output_text.logprobs"

@@ -12,7 +12,7 @@ from pydantic import AfterValidator, Field, Tag
 from pydantic_core import PydanticCustomError
 
 from handler.openai.fields import Body, TokenId, by_kind, only
-from llama2.engine.sequence import MAX_INT, SamplingParams
+from llama2.engine.sampling_params import MAX_INT, SamplingParams
 
 
 def _ids_as_keys(biases: dict[str, float]) -> dict[str, float]:

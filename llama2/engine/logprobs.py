@@ -9,7 +9,8 @@ from collections.abc import Sequence as Items
 
 from torch import Tensor
 
-from llama2.engine.sequence import MAX_LOGPROBS, TokenLogprobs
+from llama2.engine.sampling_params import MAX_LOGPROBS
+from llama2.engine.sequence import TokenLogprobs
 from llama2.engine.transfer import Download
 
 

@@ -29,7 +29,8 @@ from torch.nn import functional
 
 from llama2.engine.logprobs import Logprobs
 from llama2.engine.nucleus import nucleus_floor
-from llama2.engine.sequence import Request, SamplingParams, Sequence, TokenLogprobs
+from llama2.engine.sampling_params import SamplingParams
+from llama2.engine.sequence import Request, Sequence, TokenLogprobs
 from llama2.engine.token_masks import forbid
 from llama2.engine.transfer import Download, row_index, select, upload
 

@@ -8,7 +8,8 @@ from typing import Any
 import torch
 
 from llama2.engine.sampler import Sampler
-from llama2.engine.sequence import Request, SamplingParams, Sequence
+from llama2.engine.sampling_params import SamplingParams
+from llama2.engine.sequence import Request, Sequence
 
 PLAIN: dict[str, Any] = {"temperature": 1.0, "top_p": 1.0}
 FILTERS: dict[str, Any] = {"top_k": 120, "top_p": 0.9, "min_p": 0.02}

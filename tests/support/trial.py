@@ -7,8 +7,9 @@ from collections.abc import Sequence as Items
 
 from llama2.config import EngineConfig
 from llama2.engine.block_manager import BlockManager
+from llama2.engine.sampling_params import SamplingParams
 from llama2.engine.scheduler import Chunk, Plan, Scheduler
-from llama2.engine.sequence import Request, SamplingParams, Sequence, Status
+from llama2.engine.sequence import Request, Sequence, Status
 
 
 def next_token(token_ids: Items[int]) -> int:

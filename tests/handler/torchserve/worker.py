@@ -14,7 +14,8 @@ from handler.call import Progress
 from handler.errors import RequestError
 from handler.service import Service
 from handler.torchserve.transport import Transport
-from llama2.engine.sequence import Output, Request, SamplingParams
+from llama2.engine.sampling_params import SamplingParams
+from llama2.engine.sequence import Output, Request
 from llama2.engine.service_loop import ServiceLoop
 from llama2.errors import InvalidValue
 

@@ -17,7 +17,8 @@ from llama2.config import EngineConfig
 from llama2.engine import runner as runner_module
 from llama2.engine.engine import Engine
 from llama2.engine.loading import load_engine
-from llama2.engine.sequence import Output, Request, SamplingParams
+from llama2.engine.sampling_params import SamplingParams
+from llama2.engine.sequence import Output, Request
 from llama2.text.grammar import GrammarCompiler
 from tests.support.ranks import run_ranks
 from tests.support.recordings import Rerun

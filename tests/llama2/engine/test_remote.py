@@ -17,7 +17,8 @@ from llama2.config import EngineConfig, ModelArgs
 from llama2.engine.loading import load_engine
 from llama2.engine.messages import Settings
 from llama2.engine.remote import RemoteEngine
-from llama2.engine.sequence import Output, Request, SamplingParams
+from llama2.engine.sampling_params import SamplingParams
+from llama2.engine.sequence import Output, Request
 from llama2.errors import EngineFailure, InvalidValue
 from llama2.text.grammar import GrammarCompiler
 from llama2.text.tokenizer import load_tokenizer

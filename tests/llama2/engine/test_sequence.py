@@ -5,16 +5,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from llama2.engine.sequence import (
-    MAX_INT,
-    MAX_LOGPROBS,
-    MAX_STOP_LENGTH,
-    MAX_STOPS,
-    Request,
-    SamplingParams,
-    Sequence,
-    Status,
-)
+from llama2.engine.sampling_params import MAX_INT, MAX_LOGPROBS, MAX_STOP_LENGTH, MAX_STOPS, SamplingParams
+from llama2.engine.sequence import Request, Sequence, Status
 from llama2.errors import InvalidValue, shown
 
 LEGAL: list[dict[str, Any]] = [

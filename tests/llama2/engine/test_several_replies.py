@@ -13,7 +13,8 @@ from llama2.config import EngineConfig
 from llama2.engine import loading
 from llama2.engine.engine import Engine
 from llama2.engine.loading import load_engine
-from llama2.engine.sequence import Output, Request, SamplingParams
+from llama2.engine.sampling_params import SamplingParams
+from llama2.engine.sequence import Output, Request
 from tests.support.weights import tiny_args
 
 ARGS = tiny_args(vocab_size=512)

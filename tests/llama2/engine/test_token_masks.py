@@ -9,7 +9,8 @@ import torch
 
 from llama2.engine import token_masks
 from llama2.engine.sampler import Sampler
-from llama2.engine.sequence import Request, SamplingParams, Sequence
+from llama2.engine.sampling_params import SamplingParams
+from llama2.engine.sequence import Request, Sequence
 
 # None fills every word.
 VOCAB_SIZES = [1, 33, 1000]
