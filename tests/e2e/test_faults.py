@@ -98,7 +98,7 @@ LARGE: list[tuple[str, dict[str, Any]]] = [
 
 @pytest.mark.parametrize(("path", "body"), LARGE, ids=lambda one: one if isinstance(one, str) else ",".join(one))
 def test_a_large_body_holds_up_no_stream(served: Served, path: str, body: dict[str, Any]) -> None:
-    """Such bodies held up everybody for 2 to 11 seconds. A step takes some 20 ms here, and two ranks keep two cores busy:
+    """Such bodies held up everybody for 2 to 11 seconds. A step takes some 20 ms here, and two ranks take two cores:
     the rest of the bound is for a busy machine, which holds up now and then, and not each time."""
     content = json.dumps(body).encode()
     gaps = []
