@@ -1,6 +1,6 @@
 """Owns what the arguments of a call mean, of `LLM` and of `AsyncLLM`: prompts, dialogs and parameters, to requests.
 
-Knows no engine: what is wrong with an argument's form is said here, and what does not fit a model by the engine.
+Knows no engine: of one it has the limits.
 """
 
 from __future__ import annotations
@@ -9,10 +9,12 @@ import json
 import numbers
 import operator
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import fields, replace
 from itertools import count
 from typing import Any
 
+from llama2.config import EngineConfig
+from llama2.engine.limits import Limits
 from llama2.engine.sampling_params import SamplingParams, with_completion_tokens
 from llama2.engine.sequence import Grammar, Request
 from llama2.errors import InvalidValue, shown
@@ -27,13 +29,36 @@ Prompt = str | Sequence[int]
 Parameters = SamplingParams | Sequence[SamplingParams] | None
 
 
+# What others' constructors take, and what it is here.
+_ELSEWHERE = {
+    "model": "is no option: the folder is the first argument, checkpoint_dir",
+    "tensor_parallel_size": "is no option here: start the script under torchrun --nproc_per_node N",
+}
+
+
+def engine_options(options: Mapping[str, Any]) -> EngineConfig:
+    """The keywords of `LLM` that are an engine's options.
+
+    Raises:
+        InvalidValue: one is unknown, or out of range.
+    """
+    of_requests = {field.name for field in fields(SamplingParams)} - {field.name for field in fields(EngineConfig)}
+    for name in options:
+        if name in _ELSEWHERE:
+            raise InvalidValue(name, _ELSEWHERE[name])
+        if name in of_requests:
+            raise InvalidValue(name, f"is no option of an LLM but of a call: generate(…, {name}=…)")
+    return EngineConfig(**first_names(options, EngineConfig, "checkpoint_dir", "dtype", "device", "tokenizer_path"))
+
+
 class ArgumentReader:
     """Makes requests for one model. All of its methods may be called in any thread."""
 
-    def __init__(self, tokenizer: Tokenizer, vocab_size: int) -> None:
-        """`vocab_size` is the model's."""
+    def __init__(self, tokenizer: Tokenizer, limits: Limits) -> None:
+        """`limits` are the engine's that will run the requests."""
         self._tokenizer = tokenizer
-        grammars = GrammarCompiler(tokenizer, vocab_size)
+        self._limits = limits
+        grammars = GrammarCompiler(tokenizer, limits.vocab_size)
         # By constraint: what makes its grammar, of what type, and that type in words.
         self._makers: dict[str, tuple[Callable[[Any], Grammar], Any, str]] = {
             "grammar": (grammars.lark, str, "a grammar in llguidance's Lark syntax"),
@@ -53,7 +78,8 @@ class ArgumentReader:
             prompts = [prompts]
         items = _items("prompts", prompts, "a text, or a list of texts and lists of token ids")
         encoded = [self._prompt_ids(f"prompts[{index}]", prompt) for index, prompt in enumerate(items)]
-        return self._requests(encoded, self._read(len(encoded), *parameters, **options), continues_prompt=True)
+        requests = self._requests(encoded, self._read(len(encoded), *parameters, **options), continues_prompt=True)
+        return self._checked("prompts[{}]", requests)
 
     def chats(self, dialogs: Dialog | Sequence[Dialog], *parameters: Any, **options: Any) -> list[Request]:
         """A request for each dialog, or for the one; otherwise as `completions`."""
@@ -61,7 +87,8 @@ class ArgumentReader:
         if any(isinstance(item, Mapping) for item in items):
             items = [items]
         encoded = [self._dialog_ids(f"dialogs[{index}]", dialog) for index, dialog in enumerate(items)]
-        return self._requests(encoded, self._read(len(encoded), *parameters, **options), continues_prompt=False)
+        requests = self._requests(encoded, self._read(len(encoded), *parameters, **options), continues_prompt=False)
+        return self._checked("dialogs[{}]", requests)
 
     def one(self, prompt: Any, *parameters: Any, **options: Any) -> Request:
         """The request for one prompt or, where it holds messages, for a dialog; otherwise as `completions`."""
@@ -84,7 +111,18 @@ class ArgumentReader:
             ([SamplingParams()], None),
             continues_prompt=True,
         )
-        return replace(request, score=True, generate=False)
+        (request,) = self._checked("token_ids", [replace(request, score=True, generate=False)])
+        return request
+
+    def _checked(self, place: str, requests: list[Request]) -> list[Request]:
+        """`requests`, or an InvalidValue that names the prompt that the engine cannot run by its `place`."""
+        for index, request in enumerate(requests):
+            try:
+                self._limits.check(request)
+            except InvalidValue as error:
+                field = place.format(index) if error.field == "prompt_ids" else error.field
+                raise InvalidValue(field, error.problem) from None
+        return requests
 
     def _requests(
         self,

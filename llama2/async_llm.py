@@ -17,8 +17,7 @@ from typing import Any
 
 import torch
 
-from llama2.arguments import ArgumentReader, Dialog, Parameters, Prompt
-from llama2.config import EngineConfig
+from llama2.arguments import ArgumentReader, Dialog, Parameters, Prompt, engine_options
 from llama2.engine.loading import load_engine
 from llama2.engine.sequence import Completion, Output, Request
 from llama2.engine.service_loop import ServiceLoop
@@ -49,11 +48,11 @@ class AsyncLLM:
             tokenizer_path=tokenizer_path,
             dtype=dtype,
             device=device,
-            config=EngineConfig(**options),
+            config=engine_options(options),
         )
         self.rank = engine.rank
         self.tokenizer = engine.tokenizer
-        self._arguments = ArgumentReader(engine.tokenizer, engine.args.vocab_size)
+        self._arguments = ArgumentReader(engine.tokenizer, engine.limits)
         self._mail = mail = _Mail()
         self._loop: ServiceLoop | None = ServiceLoop(engine, mail.fail)
         # Neither thread knows this object: it is closed when nobody has it any more, too.
@@ -91,7 +90,7 @@ class AsyncLLM:
     ) -> AsyncIterator[Output]:
         """As `LLM.stream`. To leave the loop early, or to cancel the coroutine, aborts the request."""
         request = self._arguments.one(prompt, params, sampling_params, **options)
-        self._running.engine.check(request)
+        self._running.engine.check(request)  # a closed one says so now, and not at the first piece
         return self._pieces([request])
 
     def close(self) -> None:
@@ -116,8 +115,6 @@ class AsyncLLM:
         return self._loop
 
     async def _complete(self, requests: list[Request]) -> list[Completion]:
-        for request in requests:
-            self._running.engine.check(request)
         outputs: dict[str, list[Output]] = {request.request_id: [] for request in requests}
         async for output in self._pieces(requests):
             outputs[output.request_id].append(output)

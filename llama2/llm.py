@@ -15,8 +15,7 @@ from typing import Any, cast
 
 import torch
 
-from llama2.arguments import ArgumentReader, Dialog, Parameters, Prompt
-from llama2.config import EngineConfig
+from llama2.arguments import ArgumentReader, Dialog, Parameters, Prompt, engine_options
 from llama2.engine.engine import Engine
 from llama2.engine.loading import load_engine
 from llama2.engine.sequence import Completion, Output, Reply, Request
@@ -50,11 +49,11 @@ class LLM:
             tokenizer_path=tokenizer_path,
             dtype=dtype,
             device=device,
-            config=EngineConfig(**options),
+            config=engine_options(options),
         )
         self.tokenizer = engine.tokenizer
         self._turns = Turns(engine)
-        self._arguments = ArgumentReader(engine.tokenizer, engine.args.vocab_size)
+        self._arguments = ArgumentReader(engine.tokenizer, engine.limits)
 
     def generate(
         self,
@@ -115,7 +114,7 @@ class LLM:
             ValueError: as `generate` and `chat`, at the call.
         """
         request = self._arguments.one(prompt, params, sampling_params, **options)
-        self._engine.check(request)
+        self._engine.check(request)  # a closed one says so now, and not at the first piece
         return self._pieces(request)
 
     def score(self, token_ids: Sequence[int]) -> torch.Tensor:

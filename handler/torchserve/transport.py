@@ -40,7 +40,7 @@ ALONE_SECONDS = 0.25
 # so many looks without a call the engine gives its memory back and waits: looks, and not seconds, since on a machine
 # that is short of processors they come as late as the calls do. After so many seconds nobody is expected any more.
 QUIET_LOOKS = 4
-SILENCE_SECONDS = 1.5
+SILENCE_SECONDS = 10.0
 
 
 class Transport:

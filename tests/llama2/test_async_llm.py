@@ -85,7 +85,7 @@ def test_to_leave_a_loop_or_to_cancel_it_frees_the_blocks(folder: Path) -> None:
 def test_a_mistake_is_raised_and_the_others_go_on(folder: Path) -> None:
     async def main() -> None:
         async with make(folder) as llm:
-            with pytest.raises(ValueError, match="prompt_ids must have from 1 to 511 tokens"):
+            with pytest.raises(ValueError, match=r"prompts\[.\] must have from 1 to 511 tokens"):
                 await llm.generate([[5], [5] * 600])
             with pytest.raises(ValueError, match="did you mean 'temperature'"):
                 llm.stream("Hello", temprature=0)

@@ -81,7 +81,7 @@ def test_nothing_in_nothing_out(llm: LLM) -> None:
 
 
 def test_one_mistake_in_a_batch_is_named_and_nothing_of_the_batch_runs(llm: LLM) -> None:
-    with pytest.raises(ValueError, match=r"prompt_ids must have from 1 to 127 tokens, got 500"):
+    with pytest.raises(ValueError, match=r"prompts\[.\] must have from 1 to 127 tokens, got 500"):
         llm.generate([[5], [5] * 500], PARAMS)
     with pytest.raises(ValueError, match=r"as many as there are prompts \(2\), got 1"):
         llm.generate([[5], [6]], [PARAMS])
@@ -168,7 +168,9 @@ MISTAKES: list[tuple[Callable[[Any], Any], str]] = [
     (lambda llm: llm.chat([[], "a"]), "dialogs[0] "),
     (lambda llm: llm.chat([[{"role": "user", "content": "a"}], [{"role": "usr"}]]), "dialogs[1][0]"),
     (lambda llm: llm.stream(7), "prompt must be a text, a list of token ids or a list of messages, got 7"),
-    (lambda llm: llm.stream([5] * 500), "prompt_ids must have from 1 to 127 tokens, got 500"),
+    (lambda llm: llm.stream([5] * 500), "prompts[0] must have from 1 to 127 tokens, got 500"),
+    (lambda llm: llm.generate([[5], []]), "prompts[1] must have from 1 to 127 tokens, got 0"),
+    (lambda llm: llm.score([]), "token_ids must have from 1 to 128 tokens, got 0"),
     (lambda llm: llm.score("Hello"), "token_ids must be a list of token ids, which tokenizer.encode_prompt makes"),
     (lambda llm: llm.score([[1]]), "token_ids must be one flat list of token ids, got [[1]]"),
 ]
@@ -282,3 +284,17 @@ def test_a_script_runs_unchanged_under_torchrun(folder: Path, tmp_path: Path) ->
         assert done.returncode == 0, done.stderr
     alone, *ranks = [(tmp_path / name).read_text() for name in ("alone", "0", "1")]
     assert ranks == [alone, alone]
+
+
+@pytest.mark.parametrize(
+    ("option", "message"),
+    [
+        ({"tensor_parallel_size": 2}, "start the script under torchrun"),
+        ({"model": "x"}, "the folder is the first argument"),
+        ({"temperature": 0}, r"is no option of an LLM but of a call: generate\(…, temperature=…\)"),
+        ({"dtpye": "bf16"}, "did you mean 'dtype'"),
+    ],
+)
+def test_an_option_that_belongs_elsewhere_is_told_where(option: dict[str, Any], message: str, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=message):
+        LLM(tmp_path, **option)

@@ -126,7 +126,8 @@ def _run_archiver(scratch: Path, settings: dict[str, Any], model_name: str, vers
 
 def _next_step(target: Path) -> str:
     models = target.name if target.is_dir() else f"{target.stem}={target.name}"
-    settings = "--ts-config config.properties --log-config log4j2.xml"
+    here = Path() if Path("config.properties").exists() else Path(__file__).parent
+    settings = f"--ts-config {here / 'config.properties'} --log-config {here / 'log4j2.xml'}"
     return f"{target} is ready: torchserve --start --ncs {settings} --model-store {target.parent} --models {models}"
 
 

@@ -92,7 +92,8 @@ def wait(server: TorchServe, model: str, *, timeout: float) -> None:
     try:
         server.wait_ready(model, timeout=timeout, progress=progress)
     except BaseException:
-        server.stop()
+        if server.stop():
+            print("\nthe server has stopped", flush=True)
         raise
     print(f"\r== the workers are READY after {time.monotonic() - began:.0f} s    ")
 
