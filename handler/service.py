@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import logging
-import os
 import threading
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -38,7 +37,6 @@ MAX_REPLIES = 4096
 
 # So that a body which takes long, with a long text or a large grammar, holds up few others.
 READERS = 4
-READER_NICE = 5
 
 # From all that is behind the model's own path, and the way to the body, which not every path needs.
 Read = Callable[[str, Callable[[], dict[str, Any] | str]], Format]
@@ -71,7 +69,7 @@ class Service:
         self._read = read
         self._running: dict[str, Call] = {}
         self._lock = threading.RLock()
-        self._pool = ThreadPoolExecutor(READERS, thread_name_prefix="reader", initializer=_give_way)
+        self._pool = ThreadPoolExecutor(READERS, thread_name_prefix="reader")
 
     @classmethod
     def load(
@@ -195,11 +193,6 @@ class Service:
                     self.loop.add(request)
         except Exception as error:
             self.abort(call, _as_request_error(error))
-
-
-def _give_way() -> None:
-    """Let a long body's thread have less of a processor than what computes: on Linux each thread has its own nice."""
-    os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), READER_NICE)
 
 
 def _warm_up(tokenizer: Tokenizer, vocab_size: int) -> GrammarCompiler:

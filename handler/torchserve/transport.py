@@ -38,8 +38,8 @@ PREPARE_SECONDS = 0.02
 ALONE_SECONDS = 0.25
 # TorchServe calls again within milliseconds while anybody is live, and not at all once the last client has left. After
 # so many looks without a call the engine gives its memory back and waits: looks, and not seconds, since on a machine
-# that is short of processors they come as late as the calls do. After so many seconds nobody is expected any more.
-QUIET_LOOKS = 4
+# that is short of processors they come late, too. After so many seconds nobody is expected any more.
+QUIET_LOOKS = 25
 SILENCE_SECONDS = 10.0
 
 

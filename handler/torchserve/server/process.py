@@ -111,7 +111,8 @@ class TorchServe:
         command = [os.path.join(sysconfig.get_path("scripts"), "torchserve"), "--start", "--ncs"]
         command += ["--model-store", str(model_store.resolve()), "--models", model]
         with (self.folder / "console.log").open("wb") as console:
-            # In a session of its own: Ctrl-C is for whoever waits here, who then stops the server.
+            # In a process group of its own: Ctrl-C is for whoever waits here, who then stops the server. Not in a
+            # session of its own: Linux shares processors between sessions, and a client's would take half of them.
             subprocess.run(
                 command,
                 cwd=self.folder,
@@ -119,7 +120,7 @@ class TorchServe:
                 stdout=console,
                 stderr=console,
                 check=True,
-                start_new_session=True,
+                preexec_fn=os.setpgrp,
             )
 
     def wait_ready(self, model: str, *, timeout: float, progress: Callable[[float], None] = lambda _: None) -> None:
