@@ -9,11 +9,10 @@ import json
 import numbers
 import operator
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import fields, replace
+from dataclasses import replace
 from itertools import count
 from typing import Any
 
-from llama2.config import EngineConfig
 from llama2.engine.limits import Limits
 from llama2.engine.sampling_params import SamplingParams, with_completion_tokens
 from llama2.engine.sequence import Grammar, Request
@@ -27,28 +26,6 @@ Message = Mapping[str, Any]
 Dialog = Sequence[Message]
 Prompt = str | Sequence[int]
 Parameters = SamplingParams | Sequence[SamplingParams] | None
-
-
-# What others' constructors take, and what it is here.
-_ELSEWHERE = {
-    "model": "is no option: the folder is the first argument, checkpoint_dir",
-    "tensor_parallel_size": "is no option here: start the script under torchrun --nproc_per_node N",
-}
-
-
-def engine_options(options: Mapping[str, Any]) -> EngineConfig:
-    """The keywords of `LLM` that are an engine's options.
-
-    Raises:
-        InvalidValue: one is unknown, or out of range.
-    """
-    of_requests = {field.name for field in fields(SamplingParams)} - {field.name for field in fields(EngineConfig)}
-    for name in options:
-        if name in _ELSEWHERE:
-            raise InvalidValue(name, _ELSEWHERE[name])
-        if name in of_requests:
-            raise InvalidValue(name, f"is no option of an LLM but of a call: generate(…, {name}=…)")
-    return EngineConfig(**first_names(options, EngineConfig, "checkpoint_dir", "dtype", "device", "tokenizer_path"))
 
 
 class ArgumentReader:

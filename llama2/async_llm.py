@@ -17,11 +17,11 @@ from typing import Any
 
 import torch
 
-from llama2.arguments import ArgumentReader, Dialog, Parameters, Prompt, engine_options
-from llama2.engine.loading import load_engine
+from llama2.arguments import Dialog, Parameters, Prompt
 from llama2.engine.sequence import Completion, Output, Request
 from llama2.engine.service_loop import ServiceLoop
 from llama2.llm import completion
+from llama2.opening import open_model
 
 # How long a close may have to wait for the thread that fetches outputs.
 POLL_SECONDS = 0.1
@@ -35,24 +35,20 @@ class AsyncLLM:
 
     def __init__(
         self,
-        checkpoint_dir: Path | str,
+        checkpoint_dir: Path | str | None = None,
         *,
+        model: Path | str | None = None,
         dtype: torch.dtype | str | None = None,
         device: torch.device | str | None = None,
         tokenizer_path: Path | str | None = None,
         **options: Any,
     ) -> None:
         """As `LLM`. Operators of this thread run without OpenMP from now on, which is the engine's."""
-        engine = load_engine(
-            checkpoint_dir,
-            tokenizer_path=tokenizer_path,
-            dtype=dtype,
-            device=device,
-            config=engine_options(options),
+        engine, self._arguments = open_model(
+            checkpoint_dir, model=model, dtype=dtype, device=device, tokenizer_path=tokenizer_path, **options
         )
         self.rank = engine.rank
         self.tokenizer = engine.tokenizer
-        self._arguments = ArgumentReader(engine.tokenizer, engine.limits)
         self._mail = mail = _Mail()
         self._loop: ServiceLoop | None = ServiceLoop(engine, mail.fail)
         # Neither thread knows this object: it is closed when nobody has it any more, too.

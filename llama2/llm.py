@@ -15,11 +15,11 @@ from typing import Any, cast
 
 import torch
 
-from llama2.arguments import ArgumentReader, Dialog, Parameters, Prompt, engine_options
+from llama2.arguments import Dialog, Parameters, Prompt
 from llama2.engine.engine import Engine
-from llama2.engine.loading import load_engine
 from llama2.engine.sequence import Completion, Output, Reply, Request
 from llama2.engine.turns import Gains, Turns
+from llama2.opening import open_model
 from llama2.progress import progress
 
 
@@ -32,28 +32,25 @@ class LLM:
 
     def __init__(
         self,
-        checkpoint_dir: Path | str,
+        checkpoint_dir: Path | str | None = None,
         *,
+        model: Path | str | None = None,
         dtype: torch.dtype | str | None = None,
         device: torch.device | str | None = None,
         tokenizer_path: Path | str | None = None,
         **options: Any,
     ) -> None:
-        """`options` are the fields of `EngineConfig`; see `load_engine` for the rest.
+        """`checkpoint_dir`, or `model`, is the folder that the converter wrote; `options` are the fields of
+        `EngineConfig`; see `load_engine` for the rest.
 
         Raises:
             ValueError: the checkpoint, the tokenizer, the TP degree or an option is wrong.
         """
-        engine = load_engine(
-            checkpoint_dir,
-            tokenizer_path=tokenizer_path,
-            dtype=dtype,
-            device=device,
-            config=engine_options(options),
+        engine, self._arguments = open_model(
+            checkpoint_dir, model=model, dtype=dtype, device=device, tokenizer_path=tokenizer_path, **options
         )
         self.tokenizer = engine.tokenizer
         self._turns = Turns(engine)
-        self._arguments = ArgumentReader(engine.tokenizer, engine.limits)
 
     def generate(
         self,

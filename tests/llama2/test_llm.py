@@ -19,7 +19,7 @@ import pydantic
 import pytest
 import torch
 
-from llama2 import LLM, Completion, SamplingParams
+from llama2 import LLM, AsyncLLM, Completion, SamplingParams
 from tests.support.checkpoints import write_checkpoint
 from tests.support.tokenizers import tiny_sentencepiece
 from tests.support.weights import random_weights, tiny_args
@@ -49,6 +49,16 @@ def test_an_option_of_the_engine_is_a_keyword_and_an_unknown_one_is_refused(fold
         LLM(folder, max_seq_len=0)
     with pytest.raises(ValueError, match="max_sequence_length is an unknown name: did you mean 'max_seq_len'"):
         LLM(folder, max_sequence_length=8)
+
+
+def test_the_folder_has_a_second_name_and_may_not_be_missing(folder: Path) -> None:
+    with LLM(model=folder, max_seq_len=32) as llm:
+        assert llm.generate([[5]], PARAMS)
+    for make in (LLM, AsyncLLM):
+        with pytest.raises(ValueError, match="checkpoint_dir is missing: it is the folder that convert_checkpoints"):
+            make(max_seq_len=32)
+        with pytest.raises(ValueError, match=r"checkpoint_dir '/no/where' does not exist"):
+            make(model="/no/where")
 
 
 def test_text_and_its_ids_are_the_same_prompt(llm: LLM) -> None:
@@ -290,7 +300,8 @@ def test_a_script_runs_unchanged_under_torchrun(folder: Path, tmp_path: Path) ->
     ("option", "message"),
     [
         ({"tensor_parallel_size": 2}, "start the script under torchrun"),
-        ({"model": "x"}, "the folder is the first argument"),
+        ({"model": "x"}, "model is a second name of checkpoint_dir: give one of them"),
+        ({"tokenizer": "x"}, "did you mean 'tokenizer_path'"),
         ({"temperature": 0}, r"is no option of an LLM but of a call: generate\(…, temperature=…\)"),
         ({"dtpye": "bf16"}, "did you mean 'dtype'"),
     ],
