@@ -61,6 +61,10 @@ class ArgumentReader:
     def chats(self, dialogs: Dialog | Sequence[Dialog], *parameters: Any, **options: Any) -> list[Request]:
         """A request for each dialog, or for the one; otherwise as `completions`."""
         items = _items("dialogs", dialogs, "a dialog, which is a list of messages, or a list of dialogs")
+        if not items:  # a dialog without messages, or no dialog: neither has a reply
+            raise InvalidValue(
+                "dialogs", 'must be a dialog, such as [{"role": "user", "content": "Hello"}], or a list of them, got []'
+            )
         if any(isinstance(item, Mapping) for item in items):
             items = [items]
         encoded = [self._dialog_ids(f"dialogs[{index}]", dialog) for index, dialog in enumerate(items)]
@@ -69,11 +73,15 @@ class ArgumentReader:
 
     def one(self, prompt: Any, *parameters: Any, **options: Any) -> Request:
         """The request for one prompt or, where it holds messages, for a dialog; otherwise as `completions`."""
-        is_dialog = not isinstance(prompt, str) and any(
-            isinstance(item, Mapping)
-            for item in _items("prompt", prompt, "a text, a list of token ids or a list of messages")
-        )
-        read = self.chats if is_dialog else self.completions
+        kind = "a text, a list of token ids or a list of messages"
+        items = [] if isinstance(prompt, str) else _items("prompt", prompt, kind)
+        if any(isinstance(item, Sequence) for item in items):
+            raise InvalidValue(
+                "prompt",
+                f"must be one prompt or dialog, got {shown(prompt)}: generate and chat take several at a time, and so "
+                "do the streams of an AsyncLLM",
+            )
+        read = self.chats if any(isinstance(item, Mapping) for item in items) else self.completions
         (request,) = read([prompt], *parameters, **options)
         return request
 

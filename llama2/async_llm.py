@@ -28,7 +28,8 @@ POLL_SECONDS = 0.1
 
 
 class AsyncLLM:
-    """A model and its engine, for coroutines of any event loop. Arguments and results are those of `LLM`.
+    """A model and its engine, for coroutines of any event loop. Arguments and results are those of `LLM`, which
+    alone has progress bars.
 
     Under torchrun every rank makes one, rank 0 makes the calls, and `close` of the others waits for rank 0's.
     """

@@ -58,6 +58,7 @@ class LLM:
         params: Parameters = None,
         *,
         sampling_params: Parameters = None,
+        use_tqdm: bool = True,
         **options: Any,
     ) -> list[Completion]:
         """Continue each prompt, given as text (BOS is added) or as ids (taken as they are), in order.
@@ -66,6 +67,7 @@ class LLM:
             prompts: a list, or one text, which gives a list of one completion.
             params: for all prompts, or one each; `sampling_params` is another name of it. A completion has at most 128
                 tokens if they say nothing else.
+            use_tqdm: whether rank 0 shows a progress bar of the replies, after two seconds.
             options: fields of `SamplingParams`, which win over `params`; and what all replies are held to, one of
                 `json_schema` (a dict, JSON text, or a pydantic model), `regex`, `choice` (a list of texts) and
                 `grammar` (llguidance's Lark syntax). A reply that could not be held to it has the finish_reason
@@ -74,7 +76,7 @@ class LLM:
         Raises:
             ValueError: an argument is wrong, or a prompt is empty or too long; nothing has run then.
         """
-        return self._complete(self._arguments.completions(prompts, params, sampling_params, **options))
+        return self._complete(self._arguments.completions(prompts, params, sampling_params, **options), use_tqdm)
 
     def chat(
         self,
@@ -82,6 +84,7 @@ class LLM:
         params: Parameters = None,
         *,
         sampling_params: Parameters = None,
+        use_tqdm: bool = True,
         **options: Any,
     ) -> list[Completion]:
         """Answer each dialog, a list of {"role", "content"}, in the model's own chat format.
@@ -92,7 +95,7 @@ class LLM:
         Raises:
             ValueError: as `generate`, or roles are out of order, or a message holds a control tag.
         """
-        return self._complete(self._arguments.chats(dialogs, params, sampling_params, **options))
+        return self._complete(self._arguments.chats(dialogs, params, sampling_params, **options), use_tqdm)
 
     def stream(
         self,
@@ -140,12 +143,12 @@ class LLM:
     def _engine(self) -> Engine:
         return self._turns.engine
 
-    def _complete(self, requests: list[Request]) -> list[Completion]:
-        return [completion(*one) for one in zip(requests, self._run(requests), strict=True)]
+    def _complete(self, requests: list[Request], use_tqdm: bool) -> list[Completion]:
+        return [completion(*one) for one in zip(requests, self._run(requests, use_tqdm), strict=True)]
 
-    def _run(self, requests: list[Request]) -> list[list[Output]]:
+    def _run(self, requests: list[Request], use_tqdm: bool = True) -> list[list[Output]]:
         """The outputs of each request."""
-        quiet = self._engine.rank != 0
+        quiet = self._engine.rank != 0 or not use_tqdm
         replies = sum(request.n for request in requests)
         with progress(total=replies, desc="generate", unit="reply", delay=2, disable=quiet) as bar:
             gains = Gains(requests, bar.update)

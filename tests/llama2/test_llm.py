@@ -20,6 +20,7 @@ import pytest
 import torch
 
 from llama2 import LLM, AsyncLLM, Completion, SamplingParams
+from llama2.progress import progress
 from tests.support.checkpoints import write_checkpoint
 from tests.support.tokenizers import tiny_sentencepiece
 from tests.support.weights import random_weights, tiny_args
@@ -116,6 +117,17 @@ def test_an_interrupted_call_leaves_nothing_behind(llm: LLM, monkeypatch: pytest
     assert llm._engine.stats().free_blocks == llm._engine.stats().total_blocks
 
 
+def test_a_progress_bar_counts_the_replies_unless_none_is_wanted(
+    llm: LLM, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("llama2.llm.progress", lambda **settings: progress(**{**settings, "delay": 0}))
+    for use_tqdm in (True, False):
+        llm.generate(["Hello", "you"], PARAMS, use_tqdm=use_tqdm)
+        assert ("2/2" in capsys.readouterr().err) == use_tqdm
+        llm.chat([{"role": "user", "content": "Hello"}], PARAMS, use_tqdm=use_tqdm)
+        assert ("1/1" in capsys.readouterr().err) == use_tqdm
+
+
 def test_one_text_and_one_dialog_may_stand_alone(llm: LLM) -> None:
     dialog = [{"role": "user", "content": "Hello!"}]
     assert llm.generate("Hello", PARAMS) == llm.generate(["Hello"], PARAMS)
@@ -175,9 +187,13 @@ MISTAKES: list[tuple[Callable[[Any], Any], str]] = [
     (lambda llm: llm.generate("a", json_schema={}, regex="a"), "regex cannot be combined with json_schema"),
     (lambda llm: llm.generate("a", regex="a", ignore_eos=True), "ignore_eos cannot be combined with regex"),
     (lambda llm: llm.chat("Hello"), "dialogs must be a dialog, which is a list of messages, or a list of dialogs"),
+    (lambda llm: llm.chat([]), 'dialogs must be a dialog, such as [{"role": "user", "content": "Hello"}], or a list'),
     (lambda llm: llm.chat([[], "a"]), "dialogs[0] "),
     (lambda llm: llm.chat([[{"role": "user", "content": "a"}], [{"role": "usr"}]]), "dialogs[1][0]"),
     (lambda llm: llm.stream(7), "prompt must be a text, a list of token ids or a list of messages, got 7"),
+    (lambda llm: llm.stream(["a", "b"]), "prompt must be one prompt or dialog, got ['a', 'b']: generate and chat take"),
+    (lambda llm: llm.stream([[5], [6]]), "prompt must be one prompt or dialog, got [[5], [6]]: generate and chat take"),
+    (lambda llm: llm.stream([[{"role": "user", "content": "a"}]]), "prompt must be one prompt or dialog, got [[{"),
     (lambda llm: llm.stream([5] * 500), "prompts[0] must have from 1 to 127 tokens, got 500"),
     (lambda llm: llm.generate([[5], []]), "prompts[1] must have from 1 to 127 tokens, got 0"),
     (lambda llm: llm.score([]), "token_ids must have from 1 to 128 tokens, got 0"),
