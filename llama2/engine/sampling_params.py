@@ -7,8 +7,8 @@ from __future__ import annotations
 
 import numbers
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field, replace
-from typing import Any
+from dataclasses import InitVar, dataclass, field, replace
+from typing import TYPE_CHECKING, Any
 
 from llama2.errors import InvalidValue, shown
 from llama2.names import SECOND_NAME, by_name
@@ -55,8 +55,10 @@ class SamplingParams:
     logprobs: int | None = None
     logit_bias: Mapping[int, float] = field(default_factory=dict)
     n: int = 1
+    if TYPE_CHECKING:  # what `by_name` makes the constructor take
+        max_tokens: InitVar[int | None] = None
 
-    def __post_init__(self) -> None:
+    def __post_init__(self, *_: object) -> None:
         plain: dict[str, Any] = {
             "temperature": _number("temperature", self.temperature, low=0.0, high=100.0),
             "top_p": _number("top_p", self.top_p, low=0.0, high=1.0, open_low=True),
