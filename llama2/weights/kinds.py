@@ -18,18 +18,23 @@ _CONVERT = "python convert_checkpoints.py --original_ckpt_dir {} --save_checkpoi
 
 
 def check_source(path: Path) -> None:
-    """Raises ValueError unless `path` looks like something that the converter reads."""
-    if not path.exists():
-        raise ValueError(f"{path} does not exist")
-    if _is_meta(path) or (path / METADATA_FILE).exists() or path.suffix == ".gguf":
+    """Refuse what does not look like something that the converter reads.
+
+    Raises:
+        InvalidValue: it says what `path` is instead.
+    """
+    if _is_meta(path) or (path / METADATA_FILE).exists() or (path.suffix == ".gguf" and path.exists()):
         return
-    if _is_hugging_face(path):
+    if not path.exists():
+        fault = "does not exist"
+    elif _is_hugging_face(path):
         inside = path / "original"
-        hint = f"; its subfolder {inside} is Meta's" if _is_meta(inside) else ""
-        raise ValueError(f"{path} holds {_NOT_YET}{hint}")
-    if path.is_file():
-        raise ValueError(f"{path} is a file; expected Meta's folder, a converted one, or a .gguf file")
-    raise ValueError(f"{path} holds no checkpoint: expected Meta's folder, with params.json and consolidated.00.pth")
+        fault = f"holds {_NOT_YET}" + (f"; its subfolder {inside} is Meta's" if _is_meta(inside) else "")
+    elif path.is_file():
+        fault = "is a file; expected Meta's folder, a converted one, or a .gguf file"
+    else:
+        fault = "holds no checkpoint: expected Meta's folder, with params.json and consolidated.00.pth"
+    raise InvalidValue("--original_ckpt_dir", f"{str(path)!r} {fault}")
 
 
 def check_converted(path: Path | str, field: str = "checkpoint_dir") -> None:

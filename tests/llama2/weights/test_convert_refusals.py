@@ -49,7 +49,7 @@ FAULTS: dict[str, tuple[Callable[[Path], object] | None, list, str]] = {
     "a missing tensor": (lambda d: set_tensor(d, "output.weight", None), [], "tensor 'output.weight' is missing"),
     "no tokenizer": (lambda d: (d / "tokenizer.model").unlink(), [], "tokenizer"),
     "an invalid tokenizer": (lambda d: (d / "tokenizer.model").write_bytes(b"junk"), [], "tokenizer.model"),
-    "no folder": (shutil.rmtree, [], "/source does not exist"),
+    "no folder": (shutil.rmtree, [], "/source' does not exist"),
     "an unknown option": (None, ["--verfy"], "unknown option --verfy: did you mean --verify?"),
     "an argument without an option": (None, ["--verify=True", "here"], "unexpected argument 'here'"),
     "an unknown dtype": (
@@ -103,7 +103,7 @@ def test_a_folder_that_is_not_read_is_named_whatever_else_it_lacks(tmp_path, com
     folder.mkdir(exist_ok=True)
     code, lines = command("--original_ckpt_dir", folder, "--save_checkpoint_dir", tmp_path / "out")
     assert code == 1
-    assert re.match(f"error: {folder} .*{message}", lines[0]), lines
+    assert re.match(f"error: --original_ckpt_dir '{folder}' .*{message}", lines[0]), lines
     with pytest.raises(ValueError, match=rf"{folder}' (is no converted checkpoint|holds weights in Hugging|does not)"):
         LLM(folder)
 
@@ -114,7 +114,9 @@ def test_a_file_that_is_not_read_is_named(tmp_path, command, name):
     code, lines = command("--original_ckpt_dir", tmp_path / name, "--save_checkpoint_dir", tmp_path / "out")
     assert code == 1
     assert re.match(
-        f"error: {tmp_path / name} (holds weights in Hugging|is a file; expected|is not a whole GGUF)", lines[0]
+        f"error: --original_ckpt_dir '{tmp_path / name}' (holds weights in Hugging|is a file; expected)|"
+        f"error: {tmp_path / name} is not a whole GGUF",
+        lines[0],
     )
 
 
@@ -128,7 +130,7 @@ def test_under_torchrun_an_error_is_one_line_of_one_rank(tmp_path, processes):
         [*launch, str(ROOT / "convert_checkpoints.py"), *options],
         cwd=tmp_path, env=environ, capture_output=True, text=True, timeout=100,
     )  # fmt: skip
-    assert done.stderr == "error: Llama-2-7b does not exist\n"
+    assert done.stderr == "error: --original_ckpt_dir 'Llama-2-7b' does not exist\n"
     assert done.returncode not in (0, None)
 
 
