@@ -11,19 +11,18 @@ import re
 import shutil
 import subprocess
 import sys
-import sysconfig
 import tempfile
 from pathlib import Path
 from typing import Any
 
 import fire
 import yaml
-from fire.decorators import SetParseFns
 
 from handler.config import PATH_KEYS
 from handler.torchserve.model_config import read_model_config
+from handler.torchserve.server.programs import find_program
 from llama2.config import ModelArgs
-from llama2.flags import check_flags
+from llama2.flags import as_texts, check_flags
 from llama2.parallel.splits import mesh_shape
 from llama2.text.tokenizer import load_tokenizer
 from llama2.weights.kinds import check_converted
@@ -34,7 +33,6 @@ PACKAGES = (_ROOT / "handler", _ROOT / "llama2")
 SUFFIX = {"no-archive": "", "default": ".mar"}
 
 
-@SetParseFns(checkpoint=str, config=str, model_store=str, model_name=str, version=str, archive_format=str)  # type: ignore[untyped-decorator]
 def build_archive(
     *,
     checkpoint: str | None = None,
@@ -107,7 +105,7 @@ def _run_archiver(scratch: Path, settings: dict[str, Any], model_name: str, vers
     yaml_file = scratch / "model-config.yaml"
     yaml_file.write_text(yaml.safe_dump(settings, sort_keys=False), encoding="utf-8")
     command = [
-        os.path.join(sysconfig.get_path("scripts"), "torch-model-archiver"),
+        find_program("torch-model-archiver"),
         *("--model-name", model_name, "--version", version, "--archive-format", archive_format),
         *(
             "--handler",
@@ -134,7 +132,7 @@ def _next_step(target: Path) -> str:
 def main() -> None:
     try:
         check_flags(sys.argv[1:], build_archive)
-        fire.Fire(build_archive, serialize=_next_step)
+        fire.Fire(build_archive, as_texts(sys.argv[1:]), serialize=_next_step)
     except (ValueError, OSError) as error:
         sys.exit(f"error: {error}")
 

@@ -27,6 +27,7 @@ import psutil
 
 from handler.torchserve.gpu_mask import set_aside
 from handler.torchserve.server.java import find_java_home
+from handler.torchserve.server.programs import find_program
 
 _JAVA_MAIN = "org.pytorch.serve.ModelServer"
 _SETTINGS = Path(__file__).parent
@@ -108,7 +109,7 @@ class TorchServe:
         properties = self.ports.properties((_SETTINGS / "config.properties").read_text(encoding="utf-8"))
         (self.folder / "config.properties").write_text(properties, encoding="utf-8")
         shutil.copy(_SETTINGS / "log4j2.xml", self.folder)
-        command = [os.path.join(sysconfig.get_path("scripts"), "torchserve"), "--start", "--ncs"]
+        command = [find_program("torchserve"), "--start", "--ncs"]
         command += ["--model-store", str(model_store.resolve()), "--models", model]
         with (self.folder / "console.log").open("wb") as console:
             # In a process group of its own: Ctrl-C is for whoever waits here, who then stops the server. Not in a

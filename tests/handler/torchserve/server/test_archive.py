@@ -1,4 +1,5 @@
 import json
+import sysconfig
 import zipfile
 from pathlib import Path
 from typing import Any
@@ -145,3 +146,43 @@ def test_a_flag_that_does_not_exist_is_noticed_before_anything_is_made(
     with pytest.raises(SystemExit, match=r"unknown option --chekpoint: did you mean --checkpoint\?"):
         main()
     assert not store.exists()
+
+
+def test_a_value_on_the_command_line_is_a_text_whatever_it_looks_like(
+    project: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    options = ["--config", str(project / "model-config.yaml"), f"--model_store={project}", "--model_name", "007"]
+    monkeypatch.setattr("sys.argv", ["build_archive.py", *options, "--version", "1.10"])
+    main()
+    manifest = json.loads((project / "007" / "MAR-INF" / "MANIFEST.json").read_text())
+    assert manifest["model"]["modelVersion"] == "1.10"
+    monkeypatch.setattr("sys.argv", ["build_archive.py", "--model_name", "--version", "1.10"])
+    with pytest.raises(SystemExit, match=r"^error: --model_name needs a value$"):
+        main()
+
+
+def test_the_help_has_the_flags_and_nothing_else(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("sys.argv", ["build_archive.py", "--checkpoint", "x", "--help"])
+    with pytest.raises(SystemExit) as end:
+        main()
+    assert end.value.code == 0
+    text = capsys.readouterr().err
+    assert "what convert_checkpoints.py wrote" in text
+    assert "FIRE" not in text
+    assert "GROUP" not in text
+
+
+def test_the_archiver_may_be_anywhere_on_the_path(
+    project: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    beside = Path(sysconfig.get_path("scripts"))
+    elsewhere = tmp_path / "bin"
+    elsewhere.mkdir()
+    monkeypatch.setattr(sysconfig, "get_path", lambda name: "/nowhere")
+    monkeypatch.setenv("PATH", str(elsewhere))
+    with pytest.raises(ValueError, match=r"^torch-model-archiver is neither beside the interpreter nor on PATH: pip"):
+        build(project)
+    (elsewhere / "torch-model-archiver").symlink_to(beside / "torch-model-archiver")
+    assert (build(project) / "llama").is_dir()
