@@ -13,6 +13,8 @@ from pathlib import Path
 
 import torch
 
+from llama2.machine.cgroup import allowed_memory
+
 
 def empty(count: int, *, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
     """`count` uninitialized values; freed with the last tensor that views them."""
@@ -37,11 +39,11 @@ def free_memory(device: torch.device) -> int:
 
 
 def _free_host_memory() -> int:
-    """Bytes available without swapping, page cache included."""
+    """Bytes available without swapping, page cache included: the machine's, or fewer where a container has a limit."""
     if sys.platform.startswith("linux"):
         for line in Path("/proc/meminfo").read_text().splitlines():
             if line.startswith("MemAvailable:"):
-                return int(line.split()[1]) * 1024
+                return min([int(line.split()[1]) * 1024, *allowed_memory()])
     import psutil  # portable; on Linux it reads the same line
 
     return int(psutil.virtual_memory().available)
