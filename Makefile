@@ -51,6 +51,7 @@ chat: $(CHAT)  ## a page in the browser to chat with what `make serve` serves (P
 	@$(BIN)/python -m apps.chat --base_url http://127.0.0.1:$(PORT)/predictions/llama/1.0/v1
 
 $(CHAT): $(READY)
+	@echo "== install what the chat page needs (gradio), this once"
 	@$(INSTALL) --editable '.[chat]'
 	@touch $(CHAT)
 

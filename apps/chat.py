@@ -5,6 +5,7 @@ It is served on this machine only, and neither the page nor its server connects 
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import html
 import os
@@ -189,7 +190,11 @@ def main(*, base_url: str = BASE_URL, api_key: str | None = None, port: int | No
     if api_key is None and urlsplit(base_url).hostname not in ("127.0.0.1", "localhost"):
         sys.exit("error: this machine's key is for this machine's server alone: give the other's with --api_key")
     os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
-    page = build_page(Server(base_url, api_key=api_key and str(api_key), key_file=KEY_FILE))
+
+    def connect() -> Server:
+        return Server(base_url, api_key=api_key and str(api_key), key_file=KEY_FILE)
+
+    page = build_page(connect())
     try:
         page.launch(
             server_name="127.0.0.1",
@@ -208,7 +213,18 @@ def main(*, base_url: str = BASE_URL, api_key: str | None = None, port: int | No
     except OSError:
         sys.exit("error: another program has the page's port: choose one with --port")
     print(f"The page is at {page.local_url} and talks with {base_url}\nTo end it: Ctrl-C", flush=True)
-    page.block_thread()
+    with contextlib.suppress(KeyboardInterrupt):
+        # With a client of its own: one that was used in this event loop cannot be used in the page's.
+        asyncio.run(warn(connect()))
+        page.block_thread()
+
+
+async def warn(server: Server) -> None:
+    """Say at the terminal, too, why the page would get no answer now."""
+    try:
+        await server.model()
+    except Exception as error:
+        print(f"warning: {server.explain(error)}", flush=True)
 
 
 def build_theme() -> gradio.themes.Base:

@@ -41,8 +41,9 @@ def serve(*, tp: int | None = None, port: int = 8080) -> None:
         tp: ranks; by default 2, or as many GPUs as there are up to 2. On GPUs where each rank has one, else on the CPU.
         port: of the inference API; the management, metrics and gRPC APIs have the next four.
     """
-    _check("TP", tp, 1, 1024)
-    _check("PORT", port, 2048, 65531)
+    if tp is not None and (type(tp) is not int or not 1 <= tp <= 1024):
+        raise ServerError(f"TP must be a whole number from 1 to 1024, got {tp!r}")
+    server = TorchServe(folder=BUILD / "server", ports=Ports.counted_from(port))
     meta, converted, store = BUILD / "smollm2-meta", BUILD / "converted_checkpoints", BUILD / "model_store"
     if not (meta / "params.json").exists():
         _run("write SmolLM2-135M-Instruct as Meta would, in 3 shards", "-m", "scripts.smollm2",
@@ -53,7 +54,6 @@ def serve(*, tp: int | None = None, port: int = 8080) -> None:
              "--original_ckpt_dir", meta, "--tokenizer_path", meta,
              "--model_parallel_size", SHARDS, "--save_checkpoint_dir", converted)  # fmt: skip
     config = _write_config(tp, converted)
-    server = TorchServe(folder=BUILD / "server", ports=Ports.counted_from(port))
     state_file, state = BUILD / "server" / "serving", _fingerprint(config, port)
     if server.running and state_file.exists() and state_file.read_text() == state:
         print("== the server runs already, with these settings")
@@ -68,6 +68,7 @@ def serve(*, tp: int | None = None, port: int = 8080) -> None:
         server.start(model_store=store, model=MODEL)
         state_file.write_text(state)
     wait(server, MODEL, timeout=READY_SECONDS)
+    print(f"\n$ KEY={server.key('inference')}")
     for file in ("sample_text.txt", "dialogs.txt"):
         _curl(server, file)
     print(f"\nThe server goes on running; its logs are in {BUILD.relative_to(ROOT)}/server/logs. To stop it: make stop")
@@ -77,11 +78,6 @@ def stop() -> None:
     """Stop the server that `serve` started, and no other."""
     stopped = TorchServe(folder=BUILD / "server", ports=Ports()).stop()
     print("the server has stopped" if stopped else "no server of this folder is running")
-
-
-def _check(name: str, value: object, low: int, high: int) -> None:
-    if value is not None and (type(value) is not int or not low <= value <= high):
-        raise ServerError(f"{name} must be a whole number from {low} to {high}, got {value!r}")
 
 
 def _run(what: str, *arguments: object) -> None:
@@ -143,16 +139,18 @@ def _fingerprint(config: Path, port: int) -> str:
 
 
 def _curl(server: TorchServe, file: str) -> None:
-    """Show the command that a user would type, run it, and show the reply."""
-    url, key = f"http://127.0.0.1:{server.ports.inference}/predictions/{MODEL}", server.key("inference")
-    command = ["curl", "-sS", url, "-H", f"Authorization: Bearer {key}", "-T", file]
-    print(f"\n$ {shlex.join(command)}", flush=True)
+    """Show the command that a user would type, do what it does, and show the reply."""
+    url = f"http://127.0.0.1:{server.ports.inference}/predictions/{MODEL}"
+    command = f'curl -sS {url} -H "Authorization: Bearer $KEY" -T {file}'
+    print(f"\n$ {command}", flush=True)
+    key = server.key("inference")
     if shutil.which("curl"):
-        reply = subprocess.run(command, cwd=ROOT, capture_output=True, check=True).stdout
+        environ = {**os.environ, "KEY": key}
+        reply = subprocess.run(command, cwd=ROOT, env=environ, shell=True, capture_output=True, check=True).stdout
     else:
-        request = urllib.request.Request(
-            url, (ROOT / file).read_bytes(), {"Authorization": f"Bearer {key}"}, method="PUT"
-        )
+        # Without a type, urllib would say that it is a form, of which TorchServe hands on no body.
+        headers = {"Authorization": f"Bearer {key}", "Content-Type": "application/octet-stream"}
+        request = urllib.request.Request(url, (ROOT / file).read_bytes(), headers, method="PUT")
         with urllib.request.urlopen(request) as response:
             reply = response.read()
     print(json.dumps(json.loads(reply), indent=2, ensure_ascii=False))

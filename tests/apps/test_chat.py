@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import re
 import socket
+import subprocess
+import sys
 import time
 
 import pytest
 
 from tests.apps.conftest import Page, chatting, wait_for
 from tests.e2e.conftest import Served
+from tests.handler.support import ROOT
 
 pytestmark = pytest.mark.clients
 
@@ -175,12 +178,26 @@ def test_a_refused_request_shows_the_servers_words(page: Page, chat_url: str) ->
     counts(page.ask("Hello"))  # what got no answer is not part of the next prompt
 
 
-def test_a_server_that_is_down_gets_a_plain_message(page: Page) -> None:
+@pytest.fixture
+def nobody() -> str:
+    """An address at which no server answers."""
     with socket.create_server(("127.0.0.1", 0)) as probe:
-        port = probe.getsockname()[1]
-    with chatting(f"http://127.0.0.1:{port}/v1", "--api_key", "key") as url:
+        return f"http://127.0.0.1:{probe.getsockname()[1]}"
+
+
+def test_a_server_that_is_down_is_said_at_the_terminal(nobody: str) -> None:
+    command = [sys.executable, "-m", "apps.chat", "--base_url", f"{nobody}/v1", "--api_key", "key"]
+    with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        warning = next(line for line in process.stdout if line.startswith("warning: "))
+        process.terminate()
+    assert warning == f"warning: No server answers at {nobody}. Start one with “make serve”, then try again.\n"
+
+
+def test_a_server_that_is_down_gets_a_plain_message(page: Page, nobody: str) -> None:
+    with chatting(f"{nobody}/v1", "--api_key", "key") as url:
         page.open(url)
-        words = f"No server answers at http://127.0.0.1:{port}. Start one with “make serve”, then try again."
+        words = f"No server answers at {nobody}. Start one with “make serve”, then try again."
         assert words in page.greeting
         wait_for(lambda: "".join(page.texts("#model")).strip() == "not connected", "the line above")
         assert page.ask("Hello") == words

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-import subprocess
+import shutil
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -12,19 +12,24 @@ from typing import Any
 import httpx
 import pytest
 
+from scripts.serve import _curl
 from tests.e2e.conftest import FOREVER, PROMPT, Served, serving, wait_until
-from tests.handler.support import ROOT, settings
+from tests.handler.support import settings
 
 pytestmark = pytest.mark.integration
 
 
+@pytest.mark.parametrize("has_curl", [True, False])
 @pytest.mark.parametrize("file", ["sample_text.txt", "dialogs.txt"])
-def test_the_shipped_files_are_answered_through_curl(served: Served, file: str) -> None:
-    header = f"Authorization: Bearer {served.server.key('inference')}"
-    done = subprocess.run(
-        ["curl", "-sS", served.url, "-H", header, "-T", file], cwd=ROOT, capture_output=True, check=True
-    )
-    reply = json.loads(done.stdout)
+def test_make_serve_asks_the_shipped_files_with_or_without_curl(
+    served: Served, file: str, has_curl: bool, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    if not has_curl:
+        monkeypatch.setattr(shutil, "which", lambda _: None)
+    _curl(served.server, file)
+    command, _, text = capsys.readouterr().out.strip().partition("\n")
+    assert command == f'$ curl -sS {served.url} -H "Authorization: Bearer $KEY" -T {file}'
+    reply = json.loads(text)
     chat = file == "dialogs.txt"
     text = reply["generation"]["content"] if chat else reply["generation"]
     assert len(text.split()) > 10

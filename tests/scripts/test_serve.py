@@ -106,7 +106,8 @@ def test_a_running_server_is_not_kept_after_an_edit_of_what_is_in_its_archive(
     [
         (["--tp", "x"], "TP must be a whole number from 1 to 1024, got 'x'"),
         (["--tp", "0"], "TP must be a whole number from 1 to 1024, got 0"),
-        (["--port", "99999"], "PORT must be a whole number from 2048 to 65531, got 99999"),
+        (["--port", "1023"], "the port must be a whole number from 1024 to 65531, got 1023"),
+        (["--port", "99999"], "the port must be a whole number from 1024 to 65531, got 99999"),
     ],
 )
 def test_a_wrong_argument_is_refused_before_anything_is_done(arguments: list[str], message: str, build: Path) -> None:

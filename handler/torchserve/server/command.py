@@ -36,8 +36,6 @@ def serve(*, config: str | None = None, checkpoint: str | None = None, port: int
         port: of the inference API; the management, metrics and two gRPC ports are the next four.
         stop: instead of all this, stop a server of that port that was left behind when this command was killed.
     """
-    if type(port) is not int or not 1024 <= port <= 65531:
-        raise ValueError(f"--port must be a whole number from 1024 to 65531, got {port!r}")
     if not isinstance(stop, bool):
         raise ValueError(f"--stop is a switch and takes no value, got {stop!r}")
     folder = Path.cwd() / f"llama2-serve-{port}"
@@ -99,10 +97,10 @@ def wait(server: TorchServe, model: str, *, timeout: float) -> None:
 
 
 def _show(server: TorchServe) -> None:
-    url, key = f"http://127.0.0.1:{server.ports.inference}/predictions/{MODEL}", server.key("inference")
+    url = f"http://127.0.0.1:{server.ports.inference}/predictions/{MODEL}"
     print(
         f"""
-    KEY={key}
+    KEY={server.key("inference")}
     curl {url} -H "Authorization: Bearer $KEY" -H 'Content-Type: application/json' \\
         -d '{{"prompt": "The capital of France is", "max_new_tokens": 20}}'
 

@@ -52,7 +52,13 @@ class Ports:
 
     @classmethod
     def counted_from(cls, port: int) -> Ports:
-        """`port` for inference, and the four that follow."""
+        """`port` for inference, and the four that follow.
+
+        Raises:
+            ValueError: it is not a number, one of the five does not exist, or root alone may open it.
+        """
+        if type(port) is not int or not 1024 <= port <= 65531:
+            raise ValueError(f"the port must be a whole number from 1024 to 65531, got {port!r}")
         return cls.listed(range(port, port + 5))
 
     @classmethod

@@ -32,9 +32,9 @@ from tests.support.weights import meta_folder, random_weights, tiny_args
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"port": 80}, "--port must be a whole number from 1024 to 65531, got 80"),
-        ({"port": 65532}, "--port must be a whole number"),
-        ({"port": "x"}, "--port must be a whole number"),
+        ({"port": 80}, "the port must be a whole number from 1024 to 65531, got 80"),
+        ({"port": 65532}, "the port must be a whole number"),
+        ({"port": "x"}, "the port must be a whole number"),
         ({"stop": 3}, "--stop is a switch"),
         ({"config": "nowhere.yaml"}, "nowhere.yaml cannot be read"),
         ({}, "--checkpoint 'converted_checkpoints' does not exist"),
