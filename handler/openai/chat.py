@@ -13,21 +13,11 @@ from pydantic import Field
 from handler.call import Format, Progress
 from handler.openai.constraints import Calls
 from handler.openai.fields import only, parse
+from handler.openai.functions import ToolChoice, Tools, choose, typed_tools
 from handler.openai.generation import ChoicesBody, Generation, Model
 from handler.openai.inspector import Inspector, inspected
 from handler.openai.logprobs import chat_logprobs
-from handler.openai.messages import (
-    AUDIO,
-    FUNCTIONS,
-    Messages,
-    NamedTool,
-    ReasoningEffort,
-    TemplateKwargs,
-    ToolChoice,
-    Tools,
-    forced_tools,
-    typed_tools,
-)
+from handler.openai.messages import AUDIO, FUNCTIONS, Messages, ReasoningEffort, TemplateKwargs
 from handler.openai.replies import ChoicesFormat
 from llama2.engine.sampling_params import MAX_INT, MAX_LOGPROBS
 from llama2.engine.sequence import Output, Request, TokenLogprobs
@@ -80,16 +70,11 @@ def read(model: Model, raw: Any) -> Format:
     body = parse(ChatBody, raw)
     if body.top_logprobs is not None and not body.logprobs:
         raise InvalidValue("top_logprobs", "needs logprobs to be true")
-    tools = typed_tools(body.tools)
-    is_name = isinstance(body.tool_choice, NamedTool)
-    choice = body.tool_choice.function.name if isinstance(body.tool_choice, NamedTool) else body.tool_choice
-    forced = forced_tools(tools, choice, is_name=is_name)
-    offered = [] if body.tool_choice == "none" else [*tools.values()]
-    calls = Calls(tools=forced or offered, forced=bool(forced), several=body.parallel_tool_calls)
+    tools, calls = choose(typed_tools(body.tools), body.tool_choice, several=body.parallel_tool_calls)
     messages = [message.typed() for message in body.messages]
     encoded = model.prompts.chat(
         messages,
-        offered,
+        tools,
         template_kwargs=body.template_kwargs,
         special_tags="encode" if body.dry_run else None,
         is_cut=body.is_cut,
@@ -105,7 +90,7 @@ def read(model: Model, raw: Any) -> Format:
         stream_options=body.options(),
     )
     if body.dry_run:
-        report = Inspector(model).dialog(generation.prompts[0], encoded, messages, offered, body.template_kwargs)
+        report = Inspector(model).dialog(generation.prompts[0], encoded, messages, tools, body.template_kwargs)
         return inspected(generation.model, [report])
     return ChatFormat(model, generation, body, calls)
 

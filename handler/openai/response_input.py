@@ -1,4 +1,4 @@
-"""Owns the shape of the input and the tools of a response, and their way to what a dialog is below the server.
+"""Owns the shape of the input of a response, and its way to what a dialog is below the server.
 
 Knows no chat format and no reply.
 """
@@ -7,40 +7,29 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import Discriminator, Field, Json, Tag
+from pydantic import Discriminator, Field, Tag
 
-from handler.openai.fields import Body, Name, by_kind, only
-from handler.openai.messages import AUDIO, MAX_TOOLS, Parameters, unique
+from handler.openai.fields import Body, by_kind, only
+from handler.openai.functions import Arguments
+from handler.openai.messages import AUDIO, Content, TextPart, joined, typed_role
 from llama2.text import dialog
 
 _STATUS = Literal["in_progress", "completed", "incomplete"]
 _STORED = "nothing is stored here: send the items themselves"
 
 
-class TextPart(Body):
+class ItemPart(TextPart):
     """Of an input, or of an output that comes back."""
 
     type: Annotated[Any, only("input_text", "output_text", "text", why=AUDIO)]
-    text: str
     annotations: list[Any] = Field(default_factory=list)
     logprobs: list[Any] = Field(default_factory=list)
 
 
-Text = Annotated[
-    Annotated[str, Tag("text")] | Annotated[list[TextPart], Tag("objects")], by_kind("a string or a list of text parts")
-]
-
-
-def _joined(text: str | list[TextPart]) -> str:
-    return text if isinstance(text, str) else "".join(part.text for part in text)
-
-
 class MessageItem(Body):
-    """A developer is what models know as system."""
-
     type: Literal["message"] = "message"
     role: Literal["user", "assistant", "system", "developer"]
-    content: Text
+    content: Content[ItemPart]
     id: str | None = None
     status: _STATUS | None = None
     phase: str | None = None
@@ -50,7 +39,7 @@ class CallItem(Body):
     type: Literal["function_call"]
     call_id: str
     name: str
-    arguments: Json[dict[str, Any]]
+    arguments: Arguments
     id: str | None = None
     status: _STATUS | None = None
 
@@ -58,7 +47,7 @@ class CallItem(Body):
 class CallOutputItem(Body):
     type: Literal["function_call_output"]
     call_id: str
-    output: Text
+    output: Content[ItemPart]
     id: str | None = None
     status: _STATUS | None = None
 
@@ -105,49 +94,11 @@ def read_messages(instructions: str | None, given: str | list[Item]) -> list[dia
             continue
         end_turn()
         if isinstance(item, CallOutputItem):
-            messages.append(dialog.Message(role="tool", content=_joined(item.output), tool_call_id=item.call_id))
+            messages.append(dialog.Message(role="tool", content=joined(item.output), tool_call_id=item.call_id))
         elif isinstance(item, MessageItem):
             if item.role == "assistant":
-                turn = (_joined(item.content), [])
+                turn = (joined(item.content), [])
             else:
-                role = "user" if item.role == "user" else "system"
-                messages.append(dialog.Message(role=role, content=_joined(item.content)))
+                messages.append(dialog.Message(role=typed_role(item.role), content=joined(item.content)))
     end_turn()
     return messages
-
-
-class FunctionTool(Body):
-    """Strict, if it does not say otherwise."""
-
-    type: Annotated[Any, only("function", why="this server has no tools of its own")]
-    name: Name
-    description: str = ""
-    parameters: Parameters = Field(default_factory=dict)
-    strict: bool = True
-
-    def typed(self) -> dialog.Tool:
-        parameters = {"type": "object", "properties": {}} | self.parameters
-        return dialog.Tool(name=self.name, description=self.description, parameters=parameters, strict=self.strict)
-
-
-FunctionTools = Annotated[list[FunctionTool], Field(max_length=MAX_TOOLS)]
-
-
-class NamedFunction(Body):
-    type: Literal["function"]
-    name: str
-
-
-FunctionChoice = Annotated[
-    Annotated[Literal["none", "auto", "required"], Tag("text")] | Annotated[NamedFunction, Tag("object")],
-    by_kind("'none', 'auto', 'required' or a function's name"),
-]
-
-
-def typed_functions(tools: FunctionTools) -> dict[str, dialog.Tool]:
-    """By name.
-
-    Raises:
-        InvalidValue: two have the same name.
-    """
-    return unique([tool.typed() for tool in tools], "tools[{}].name")

@@ -13,10 +13,11 @@ from pydantic import Field
 from handler.call import Format
 from handler.openai.constraints import Calls, Grammars, JsonObjectFormat, TextFormat, format_maker, only_maker
 from handler.openai.fields import Body, Name, only, parse
+from handler.openai.functions import FunctionChoice, FunctionTools, choose, typed_functions
 from handler.openai.generation import CommonFields, Model
-from handler.openai.messages import ReasoningEffort, TemplateKwargs, forced_tools
+from handler.openai.messages import ReasoningEffort, TemplateKwargs
 from handler.openai.response_events import ResponseFormat
-from handler.openai.response_input import FunctionChoice, FunctionTools, Input, read_messages, typed_functions
+from handler.openai.response_input import Input, read_messages
 from llama2.engine.sampling_params import MAX_INT, MAX_LOGPROBS
 from llama2.engine.sequence import Grammar
 
@@ -106,14 +107,10 @@ def read(model: Model, raw: Any) -> Format:
         InvalidValue, RequestError: a field is wrong.
     """
     body = parse(ResponseBody, raw)
-    tools = typed_functions(body.tools)
-    choice = body.tool_choice if isinstance(body.tool_choice, str) else body.tool_choice.name
-    forced = forced_tools(tools, choice, is_name=not isinstance(body.tool_choice, str))
-    offered = [] if choice == "none" and not forced else [*tools.values()]
-    calls = Calls(tools=forced or offered, forced=bool(forced), several=body.parallel_tool_calls)
+    tools, calls = choose(typed_functions(body.tools), body.tool_choice, several=body.parallel_tool_calls)
     encoded = model.prompts.chat(
         read_messages(body.instructions, body.input),
-        offered,
+        tools,
         place="input",
         template_kwargs=body.template_kwargs,
         is_cut=body.is_cut,

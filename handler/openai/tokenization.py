@@ -11,9 +11,10 @@ from pydantic import Field
 
 from handler.call import Format
 from handler.openai.fields import Body, TokenId, only, parse
+from handler.openai.functions import Tools, typed_tools
 from handler.openai.generation import Model
 from handler.openai.inspector import Inspector
-from handler.openai.messages import Messages, TemplateKwargs, Tools, typed_tools
+from handler.openai.messages import Messages, TemplateKwargs
 from handler.openai.replies import Immediate
 from handler.prompt import Prompt
 from llama2.errors import InvalidValue
@@ -49,7 +50,7 @@ def tokenize(model: Model, raw: Any) -> Format:
     if body.messages is not None and body.prompt is None:
         if body.add_special_tokens:
             raise InvalidValue("add_special_tokens", "must be false with messages: the chat format has its own")
-        messages, tools = [one.typed() for one in body.messages], [*typed_tools(body.tools).values()]
+        messages, tools = [one.typed() for one in body.messages], typed_tools(body.tools)
         kwargs = body.chat_template_kwargs
         encoded = model.prompts.chat(messages, tools, template_kwargs=kwargs, special_tags="encode")
         prompt = Prompt(ids=tuple(encoded.ids))
