@@ -6,8 +6,10 @@ Knows no API and no field: who refuses says which one is to blame.
 from __future__ import annotations
 
 import json
+from collections.abc import Collection
 
 from llama2.errors import InvalidValue
+from llama2.names import OF_A_BODY, nearest
 
 _KINDS = {401: "authentication_error", 429: "rate_limit_error"}
 
@@ -34,3 +36,8 @@ class RequestError(ValueError):
         error = {"message": str(self), "type": kind, "param": self.param, "code": self.code or self.status}
         text = json.dumps({"error": error}, ensure_ascii=False) + "\n"
         return text.encode(errors="replace").decode()  # a field's name can hold what UTF-8 cannot say
+
+
+def unknown_field(name: str, known: Collection[str]) -> InvalidValue:
+    """The refusal of a field of a body that has the fields `known`."""
+    return InvalidValue(name, f"is an unknown field: {nearest(name, known, likeness=OF_A_BODY)}")

@@ -1,7 +1,7 @@
 """Owns the project's own API: `{"prompt": …}` and `{"dialog": […]}` bodies to engine requests, and results to replies.
 
 A body holds `prompt` (a string, or a list of them) or `dialog` (a list of {"role", "content"} messages, or a list of
-such lists); any field of SamplingParams; and `mode`, `stream`. The reply to one of them is
+such lists); any field of SamplingParams but `n` and `logit_bias`; and `mode`, `stream`. The reply to one of them is
 
     {"generation": "…", "finish_reason": "stop" | "length", "usage": {"prompt_tokens": 5, "completion_tokens": 50}}
 
@@ -26,18 +26,29 @@ from typing import Any, Literal, get_args
 
 from handler.call import Progress
 from handler.config import HandlerConfig, Mode
-from handler.errors import RequestError
-from handler.prompt import Prompt, check_length, fit
+from handler.errors import RequestError, unknown_field
+from handler.prompt import Prompt, check_length, encode_text, fit
 from llama2.engine.sampling_params import SamplingParams, with_completion_tokens
 from llama2.engine.sequence import Output, Request, TokenLogprobs
 from llama2.errors import InvalidValue, shown
-from llama2.names import OF_A_BODY, nearest
 from llama2.text.chat import encode_dialog
 from llama2.text.tokenizer import Tokenizer
 
 MAX_PROMPTS = 64
-_SAMPLING_FIELDS = {field.name for field in dataclasses.fields(SamplingParams)} - {"n"}
+_SAMPLING_FIELDS = {field.name for field in dataclasses.fields(SamplingParams)} - {"n", "logit_bias"}
 _FIELDS = _SAMPLING_FIELDS | {"prompt", "dialog", "mode", "stream"}
+# What only OpenAI's API has, by the names that users know, and as it is written there.
+_OPENAI_FIELDS = {
+    "messages": '"messages": [{"role": "user", "content": "Hi"}]',
+    "tools": '"tools": [{"type": "function", "function": {"name": "add"}}]',
+    "response_format": '"response_format": {"type": "json_object"}',
+    "json_schema": '"guided_json": {"type": "object"}',
+    "regex": '"guided_regex": "[0-9]+"',
+    "choice": '"guided_choice": ["yes", "no"]',
+    "n": '"n": 2',
+    "logit_bias": '"logit_bias": {"42": -100}',
+    "model": '"model": "llama"',
+}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -123,8 +134,15 @@ class NativeApi:
             RequestError: a prompt is too long.
         """
         fields = {"prompt": body} if isinstance(body, str) else body
-        for name in fields.keys() - _FIELDS:
-            raise InvalidValue(name, f"is an unknown field: {nearest(name, _FIELDS, likeness=OF_A_BODY)}")
+        for name, example in _OPENAI_FIELDS.items():
+            if name in fields:
+                is_chat = name in ("messages", "tools") or "prompt" not in fields
+                path = "chat/completions" if is_chat else "completions"
+                place = f"/predictions/llama/1.0/v1/{path}"
+                raise InvalidValue(name, f"belongs to the OpenAI-compatible API, at {place}, as {example}")
+        for name in fields:
+            if name not in _FIELDS:
+                raise unknown_field(name, _FIELDS)
         if ("prompt" in fields) == ("dialog" in fields):
             raise InvalidValue("prompt", "or dialog must be in the body, and not both")
         shape: Literal["prompt", "dialog"] = "dialog" if "dialog" in fields else "prompt"
@@ -151,29 +169,20 @@ class NativeApi:
 
     def _params(self, fields: Mapping[str, Any]) -> SamplingParams:
         changes = {name: value for name, value in fields.items() if name in _SAMPLING_FIELDS}
-        if isinstance(changes.get("stop"), str):
-            changes["stop"] = [changes["stop"]]
-        for name, allowed in (("stop", "a string or a list of strings"), ("stop_token_ids", "a list of token ids")):
-            if name in changes:
-                if not isinstance(changes[name], list):
-                    raise InvalidValue(name, f"must be {allowed}, got {shown(changes[name])}")
-                changes[name] = tuple(changes[name])
         return dataclasses.replace(self._config.sampling, **changes)
 
     def _encode(self, place: str, item: Any, mode: Mode) -> list[int]:
         """A dialog is a chat. A prompt is what `mode` says: a text to go on with, or a user's one message."""
-        check = functools.partial(check_length, place=place, config=self._config)
+        if mode == "text_completion":
+            return encode_text(item, place=place, config=self._config, tokenizer=self._tokenizer)
+        dialog = [{"role": "user", "content": item}] if isinstance(item, str) else item
         try:
-            if mode == "text_completion":
-                check(self._tokenizer.fewest_tokens(item))
-                return self._tokenizer.encode_prompt(item)
-            dialog = [{"role": "user", "content": item}] if isinstance(item, str) else item
             return encode_dialog(
                 self._tokenizer,
                 dialog,
                 special_tags=self._config.special_tags,
                 dialog_turns=self._config.dialog_turns,
-                check_length=check,
+                check_length=functools.partial(check_length, place=place, config=self._config),
             )
         except RequestError:
             raise

@@ -1,6 +1,6 @@
 """Owns what happens to a prompt that is longer than the server takes: it is refused, or cut at its left end.
 
-Knows no text: ids in, ids out.
+Knows no dialog: what becomes of one is the chat format's.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from handler.config import HandlerConfig
 from handler.errors import RequestError
 from llama2.errors import InvalidValue
+from llama2.text.tokenizer import Tokenizer
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -33,6 +34,32 @@ def check_length(least: int, *, place: str, config: HandlerConfig) -> None:
     """
     if config.truncation == "error" and least > config.max_input_tokens:
         raise _too_long(place, f"at least {least}", config)
+
+
+def encode_text(
+    text: str,
+    *,
+    place: str,
+    config: HandlerConfig,
+    tokenizer: Tokenizer,
+    with_bos: bool = True,
+    is_cut: bool = False,
+) -> list[int]:
+    """The ids of a text that is gone on with, behind a BOS where the model was trained with one. `is_cut`: no length is
+    too long.
+
+    Raises:
+        InvalidValue: it is not valid Unicode; `place` is the field that it came in.
+        RequestError: it is too long, whatever its tokens are.
+    """
+    try:
+        if not is_cut:
+            check_length(tokenizer.fewest_tokens(text), place=place, config=config)
+        return tokenizer.encode_prompt(text) if with_bos else tokenizer.encode(text)
+    except RequestError:
+        raise
+    except ValueError as error:
+        raise InvalidValue(place, f"cannot be encoded: {error}") from None
 
 
 def fit(

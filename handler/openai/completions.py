@@ -17,7 +17,6 @@ from handler.openai.generation import MAX_N, ChoicesBody, Generation, Model
 from handler.openai.inspector import Inspector, inspected
 from handler.openai.logprobs import CompletionLogprobs
 from handler.openai.replies import ChoicesFormat
-from llama2.engine.sampling_params import MAX_LOGPROBS
 from llama2.engine.sequence import Output, Request, TokenLogprobs
 from llama2.errors import InvalidValue
 
@@ -38,7 +37,7 @@ class CompletionBody(ChoicesBody):
     prompt: Prompts
     best_of: Annotated[int, Field(ge=1, le=MAX_N)] | None = None
     echo: bool = False
-    logprobs: Annotated[int, Field(ge=0, le=MAX_LOGPROBS)] | None = None
+    logprobs: Any = None  # checked by `SamplingParams`
     suffix: Annotated[Any, only(why="this model was not trained to fill a gap")] = None
 
 
@@ -63,7 +62,7 @@ def read(model: Model, raw: Any) -> Format:
         n=sampled,
         max_tokens=body.max_tokens,
         default_max_tokens=DEFAULT_MAX_TOKENS,
-        logprobs=body.logprobs if sampled == body.n else body.logprobs or 0,
+        logprobs=0 if body.logprobs is None and sampled > body.n else body.logprobs,
         user=body.user,
         make_grammar=body.grammar_maker(model.grammars, calls=Calls(), never_ends=body.never_ends),
         stream_options=body.options(),

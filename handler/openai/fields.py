@@ -11,10 +11,9 @@ from typing import Annotated, Any, TypeVar
 from pydantic import AfterValidator, BaseModel, ConfigDict, Discriminator, Field, ValidationError, model_validator
 from pydantic_core import ErrorDetails, PydanticCustomError
 
-from handler.errors import RequestError
+from handler.errors import RequestError, unknown_field
 from llama2.engine.sampling_params import MAX_INT
 from llama2.errors import shown
-from llama2.names import OF_A_BODY, nearest
 
 # What each of pydantic's kinds of error, and of ours, is called by OpenAI.
 _CODES = {
@@ -110,8 +109,7 @@ def _refusal(error: ErrorDetails, kind: type[Body], body: Mapping[str, Any]) -> 
     code = _CODES.get(error["type"], "invalid_value")
     if code == "unknown_parameter":
         known = {field.alias or name for name, field in kind.model_fields.items()}
-        hint = nearest(path, known, likeness=OF_A_BODY) if path in body else "it has no place there"
-        message = f"unknown field {path!r}: {hint}"
+        message = str(unknown_field(path, known)) if path in body else f"{path} is an unknown field"
     elif code == "missing_required_parameter":
         message = f"{path} is missing"
     elif code == "unsupported_parameter":

@@ -5,7 +5,7 @@ Knows no endpoint's own fields and no reply.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Annotated, Any
@@ -20,6 +20,7 @@ from handler.openai.logprobs import TokenNames
 from handler.openai.prompts import Encoded, PromptReader
 from handler.openai.sampling import SamplingFields
 from handler.prompt import Prompt
+from llama2.engine.limits import check_ids
 from llama2.engine.sampling_params import MAX_INT, SamplingParams
 from llama2.engine.sequence import Grammar
 from llama2.errors import InvalidValue
@@ -150,11 +151,12 @@ class Model:
             raise InvalidValue("n", f"must be at most {self.config.engine.max_batch_size} on this server, got {n}")
         if n * len(encoded) > MAX_REPLIES:
             raise InvalidValue("prompt", f"asks for {n * len(encoded)} replies, but one call may have {MAX_REPLIES}")
-        for one in encoded:
-            self._check_ids(one.place, one.ids)
-        self._check_ids("stop_token_ids", body.stop_token_ids)
-        self._check_ids("logit_bias", body.biases)
         max_new_tokens = default_max_tokens if max_tokens is None else max(max_tokens, 1)
+        params = body.sampling_params(max_new_tokens=max_new_tokens, logprobs=logprobs, n=n)
+        for one in encoded:
+            check_ids(one.place, one.ids, self.vocab_size)
+        check_ids("stop_token_ids", params.stop_token_ids, self.vocab_size)
+        check_ids("logit_bias", params.logit_bias, self.vocab_size)
         return Generation(
             model=name,
             system_fingerprint=self.served.system_fingerprint,
@@ -167,14 +169,10 @@ class Model:
                 )
                 for one in encoded
             ),
-            params=body.sampling_params(max_new_tokens=max_new_tokens, logprobs=logprobs, n=n),
+            params=params,
             n=n,
             make_grammar=make_grammar,
             user=user,
             stream=body.stream,
             stream_options=stream_options or StreamOptions(),
         )
-
-    def _check_ids(self, field: str, ids: Iterable[int]) -> None:
-        if (largest := max(ids, default=0)) >= self.vocab_size:
-            raise InvalidValue(field, f"must hold token ids below {self.vocab_size}, got {largest}")

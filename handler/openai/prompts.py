@@ -12,7 +12,7 @@ from typing import Any, cast
 
 from handler.config import HandlerConfig
 from handler.errors import RequestError
-from handler.prompt import Prompt, check_length, cut_left, fit
+from handler.prompt import Prompt, check_length, cut_left, encode_text, fit
 from llama2.errors import InvalidValue
 from llama2.text.chat import SpecialTags, encode_messages
 from llama2.text.dialog import Message, Tool
@@ -43,8 +43,8 @@ class PromptReader:
         """Texts get a BOS where the model was trained with one; ids are taken as they are.
 
         Raises:
-            InvalidValue: there is no prompt.
-            RequestError: a text is not valid Unicode, or too long whatever its tokens are.
+            InvalidValue: there is no prompt, or a text is not valid Unicode.
+            RequestError: a text is too long, whatever its tokens are.
         """
         if not prompt and isinstance(prompt, list):
             raise InvalidValue("prompt", "must not be empty")
@@ -60,14 +60,9 @@ class PromptReader:
         ]
 
     def text(self, text: str, place: str, *, with_bos: bool = True, is_cut: bool = False) -> Encoded:
-        try:
-            if not is_cut:
-                check_length(self._tokenizer.fewest_tokens(text), place=place, config=self._config)
-            ids = self._tokenizer.encode_prompt(text) if with_bos else self._tokenizer.encode(text)
-        except RequestError:
-            raise
-        except ValueError as error:
-            raise RequestError(f"{place}: {error}", param=place, code="invalid_value") from None
+        ids = encode_text(
+            text, place=place, config=self._config, tokenizer=self._tokenizer, with_bos=with_bos, is_cut=is_cut
+        )
         return Encoded(ids=ids, place=place)
 
     def chat(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 from llama2.engine.sequence import Request
@@ -32,12 +33,13 @@ class Limits:
         if request.n > self.max_batch_size:
             raise InvalidValue("n", f"must be at most max_batch_size={self.max_batch_size}, got {request.n}")
         params = request.params
-        named = {
-            "prompt_ids": request.prompt_ids,
-            "stop_token_ids": params.stop_token_ids,
-            "logit_bias": params.logit_bias,
-        }
-        for name, ids in named.items():
-            wrong = [token_id for token_id in ids if not 0 <= token_id < self.vocab_size]
-            if wrong:
-                raise InvalidValue(name, f"must be from 0 to {self.vocab_size - 1}, got {shown(wrong[0])}")
+        check_ids("prompt_ids", request.prompt_ids, self.vocab_size)
+        check_ids("stop_token_ids", params.stop_token_ids, self.vocab_size)
+        check_ids("logit_bias", params.logit_bias, self.vocab_size)
+
+
+def check_ids(field: str, ids: Iterable[int], vocab_size: int) -> None:
+    """Raises InvalidValue: an id is outside the vocabulary."""
+    wrong = [token_id for token_id in ids if not 0 <= token_id < vocab_size]
+    if wrong:
+        raise InvalidValue(field, f"must hold token ids from 0 to {vocab_size - 1}, got {shown(wrong[0])}")

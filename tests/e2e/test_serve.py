@@ -117,7 +117,11 @@ BAD: list[tuple[bytes, str, str]] = [
     (b'{"prompt": "a", "max_tokens": 5}', "application/json", "did you mean 'max_new_tokens'?"),
     (b'{"prompt": "a", "top_p": "high"}', "application/json", "top_p must be a number"),
     (b'{"prompt": "a", "max_new_tokens": 0}', "application/json", "max_new_tokens must be"),
-    (b'{"prompt": "a", "stop_token_ids": [99999999]}', "application/json", "stop_token_ids must be from 0 to"),
+    (
+        b'{"prompt": "a", "stop_token_ids": [99999999]}',
+        "application/json",
+        "stop_token_ids must hold token ids from 0 to",
+    ),
     (b'{"dialog": [{"role": "robot", "content": "Hi"}]}', "application/json", "dialog[0].role must be"),
     (json.dumps({"prompt": LONG}).encode(), "application/json", "tokens, but at most 1023 are taken"),
 ]

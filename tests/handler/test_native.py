@@ -1,4 +1,5 @@
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -6,10 +7,11 @@ import pytest
 
 from handler.call import Call, Format
 from handler.errors import RequestError
-from handler.native import MAX_PROMPTS, NativeApi
+from handler.native import _OPENAI_FIELDS, MAX_PROMPTS, NativeApi
 from llama2.engine.sequence import Output, TokenLogprobs
 from llama2.errors import InvalidValue
 from llama2.text.tokenizer import Tokenizer, load_tokenizer
+from tests.handler.openai.support import make_server
 from tests.handler.support import byte_tokenizer, config
 from tests.support.tokenizers import tiny_sentencepiece
 
@@ -224,7 +226,7 @@ def test_turns_are_merged_unless_dialog_turns_says_strict(tmp_path: Path) -> Non
         ({"prompt": "a", "temperature": float("nan")}, "temperature", "got nan"),
         ({"prompt": "a", "frequency_penalty": 10**400}, "frequency_penalty", "a number in [-2, 2], got 1000"),
         ({"prompt": "a", "top_p": "x"}, "top_p", "top_p must be a number"),
-        ({"prompt": "a", "stop": 5}, "stop", "stop must be a string or a list of strings, got 5"),
+        ({"prompt": "a", "stop": 5}, "stop", "stop must be at most 64 strings of 1 to 1000 characters, got 5"),
         ({"prompt": "a", "stop": [""]}, "stop", "stop must be"),
         ({"prompt": "a", "stop": ["x"] * 65}, "stop", "stop must be at most 64 strings of 1 to 1000 characters"),
         ({"prompt": "a", "stop": "x" * 1001}, "stop", "stop must be at most 64 strings of 1 to 1000 characters"),
@@ -237,6 +239,36 @@ def test_a_mistake_is_named_by_its_field(api: NativeApi, body: Any, param: str, 
         api.read(body)
     assert message in str(caught.value)
     assert caught.value.field == param
+
+
+@pytest.mark.parametrize("shape", [{"prompt": "a"}, {"dialog": [SAID]}, {}], ids=["prompt", "dialog", "neither"])
+@pytest.mark.parametrize("name", _OPENAI_FIELDS)
+def test_a_field_of_the_openai_api_is_told_where_and_how_it_is_taken(
+    api: NativeApi, tmp_path: Path, shape: dict[str, Any], name: str
+) -> None:
+    with pytest.raises(InvalidValue) as caught:
+        api.read({**shape, name: [5]})
+    assert caught.value.field == name
+    found = re.search(r" at /predictions/llama/1\.0/(v1/\S+), as (.*)$", str(caught.value))
+    assert found
+    rest = {"prompt": "a"} if found[1] == "v1/completions" else {"messages": [SAID]}
+    assert make_server(tmp_path, max_seq_len=500).request(found[1], **{**rest, **json.loads(f"{{{found[2]}}}")})
+
+
+def test_both_apis_have_the_same_words_for_the_same_mistake(api: NativeApi, tmp_path: Path) -> None:
+    openai = make_server(tmp_path)
+    mistakes: list[dict[str, Any]] = [
+        *({"stop": 5}, {"stop": ["x", 5]}, {"stop_token_ids": 5}, {"stop_token_ids": [-1]}, {"seed": 2**63}),
+        *({"min_p": 2}, {"min_p": "x"}, {"presence_penalty": 3}, {"frequency_penalty": []}, {"top_k": -2}),
+        *({"repetition_penalty": 0}, {"min_tokens": -1}, {"ignore_eos": 1}, {"logprobs": 21}, {"prompt": "\ud800"}),
+    ]
+    for mistake in mistakes:
+        body = {"prompt": "a", **mistake}
+        with pytest.raises(InvalidValue) as caught:
+            api.read(body)
+        assert openai.refused("v1/completions", **body) == (400, caught.value.field, str(caught.value))
+    with pytest.raises(InvalidValue, match="min_token is an unknown field: did you mean 'min_tokens'"):
+        api.read({"prompt": "a", "min_token": 5})
 
 
 @pytest.mark.parametrize(

@@ -137,8 +137,11 @@ def test_abort_frees_everything_at_once(engine: Engine) -> None:
     [
         (request("x", prompt=()), r"prompt_ids must have from 1 to 95 tokens, got 0: max_seq_len is 96"),
         (request("x", prompt=tuple(range(96))), r"prompt_ids must have from 1 to 95 tokens, got 96"),
-        (request("x", prompt=(1, 512)), r"prompt_ids must be from 0 to 511, got 512"),
-        (request("x", with_changes(stop_token_ids=(600,))), r"stop_token_ids must be from 0 to 511, got 600"),
+        (request("x", prompt=(1, 512)), r"prompt_ids must hold token ids from 0 to 511, got 512"),
+        (
+            request("x", with_changes(stop_token_ids=(600,))),
+            r"stop_token_ids must hold token ids from 0 to 511, got 600",
+        ),
     ],
 )
 def test_a_request_that_can_never_run_is_refused_and_leaves_nothing(

@@ -154,7 +154,7 @@ def test_a_logit_bias_makes_and_forbids_tokens(folder: Path) -> None:
     assert outputs[0].logprobs[0].logprob < -1, "logprobs are the model's own"
     without = replace(greedy, logit_bias=dict.fromkeys(plain, -100.0))
     assert not set(plain) & set(ids(run(engine, Request(request_id="r", prompt_ids=PROMPT, params=without))["r", 0]))
-    with pytest.raises(ValueError, match="logit_bias must be from 0 to 511, got 512"):
+    with pytest.raises(ValueError, match="logit_bias must hold token ids from 0 to 511, got 512"):
         engine.add(Request(request_id="r", prompt_ids=PROMPT, params=replace(greedy, logit_bias={512: 1.0})))
 
 
