@@ -1,4 +1,5 @@
-"""docs/options.md is true: it has every option and no other, with the default that the code has."""
+"""docs/options.md is true: it has every option and no other, with the default that the code has. And the shipped
+model-config.yaml has every key of its section `handler`."""
 
 from __future__ import annotations
 
@@ -9,15 +10,30 @@ import pytest
 import yaml
 
 from handler.config import KEYS, HandlerConfig
+from handler.native import _FIELDS
+from handler.openai.completions import CompletionBody
+from handler.torchserve.model_config import _IMPOSSIBLE, _SECTIONS
 from llama2.config import EngineConfig
 from llama2.engine.sampling_params import COMPLETION_TOKENS, SamplingParams
 from llama2.kv_cache import KV_FRACTION, MAX_BATCH_SIZE
 
 ROOT = Path(__file__).parents[1]
 PAGE = (ROOT / "docs" / "options.md").read_text(encoding="utf-8")
-_CELLS = [[cell.strip() for cell in row.split("|")[1:4]] for row in PAGE.splitlines() if row.startswith("| `")]
+SHIPPED = yaml.safe_load((ROOT / "model-config.yaml").read_text(encoding="utf-8"))
+
+
+def table(heading: str) -> dict[str, tuple[str, ...]]:
+    """The two cells after each key, in the table under a heading; several keys may share a row."""
+    section = PAGE.partition(f"\n## {heading}\n")[2].partition("\n## ")[0]
+    rows = [row.split("|")[1:-1] for row in section.splitlines() if row.startswith("| ")][1:]
+    return {key.strip("`"): (one.strip(), other.strip()) for keys, one, other, *_ in rows for key in keys.split()}
+
+
 # By key: the name in Python, and the default.
-ROWS = {key.strip("`"): (name, default) for key, name, default in _CELLS if key != "`model-config.yaml`"}
+ROWS = table("Of the server and of Python")
+TORCHSERVE = table("Of TorchServe")
+# By field: the default, and where it can be said.
+REQUESTS = table("Of a request alone")
 # What no option holds, because it depends on the model, the machine or the kind of request.
 WORKED_OUT = {
     "max_seq_len": "what the model was trained for",
@@ -32,8 +48,25 @@ def shown(name: str, default: object) -> str:
     return WORKED_OUT[name] if default is None else str(default).lower() if isinstance(default, bool) else str(default)
 
 
-def test_the_table_has_every_key_and_no_other() -> None:
-    assert ROWS.keys() == KEYS
+def test_the_table_and_the_shipped_file_have_every_key_and_no_other() -> None:
+    assert ROWS.keys() == SHIPPED["handler"].keys() == KEYS
+
+
+def test_torchserves_keys_are_those_that_are_taken_or_refused_with_the_shipped_values() -> None:
+    assert TORCHSERVE.keys() == _SECTIONS[""]
+    assert {key for key, (_, text) in TORCHSERVE.items() if text.startswith("refused: ")} == _IMPOSSIBLE.keys()
+    values = {key: shown(key, value) for key, value in SHIPPED.items() if key != "handler"}
+    assert {key: value for key, (value, _) in TORCHSERVE.items() if value} == values
+
+
+def test_the_other_fields_of_a_request_have_their_defaults_and_apis() -> None:
+    fields = {field.name for field in dataclasses.fields(SamplingParams)} - ROWS.keys()
+    assert REQUESTS.keys() == fields
+    for field, (default, where) in REQUESTS.items():
+        value = getattr(SamplingParams(), field)
+        assert default == (str(value).lower() if isinstance(value, (int, float)) else "none"), field
+        assert where == ("everywhere" if field in _FIELDS else "OpenAI's API, Python"), field
+        assert field in CompletionBody.model_fields
 
 
 @pytest.mark.parametrize("option", dataclasses.fields(EngineConfig), ids=lambda option: option.name)
@@ -57,7 +90,7 @@ def test_the_servers_own_keys_have_their_defaults(tmp_path: Path) -> None:
 
 
 def test_the_shipped_file_has_these_defaults_but_for_two(tmp_path: Path) -> None:
-    settings = yaml.safe_load((ROOT / "model-config.yaml").read_text())["handler"] | {"converted_ckpt_dir": "."}
+    settings = SHIPPED["handler"] | {"converted_ckpt_dir": "."}
     own = ("tensor_parallel_size", "manual_seed")
     assert " and ".join(f"`{key}: {settings[key]}`" for key in own) in PAGE
     shipped = HandlerConfig.read(settings | dict.fromkeys(own), base=tmp_path)
