@@ -32,7 +32,7 @@ IDLE: Final = {"submit_btn": True, "stop_btn": False}
 BUSY: Final = {"submit_btn": False, "stop_btn": True}
 QUIET: Final[Any] = {"show_progress": "hidden", "api_visibility": "private"}
 
-# A model that rambles leaves room for the turns to come.
+# So that a model that does not stop leaves room for later turns.
 REPLY_TOKENS: Final = 256
 
 # Enter while a reply comes: what is in the box is sent when the reply has ended.

@@ -1,6 +1,6 @@
 """Owns the way from the bytes of a request's body to a JSON value.
 
-Knows no API: which fields a body may have is another room's.
+Knows no API, and so not which fields a body may have.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from typing import Any
 
 from handler.errors import RequestError
 
-# Values in a body, as far as its punctuation tells. A parser makes so many in some 30 ms, while no other thread runs.
+# Values in a body, counted by its punctuation. Parsing so many takes some 30 ms, in which no other thread runs.
 MAX_VALUES = 200_000
 
 

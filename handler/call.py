@@ -1,6 +1,6 @@
 """Owns the life of one HTTP call, which may be several requests to the engine, from acceptance to its last byte.
 
-Knows no front and no API's fields: how a reply is written is its `Format`'s.
+Knows no front and no API's fields: a call's `Format` writes its reply.
 """
 
 from __future__ import annotations

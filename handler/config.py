@@ -1,4 +1,4 @@
-"""Owns what is served and how: reads a user's settings into one frozen object, or refuses them in plain words.
+"""Owns what is served and how: a user's settings as one frozen object, or the reason why they are refused.
 
 Knows no front end, no torch and no file: the settings are model-config.yaml's section `handler`, already parsed.
 """

@@ -65,8 +65,8 @@ def encode_text(
 def fit(
     ids: Sequence[int], *, place: str, config: HandlerConfig, bos_id: int | None, max_new_tokens: int | None
 ) -> Prompt:
-    """Refuse or cut a prompt that is too long, as `truncation` says. A cut one leaves room for the reply it asks for as
-    long as half of max_seq_len stays with the prompt.
+    """Refuse or cut a prompt that is too long, as `truncation` says. A cut one leaves room for the reply that it asks
+    for, but for no more than half of max_seq_len.
 
     Raises:
         InvalidValue: it is empty; `place` is the field that it came in.

@@ -35,10 +35,10 @@ logger = logging.getLogger(__name__)
 # One call may ask for many replies, so a front's own limit on calls does not bound what waits in the engine.
 MAX_REPLIES = 4096
 
-# So that a body which takes long, with a long text or a large grammar, holds up few others.
+# Several, so that a body which takes long, with a long text or a large grammar, holds up few others.
 READERS = 4
 
-# From all that is behind the model's own path, and the way to the body, which not every path needs.
+# Takes what follows the model's own path, and a function that reads the body, which not every path needs.
 Read = Callable[[str, Callable[[], dict[str, Any] | str]], Format]
 
 

@@ -1,6 +1,6 @@
 """Owns `make serve` and `make stop`: a real model from Meta's shard format to its first replies over HTTP.
 
-A step whose result exists is skipped. Everything is made in build/.
+It skips a step whose result exists, and writes into build/ alone.
 """
 
 from __future__ import annotations

@@ -78,7 +78,7 @@ class OpenAiApi:
         raise RequestError(f"there is nothing at {path!r}", status=404, code="unknown_url")
 
     def _health(self) -> Format:
-        """The engine makes steps, or has nothing to do. That its process lives is said by there being a reply."""
+        """The engine makes steps, or has nothing to do. That there is a reply at all shows that the process lives."""
         stats, now = self._stats(), time.monotonic()
         busy = stats.running + stats.waiting > 0
         if not busy or stats.steps != self._seen[0]:

@@ -53,7 +53,7 @@ class CommonFields(SamplingFields):
 
     @property
     def is_cut(self) -> bool:
-        """Does it say itself how much of its prompt is to be left?"""
+        """Does it say itself how much of its prompt to keep?"""
         return self.truncate_prompt_tokens is not None
 
 

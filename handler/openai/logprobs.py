@@ -57,7 +57,7 @@ def chat_logprobs(names: TokenNames, entries: Sequence[TokenLogprobs]) -> dict[s
 
 
 def response_logprobs(names: TokenNames, entries: Sequence[TokenLogprobs]) -> list[dict[str, Any]]:
-    """`logprobs` of a response's text: those of a chat, but that no bytes are a list, too."""
+    """`logprobs` of a response's text: those of a chat, except that no bytes are an empty list."""
     content: list[dict[str, Any]] = chat_logprobs(names, entries)["content"]
     for token in (one for entry in content for one in (entry, *entry["top_logprobs"])):
         token["bytes"] = token["bytes"] or []

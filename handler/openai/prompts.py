@@ -30,7 +30,7 @@ class Encoded:
 class PromptReader:
     """Encodes prompts for one model, within the limits of one server.
 
-    `is_cut`: the body itself says how much of its prompt is to be left, so that no length is too long.
+    `is_cut`: the body itself says how much of its prompt to keep, so that no length is too long.
     """
 
     def __init__(self, tokenizer: Tokenizer, config: HandlerConfig) -> None:
@@ -79,8 +79,8 @@ class PromptReader:
 
         Raises:
             InvalidValue: a tool is wrong.
-            RequestError: the model's chat format has no place for such a dialog, or it is too long whatever its tokens
-                are.
+            RequestError: the model's chat format has no place for such a dialog, or it is too long, whatever its
+                tokens are.
         """
         check = functools.partial(check_length, place=place, config=self._config)
         try:

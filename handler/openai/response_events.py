@@ -1,6 +1,6 @@
 """Owns how a response is written: its events as they come, and the whole of it, which is what the last event has.
 
-Knows no field of a body: what of them comes back is given.
+Knows no field of a body: it is given those that come back.
 """
 
 from __future__ import annotations
@@ -68,7 +68,7 @@ class ResponseFormat(GenerationFormat):
         return "".join(self._news(output, progress))
 
     def whole(self, progress: Sequence[Progress]) -> str:
-        """Of a stream the last event has been sent with the last news."""
+        """The last event of a stream has been sent with the last news."""
         (reply,) = progress
         if self.stream:
             return ""
@@ -81,7 +81,7 @@ class ResponseFormat(GenerationFormat):
         return self._event("error", message=str(error), param=error.param, code=error.code or str(error.status))
 
     def _news(self, news: Output | Progress, progress: Progress) -> list[str]:
-        """The events for what is new, all of a reply perhaps."""
+        """The events for what is new, which may be a whole reply."""
         events: list[str] = []
         if not self._num_events:
             for name in ("created", "in_progress"):
@@ -167,7 +167,7 @@ class ResponseFormat(GenerationFormat):
         return f"event: {kind}\ndata: {to_json({'type': kind, 'sequence_number': number, **fields})}\n\n"
 
     def _response(self, reply: Progress | None) -> dict[str, Any]:
-        """As far as it is known; None: nothing is yet."""
+        """The response, as far as it is known; `reply` None: nothing is yet."""
         is_cut = reply is not None and reply.finish_reason != "stop"
         return {
             "id": self.reply_id,

@@ -26,7 +26,7 @@ logger = logging.getLogger(__name__)
 
 LOOK_SECONDS = 0.01
 LOOKS_PER_PUBLISHING = 50
-# A thread that wants to run waits so long for one that does not stop by itself: polls, for bodies that are being read.
+# How long a thread that wants to run waits for one that does not stop by itself: a poll, for a body that is being read.
 SWITCH_SECONDS = 0.0005
 # How long a worker whose engine has failed waits for its last replies to be sent, and to be asked for them.
 PARTING_SECONDS = 0.3

@@ -15,7 +15,7 @@ _GAUGES = {
     "llama_requests_waiting": "waiting",
     "llama_kv_blocks_free": "free_blocks",
     "llama_engine_steps": "steps",
-    # In tokens, under the names that vLLM gave them: the hit rate is the one by the other.
+    # In tokens, under the names that vLLM gave them: hits divided by queries are the hit rate.
     "llama_prefix_cache_queries": "prompt_tokens",
     "llama_prefix_cache_hits": "cached_tokens",
 }

@@ -1,8 +1,8 @@
 """Owns the traffic between TorchServe's polls and the service: who is live, what is news, who has left.
 
-TorchServe calls again and again with all live requests (`continuousBatching`). For new ids calls are opened, missing
-ids are clients that left, and what there is within a moment goes back: for each request a piece of its reply and a
-criterion, False for "more to come", True for "this was the last piece", None for "a whole reply, nothing was sent
+TorchServe calls again and again with all live requests (`continuousBatching`). A new id opens a call, a missing id is a
+client that left, and what there is within a moment goes back: for each request a piece of its reply and a criterion,
+False for "more to come", True for "this was the last piece", None for "a whole reply, nothing was sent
 before". Only that last kind can carry a status of its own, so a body is judged before its first reply. Accepted
 requests get an empty first piece: from then on TorchServe notices when their client leaves.
 
@@ -26,9 +26,9 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-# How long a poll waits for the engine's news: at least so many seconds, and while nobody is new for so much of the time
-# that passed between the last two. A poll takes time from the engine, on every rank, and whoever comes meanwhile could
-# not begin before its step ends.
+# How long a poll waits for the engine's news: at least so many seconds and, while nobody is new, this part of the time
+# between the last two. A poll takes time from the engine, on every rank, and whoever comes meanwhile could not begin
+# before its step ends.
 POLL_SECONDS = 0.01
 PART_OF_STEP = 0.8
 LONGEST_STEP_SECONDS = 0.25
@@ -130,7 +130,7 @@ class Transport:
 
     def _patience(self) -> float:
         """How long to wait for news: not at all for somebody's last piece, a moment while anybody is new, else until
-        shortly before the next step ends, if it takes as long as the last. Then there is a poll for who came."""
+        shortly before the next step ends, if it takes as long as the last: the poll after that takes who came."""
         calls = self._calls.values()
         preparing = [call for call in calls if call.state is State.PREPARING]
         deadline = time.monotonic() + (ALONE_SECONDS if len(preparing) == len(calls) else PREPARE_SECONDS)
