@@ -22,6 +22,7 @@ MAX_CASES = 100
 # What n patterns allow together takes 2ⁿ to find out.
 MAX_COMBINED_PATTERNS = 12
 # llguidance holds numbers as doubles, and writes them as they were where they are no larger and have no more digits.
+# A larger integer becomes its neighbour, and one near -2**63 ends the process (llguidance 1.9.1).
 MAX_NUMBER = 2**53
 MAX_DIGITS = 15
 
