@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from llama2.errors import InvalidValue, shown
-from llama2.names import by_name
+from llama2.names import SECOND_NAME, by_name
 
 MODEL_ARGS_FILE = "model_args.json"
 
@@ -215,9 +215,10 @@ def _ffn_width(dim: int, multiple_of: int, ffn_dim_multiplier: float | None) -> 
     return multiple_of * math.ceil(width / multiple_of)
 
 
-def _option(default: Any, text: str, *, key: str | None = None) -> Any:
+def _option(default: Any, text: str, *, key: str | None = None, second_name: str | None = None) -> Any:
     """A field of `EngineConfig`: its `help`, and its `key` in model-config.yaml where that is not its name."""
-    return field(default=default, metadata={"help": text} | ({"key": key} if key else {}))
+    names = {"key": key, SECOND_NAME: second_name}
+    return field(default=default, metadata={"help": text} | {what: name for what, name in names.items() if name})
 
 
 @by_name
@@ -232,12 +233,18 @@ class EngineConfig:
         InvalidValue: an option is unknown or out of range.
     """
 
-    max_seq_len: int = _option(None, "prompt and reply together, in tokens; none: as many as the model was trained for")
+    max_seq_len: int = _option(
+        None,
+        "prompt and reply together, in tokens; none: as many as the model was trained for",
+        second_name="max_model_len",
+    )
     rope_scaling: float = _option(
         1.0, "for a longer max_seq_len, up to so many times what the model was trained for: positions are divided by it"
     )
     max_batch_size: int = _option(
-        None, "sequences that are computed together, more wait their turn; none: by memory, at most 256, on a CPU 32"
+        None,
+        "sequences that are computed together, more wait their turn; none: by memory, at most 256, on a CPU 32",
+        second_name="max_num_seqs",
     )
     max_step_tokens: int = _option(512, "tokens of one forward pass: longer prompts are prefilled in chunks")
     block_size: int = _option(16, "tokens in a block of the KV cache")

@@ -16,6 +16,7 @@ from handler.torchserve.model_config import _IMPOSSIBLE, _SECTIONS
 from llama2.config import EngineConfig
 from llama2.engine.sampling_params import COMPLETION_TOKENS, SamplingParams
 from llama2.kv_cache import KV_FRACTION, MAX_BATCH_SIZE
+from llama2.names import SECOND_NAME
 
 ROOT = Path(__file__).parents[1]
 PAGE = (ROOT / "docs" / "options.md").read_text(encoding="utf-8")
@@ -72,7 +73,9 @@ def test_the_other_fields_of_a_request_have_their_defaults_and_apis() -> None:
 @pytest.mark.parametrize("option", dataclasses.fields(EngineConfig), ids=lambda option: option.name)
 def test_an_option_of_the_engine_has_its_default(option: dataclasses.Field[object]) -> None:
     row = ROWS[option.metadata.get("key", option.name)]
-    assert row == (f"`LLM({option.name})`", shown(option.name, option.default))
+    second = option.metadata.get(SECOND_NAME)
+    keyword = f"`LLM({option.name})`" + (f" or `{second}`" if second else "")
+    assert row == (keyword, shown(option.name, option.default))
 
 
 @pytest.mark.parametrize("key", ["max_new_tokens", "temperature", "top_p"])

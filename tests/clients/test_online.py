@@ -25,7 +25,7 @@ def test_every_load_is_made_and_every_request_answered(service: Service, tmp_pat
         "checkpoint": service.checkpoint,
         "concurrency": 2,
         "requests": REQUESTS,
-        "seconds": 4,
+        "seconds": 10,
         "prompt_tokens": 16,
         "output_tokens": OUTPUT_TOKENS,
         "slo": "ttft=60000",

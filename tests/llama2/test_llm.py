@@ -53,8 +53,9 @@ def test_an_option_of_the_engine_is_a_keyword_and_an_unknown_one_is_refused(fold
 
 
 def test_the_folder_has_a_second_name_and_may_not_be_missing(folder: Path) -> None:
-    with LLM(model=folder, max_seq_len=32) as llm:
+    with LLM(model=folder, max_model_len=32, max_num_seqs=3) as llm:
         assert llm.generate([[5]], PARAMS)
+        assert (llm._engine.config.max_seq_len, llm._engine.config.max_batch_size) == (32, 3)
     for make in (LLM, AsyncLLM):
         with pytest.raises(ValueError, match="checkpoint_dir is missing: it is the folder that convert_checkpoints"):
             make(max_seq_len=32)
