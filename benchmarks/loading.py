@@ -92,7 +92,7 @@ def _load(folder: str, device: torch.device) -> float:
             checkpoint,
             mesh,
             connect(device),
-            dtype=checkpoint.dtype,
+            dtype=checkpoint.spec.dtype,
             device=device,
             max_seq_len=MAX_SEQ_LEN,
             threads=threads,

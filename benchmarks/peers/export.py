@@ -17,6 +17,7 @@ import torch
 
 from llama2.config import ModelArgs
 from llama2.progress import Bar, progress
+from llama2.weights.precision import Converted, target
 from llama2.weights.readers.dcp import METADATA_FILE, DcpFolder
 
 # Longer than any measured prompt: peers refuse what their config does not allow.
@@ -57,7 +58,8 @@ class Source:
         checkpoint = DcpFolder(folder)
         state = f"{folder.resolve()} {(folder / METADATA_FILE).stat().st_mtime_ns}"
         digest = hashlib.sha256(state.encode()).hexdigest()[:8]
-        return cls(key=f"{folder.resolve().name}-{digest}", args=checkpoint.args, read=checkpoint.read)
+        values = Converted(checkpoint, target(checkpoint.spec, quantize="none"))
+        return cls(key=f"{folder.resolve().name}-{digest}", args=values.spec.args, read=values.read)
 
     @classmethod
     def of_shape(cls, name: str, args: ModelArgs) -> Source:

@@ -51,7 +51,7 @@ def load_engine(
     dtype_name = read_dtype(dtype)
     args = ModelArgs.load(model_args_path) if model_args_path else None
     checkpoint = DcpFolder(checkpoint_dir, args, rope_scaling=config.rope_scaling)
-    args = checkpoint.args
+    args = checkpoint.spec.args
     tokenizer = load_tokenizer(tokenizer_path or checkpoint_dir)
     if tokenizer.vocab_size > args.vocab_size:
         raise ValueError(
@@ -60,7 +60,7 @@ def load_engine(
         )
     config = config.for_model(args)
     device = choose_device(device)
-    given = torch.bfloat16 if device.type == "cuda" else checkpoint.dtype
+    given = torch.bfloat16 if device.type == "cuda" else checkpoint.spec.dtype
     dtype = getattr(torch, dtype_name) if dtype_name else given
     init_process_group(device, launched)
     mesh = build_mesh(checkpoint.spec, device.type)

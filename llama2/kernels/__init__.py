@@ -24,8 +24,10 @@ class Kernels(Protocol):
     `llama2.kernels.plain` is the reference: every other implementation equals it up to the rounding of the dtype.
     """
 
-    def prepare(self, weights: Mapping[str, Weight], *, threads: int) -> dict[str, Any]:
+    def prepare(self, weights: Mapping[str, Sequence[Weight]], *, threads: int) -> dict[str, Any]:
         """Weights (F, C) of linear layers as `linear` and `gated_linear` of the same kernels take them, by name.
+
+        Several of one name are one weight, whose formats differ: its outputs are one's after the other's.
 
         To be called once, by `threads` threads in all, when the weights have their values. May lay them out anew in the
         same memory: from then on nothing else may look into them.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -20,9 +21,14 @@ if TYPE_CHECKING:
 class PlainKernels:
     """See `llama2.kernels.Kernels`. Takes weights of every format: dequantizes for each product what is not plain."""
 
-    def prepare(self, weights: Mapping[str, Weight], *, threads: int) -> dict[str, Any]:
+    def prepare(self, weights: Mapping[str, Sequence[Weight]], *, threads: int) -> dict[str, Any]:
+        each = {(name, place): one for name, weight in weights.items() for place, one in enumerate(weight)}
+        # The largest first: the last one may run on a single thread alone.
+        order = sorted(each, key=lambda key: sum(part.nbytes for part in each[key].parts.values()), reverse=True)
+        with ThreadPoolExecutor(threads) as pool:
+            done = dict(zip(order, pool.map(lambda key: self._prepare_one(each[key]), order), strict=True))
         return {
-            name: weight.dequantize() if isinstance(weight.format, Plain) else weight
+            name: done[name, 0] if len(weight) == 1 else tuple(done[name, place] for place in range(len(weight)))
             for name, weight in weights.items()
         }
 
@@ -37,6 +43,8 @@ class PlainKernels:
         return run
 
     def linear(self, x: torch.Tensor, weight: Any) -> torch.Tensor:
+        if isinstance(weight, tuple):
+            return torch.cat([self.linear(x, one) for one in weight], dim=-1)
         return functional.linear(x, weight.dequantize().to(x.dtype) if isinstance(weight, Weight) else weight)
 
     def gated_linear(self, x: torch.Tensor, weight: Any) -> torch.Tensor:
@@ -62,6 +70,9 @@ class PlainKernels:
         for sequence in range(len(batch.spans)):
             _attend_span(q_THD, batch, layer, sequence, out_THD)
         return out_THD
+
+    def _prepare_one(self, weight: Weight) -> Any:
+        return weight.dequantize() if isinstance(weight.format, Plain) else weight
 
     def silu_mul(self, gate_up_T2F: torch.Tensor) -> torch.Tensor:
         gate_TF, up_TF = gate_up_T2F.chunk(2, dim=-1)

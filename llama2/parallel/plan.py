@@ -47,37 +47,42 @@ def local_size(axis: str, size: int, mesh: DeviceMesh) -> int:
     return split(size, *parts)[index]
 
 
-def allocate(spec: Spec, mesh: DeviceMesh, *, device: torch.device) -> tuple[dict[str, Weight], dict[str, DTensor]]:
+def allocate(
+    spec: Spec, mesh: DeviceMesh, *, device: torch.device
+) -> tuple[dict[str, tuple[Weight, ...]], dict[str, DTensor]]:
     """This rank's share of all weights, uninitialized: in flight, by names such as `layers.0.attention.wqkv`.
+
+    What is one in flight is several weights where formats differ, one's outputs after the other's.
 
     And the same memory at rest: by the names and in the shapes of `spec.tensors()`, as DTensors placed as PLAN says.
     Whatever fills them, fills the weights in flight, until `Kernels.prepare` is called.
 
     Raises:
-        ValueError: weights that are one in flight have different formats, or a format cannot hold a weight.
+        ValueError: a format cannot hold a weight.
     """
     tensors = spec.tensors()
     local = {
         name: tuple(local_size(axis, size, mesh) for axis, size in zip(one.axes, one.shape, strict=True))
         for name, one in tensors.items()
     }
-    # Parts in flight by weight and name, and the parts at rest that they consist of.
-    fused: dict[tuple[str, str], list[str]] = {}
-    formats: dict[str, Format] = {}
+    # Parts in flight by weight, place in it and name, and the parts at rest that they consist of.
+    fused: dict[tuple[str, int, str], list[str]] = {}
+    formats: dict[str, list[Format]] = {}
     for name in tensors:
         weight, _, part = name.rpartition(".")
         path, dot, kind = weight.rpartition(".")
         in_flight, own_format = path + dot + FUSED.get(kind, kind), spec.format(weight)
-        if formats.setdefault(in_flight, own_format) != own_format:
-            raise ValueError(f"{weight} must have the format of what {in_flight} has beside it, got {own_format}")
-        fused.setdefault((in_flight, part), []).append(name)
+        own_formats = formats.setdefault(in_flight, [])
+        if own_formats[-1:] != [own_format]:
+            own_formats.append(own_format)
+        fused.setdefault((in_flight, len(own_formats) - 1, part), []).append(name)
     # One piece of memory for all, in which each part in flight begins at a cache line's border.
     sizes = [sum(math.prod(local[name]) * tensors[name].dtype.itemsize for name in names) for names in fused.values()]
     padded = [size + -size % LINE_BYTES for size in sizes]
     memory = empty(sum(padded), dtype=torch.uint8, device=device).split(padded)
-    parts: dict[str, dict[str, torch.Tensor]] = {}
+    parts: dict[str, list[dict[str, torch.Tensor]]] = {name: [{} for _ in own] for name, own in formats.items()}
     at_rest: dict[str, DTensor] = {}
-    for ((weight, part), names), size, piece in zip(fused.items(), sizes, memory, strict=True):
+    for ((weight, place, part), names), size, piece in zip(fused.items(), sizes, memory, strict=True):
         first = tensors[names[0]]
         values = piece[:size].view(first.dtype)
         for name, view in zip(names, values.split([math.prod(local[name]) for name in names]), strict=True):
@@ -91,8 +96,13 @@ def allocate(spec: Spec, mesh: DeviceMesh, *, device: torch.device) -> tuple[dic
                 stride=stride,
             )
         outputs = sum(math.prod(local[name][: tensors[name].num_outputs]) for name in names)
-        parts.setdefault(weight, {})[part] = values.view(outputs, -1) if first.axes[first.num_outputs :] else values
-    return {name: Weight(format=formats[name], parts=own) for name, own in parts.items()}, at_rest
+        has_inputs = first.axes[first.num_outputs :]
+        parts[weight][place][part] = values.view(outputs, -1) if has_inputs else values
+    weights = {
+        name: tuple(Weight(format=one, parts=its) for one, its in zip(own, parts[name], strict=True))
+        for name, own in formats.items()
+    }
+    return weights, at_rest
 
 
 def _placements(axes: tuple[str, ...]) -> tuple[Placement, ...]:

@@ -8,17 +8,18 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Literal, TypeVar
 
 import torch
 import torch.distributed as dist
 
-from llama2.config import MODEL_ARGS_FILE, ModelArgs
+from llama2.config import MODEL_ARGS_FILE
 from llama2.progress import Bar, progress
 from llama2.weights.manifest import FileHashes, Manifest
-from llama2.weights.readers import Chunk, Reader
+from llama2.weights.precision import Converted, target
+from llama2.weights.readers import Chunk
 from llama2.weights.readers.dcp import DcpFolder, save_chunks
 from llama2.weights.readers.fairscale import (
     PARAMS_FILE,
@@ -43,6 +44,9 @@ def convert(
     tokenizer_path: Path | str | None = None,
     model_parallel_size: int | None = None,
     dtype: torch.dtype | None = None,
+    quantize: str | None = None,
+    quantize_head: bool = True,
+    requantize: bool = False,
     output_format: Literal["dcp", "fairscale"] = "dcp",
     output_model_parallel_size: int | None = None,
     overwrite: bool = False,
@@ -55,7 +59,10 @@ def convert(
         save_checkpoint_dir: the folder to make. It appears when it is complete, and not before.
         tokenizer_path: `tokenizer.model`, `tokenizer.json`, or their folder; None: in `original_ckpt_dir`.
         model_parallel_size: the number of Meta's shards that must be there; None: as many as there are.
-        dtype: of the weights written; None: the source's.
+        dtype: of the weights written that are not quantized; None: the source's.
+        quantize: see `llama2.weights.precision.target`; None: as the source is.
+        quantize_head: the embedding and the head as well, in 8 bits.
+        requantize: allow `quantize` for a source that is quantized otherwise.
         output_model_parallel_size: the number of shards to write, for `output_format="fairscale"`.
         overwrite: replace the checkpoint that `save_checkpoint_dir` holds.
         verify: read the result back and compare every weight with its source, bit for bit.
@@ -69,6 +76,8 @@ def convert(
         raise ValueError(f"output_format must be dcp or fairscale, got {output_format!r}")
     if output_format == "fairscale" and output_model_parallel_size is None:
         raise ValueError("output_format=fairscale needs output_model_parallel_size, the number of shards to write")
+    if output_format == "fairscale" and quantize not in (None, "none"):
+        raise ValueError(f"output_format=fairscale holds plain values: quantize must be none, got {quantize!r}")
     if output_format == "dcp" and output_model_parallel_size is not None:
         raise ValueError(
             "output_model_parallel_size belongs to output_format=fairscale: a converted folder has no shards"
@@ -77,29 +86,35 @@ def convert(
     opened = ranks.agree(
         lambda: open_source(original_ckpt_dir, tokenizer_path=tokenizer_path, num_shards=model_parallel_size)
     )
-    source = opened.reader
-    if isinstance(source, DcpFolder) and output_format == "dcp":
-        raise ValueError(f"{source.path} is a converted checkpoint already: it loads at every tensor parallel degree")
-    dtype = source.dtype if dtype is None else dtype
+    if output_format == "fairscale":
+        quantize, requantize = "none", True
+    stored = opened.reader.spec
+    spec = target(stored, dtype=dtype, quantize=quantize, quantize_head=quantize_head, requantize=requantize)
+    if isinstance(opened.reader, DcpFolder) and output_format == "dcp" and spec == stored:
+        raise ValueError(
+            f"{opened.reader.path} is a converted checkpoint of that precision already: it loads at every tensor "
+            "parallel degree"
+        )
+    source = Converted(opened.reader, spec)
     if output_model_parallel_size is not None:
-        check_num_shards(source.args, output_model_parallel_size)
+        check_num_shards(spec.args, output_model_parallel_size)
 
     def open_target() -> None:
         staged.recover()
         _check_target(staged.target, source.path.resolve(), overwrite=overwrite)
-        staged.open(size=sum(_nbytes(shape, dtype) for shape in source.args.parameter_shapes().values()))
+        staged.open(size=spec.nbytes)
 
     ranks.agree(open_target, only_first=True)
     try:
         if output_model_parallel_size is not None:
-            _write_shards(ranks, source, staged.partial, num_shards=output_model_parallel_size, dtype=dtype)
+            _write_shards(ranks, source, staged.partial, num_shards=output_model_parallel_size)
             ranks.agree(lambda: opened.write_tokenizer(staged.partial), only_first=True)
         else:
-            hashes = _write_dcp(ranks, source, staged.partial, dtype=dtype)
+            hashes = _write_dcp(ranks, source, staged.partial)
             ranks.agree(lambda: opened.write_tokenizer(staged.partial), only_first=True)
             ranks.agree(Manifest(staged.partial, hashes).write, only_first=True)
         if verify:
-            ranks.agree(lambda: _verify(ranks, source, staged.partial, dtype=dtype))
+            ranks.agree(lambda: _verify(ranks, source, staged.partial))
         ranks.agree(staged.commit, only_first=True)
     except BaseException:
         staged.discard()
@@ -159,10 +174,6 @@ def _message(error: BaseException) -> str:
     return " ".join(str(error).split()) or type(error).__name__
 
 
-def _nbytes(shape: Sequence[int], dtype: torch.dtype) -> int:
-    return math.prod(shape) * dtype.itemsize
-
-
 def _check_target(target: Path, source: Path, *, overwrite: bool) -> None:
     if target == source or target in source.parents:
         raise ValueError(f"save_checkpoint_dir {target} must not be or contain original_ckpt_dir {source}")
@@ -176,57 +187,45 @@ def _check_target(target: Path, source: Path, *, overwrite: bool) -> None:
         raise ValueError(f"save_checkpoint_dir {target} exists; --overwrite replaces it")
 
 
-def _write_dcp(ranks: _Ranks, source: Reader, folder: Path, *, dtype: torch.dtype) -> dict[str, FileHashes]:
+def _write_dcp(ranks: _Ranks, source: Converted, folder: Path) -> dict[str, FileHashes]:
     """Returns the hashes of all ranks' files with weights."""
-    shapes = source.args.parameter_shapes()
+    tensors = source.spec.tensors()
 
-    def nbytes(chunk: Chunk) -> int:
-        return _nbytes(chunk.shape, source.dtype)
+    def nbytes(chunks: Iterable[Chunk]) -> int:
+        return sum(math.prod(chunk.shape) * tensors[chunk.name].dtype.itemsize for chunk in chunks)
 
-    def plan() -> list[Chunk]:
-        return ranks.share((chunk for name in shapes for chunk in source.chunks(name)), nbytes)
-
-    chunks = ranks.agree(plan)
-    with ranks.progress("converting", sum(map(nbytes, chunks))) as bar:
-        own = ranks.agree(lambda: save_chunks(folder, chunks, shapes=shapes, dtype=dtype, progress=bar.update))
-    ranks.agree(lambda: source.args.save(folder), only_first=True)
+    chunks = [chunk for share in ranks.agree(lambda: ranks.share(source.shares(), nbytes)) for chunk in share]
+    with ranks.progress("converting", nbytes(chunks)) as bar:
+        own = ranks.agree(lambda: save_chunks(folder, chunks, tensors=tensors, progress=bar.update))
+    ranks.agree(lambda: source.spec.save(folder), only_first=True)
     return {name: hashes for part in ranks.gather(own) for name, hashes in part.items()}
 
 
-def _write_shards(ranks: _Ranks, source: Reader, folder: Path, *, num_shards: int, dtype: torch.dtype) -> None:
+def _write_shards(ranks: _Ranks, source: Converted, folder: Path, *, num_shards: int) -> None:
+    args, dtype = source.spec.args, source.spec.dtype
     indices = range(ranks.rank, num_shards, ranks.world_size)
-    ranks.agree(lambda: reserve_shards(folder, source.args, num_shards=num_shards, dtype=dtype, indices=indices))
-    names = _share_of_names(ranks, source.args)
-    with ranks.progress("converting", _total(source, names)) as bar:
+    ranks.agree(lambda: reserve_shards(folder, args, num_shards=num_shards, dtype=dtype, indices=indices))
+    tensors = source.spec.tensors()
+    names = ranks.share(tensors, lambda name: tensors[name].nbytes)
+    with ranks.progress("converting", sum(tensors[name].nbytes for name in names)) as bar:
 
         def read(name: str) -> torch.Tensor:
-            weight = source.read(name)
-            bar.update(weight.nbytes)
-            return weight
+            bar.update(tensors[name].nbytes)
+            return source.read(name)
 
-        ranks.agree(lambda: fill_shards(folder, source.args, read, num_shards=num_shards, names=names))
-    ranks.agree(lambda: write_params(folder, source.args), only_first=True)
+        ranks.agree(lambda: fill_shards(folder, args, read, num_shards=num_shards, names=names))
+    ranks.agree(lambda: write_params(folder, args), only_first=True)
 
 
-def _verify(ranks: _Ranks, source: Reader, folder: Path, *, dtype: torch.dtype) -> None:
+def _verify(ranks: _Ranks, source: Converted, folder: Path) -> None:
     result = open_source(folder).reader
-    names = _share_of_names(ranks, source.args)
-    with ranks.progress("verifying", _total(source, names)) as bar:
+    tensors = source.spec.tensors()
+    names = ranks.share(tensors, lambda name: tensors[name].nbytes)
+    with ranks.progress("verifying", sum(tensors[name].nbytes for name in names)) as bar:
         for name in names:
             stored = result.read(name)
             for chunk in source.chunks(name):
                 part = stored[tuple(slice(at, at + size) for at, size in zip(chunk.offsets, chunk.shape, strict=True))]
-                values = chunk.read()
-                if not same_bits(part, values.to(dtype)):
+                if not same_bits(part, chunk.read().to(part.dtype)):
                     raise ValueError(f"verification failed: {name} differs from its source {source.path}")
-                bar.update(values.nbytes)
-
-
-def _share_of_names(ranks: _Ranks, args: ModelArgs) -> list[str]:
-    shapes = args.parameter_shapes()
-    return ranks.share(shapes, lambda name: math.prod(shapes[name]))
-
-
-def _total(source: Reader, names: Sequence[str]) -> int:
-    shapes = source.args.parameter_shapes()
-    return sum(_nbytes(shapes[name], source.dtype) for name in names)
+            bar.update(tensors[name].nbytes)

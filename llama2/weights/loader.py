@@ -50,7 +50,7 @@ def build_model(
     kernels = kernels or choose_kernels(device, spec.dtype)
     weights, at_rest = allocate(spec, mesh, device=device)
     fill(at_rest)
-    own = {name: weights.pop(name) for name in list(weights) if name == "tok_embeddings" or name.endswith("norm")}
+    own = {name: weights.pop(name)[0] for name in list(weights) if name == "tok_embeddings" or name.endswith("norm")}
     return Transformer(
         spec.args,
         kernels,

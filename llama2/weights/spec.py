@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import NamedTuple
 
 import torch
@@ -15,7 +16,11 @@ import torch
 from llama2.config import ModelArgs
 from llama2.parallel.splits import PLAN
 from llama2.weights.formats import Format
+from llama2.weights.formats.catalog import save_formats
 from llama2.weights.formats.plain import Plain
+
+# Smaller ones need more bytes for scales than they save.
+SMALLEST_GROUP = 16
 
 
 class TensorSpec(NamedTuple):
@@ -26,12 +31,16 @@ class TensorSpec(NamedTuple):
     axes: tuple[str, ...]
     num_outputs: int
 
+    @property
+    def nbytes(self) -> int:
+        return math.prod(self.shape) * self.dtype.itemsize
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Spec:
     """The weights of a model.
 
-    `formats` are by the last component of a weight's name, such as `w2`; a weight that has none there is plain, in
+    `formats` are by the weight's name, such as `layers.0.attention.wq`; a weight that has none there is plain, in
     `dtype`.
     """
 
@@ -40,7 +49,16 @@ class Spec:
     formats: Mapping[str, Format] = field(default_factory=dict)
 
     def format(self, name: str) -> Format:
-        return self.formats.get(name.rpartition(".")[2], Plain(self.dtype))
+        return self.formats.get(name, Plain(self.dtype))
+
+    @property
+    def nbytes(self) -> int:
+        return sum(tensor.nbytes for tensor in self.tensors().values())
+
+    def save(self, folder: Path) -> None:
+        """Write the files that describe the weights of a converted folder."""
+        self.args.save(folder)
+        save_formats(folder, self.formats)
 
     def units(self) -> dict[str, int]:
         """The axes that the plan cuts and some format does not let be cut anywhere, with what must stay together."""
@@ -78,3 +96,15 @@ class Spec:
                 own_axes = (*outputs, *inputs)[: len(shape)]
                 tensors[f"{name}.{part}"] = TensorSpec(shape, dtype, own_axes, len(outputs))
         return tensors
+
+
+def fitting(format: Format, name: str, args: ModelArgs) -> Format:
+    """`format` with the largest groups, no larger than its own, that fill the inputs of a weight and cut no head."""
+    sizes = [args.axis_sizes[axis] for axis in args.weight_axes()[name].inputs]
+    inputs, last = math.prod(sizes), sizes[-1]
+    group = format.unit
+    while inputs % group or (last % group and group % last):
+        group //= 2
+    if group < SMALLEST_GROUP:
+        raise ValueError(f"{name} cannot be quantized: no group of at least {SMALLEST_GROUP} fills its {last} inputs")
+    return replace(format, group=group)  # type: ignore[type-var]

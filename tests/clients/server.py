@@ -34,7 +34,7 @@ def write_reference(folder: Path) -> None:
     """The same weights as transformers keeps them."""
     model = GgufFile(gguf_file())
     weights = {name: weight.bfloat16() for name, weight in meta_weights(model).items()}
-    reference_model(model.args, weights).bfloat16().save_pretrained(folder)
+    reference_model(model.spec.args, weights).bfloat16().save_pretrained(folder)
     model.write_tokenizer(folder)
 
 

@@ -10,6 +10,7 @@ import torch
 
 from llama2.config import ModelArgs
 from llama2.text.tokenizer import load_tokenizer
+from llama2.weights.precision import Converted, target
 from llama2.weights.readers.fairscale import FairscaleFolder
 from llama2.weights.readers.gguf import GgufFile
 from scripts import smollm2
@@ -33,8 +34,8 @@ def test_the_folder_holds_the_model_in_bf16_and_its_tokenizer(tmp_path: Path, nu
     smollm2.write(tmp_path / "new" / "meta", num_shards)
     tokenizer = load_tokenizer(tmp_path / "new" / "meta")
     folder = FairscaleFolder(tmp_path / "new" / "meta", vocab_size=tokenizer.vocab_size)
-    assert (folder.num_shards, folder.dtype) == (num_shards, torch.bfloat16)
-    assert folder.args.parameter_shapes() == ARGS.parameter_shapes()
+    assert (folder.num_shards, folder.spec.dtype) == (num_shards, torch.bfloat16)
+    assert folder.spec.args.parameter_shapes() == ARGS.parameter_shapes()
     for name, weight in WEIGHTS.items():
         assert torch.equal(folder.read(name).reshape(weight.shape), weight.bfloat16()), name
 
@@ -72,9 +73,11 @@ def test_the_real_demo_in_three_shards(smollm2_meta: Path) -> None:
     folder = FairscaleFolder(smollm2_meta, vocab_size=load_tokenizer(smollm2_meta).vocab_size)
     source = GgufFile(smollm2.gguf_file())
     assert folder.num_shards == 3
-    assert folder.args == source.args == ModelArgs.from_params(source.args.to_params())
+    assert folder.spec.args == source.spec.args == ModelArgs.from_params(source.spec.args.to_params())
     name = "layers.29.attention.wo.weight"
-    assert torch.equal(folder.read(name), source.read(name).bfloat16())
+    assert torch.equal(
+        folder.read(name), Converted(source, target(source.spec, dtype=torch.bfloat16, quantize="none")).read(name)
+    )
 
 
 def test_a_missing_package_is_named(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -29,7 +29,7 @@ def assert_holds(folder: Path, dtype: torch.dtype = torch.bfloat16) -> None:
     state = {name: torch.empty(shape, dtype=dtype) for name, shape in ARGS.parameter_shapes().items()}
     dcp.load(state, checkpoint_id=folder, no_dist=True)
     stored = DcpFolder(folder)
-    assert stored.dtype == dtype
+    assert stored.spec.dtype == dtype
     for name, weight in WEIGHTS.items():
         assert same_bits(state[name].flatten(), weight.to(dtype).flatten()), name
         assert same_bits(stored.read(name), state[name]), name

@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 
 from llama2.config import ModelArgs
+from llama2.weights.precision import Converted, target
 from llama2.weights.readers import Reader
 
 
@@ -36,9 +37,11 @@ def meta_shape(name: str, args: ModelArgs) -> tuple[int, ...]:
 
 
 def meta_weights(reader: Reader) -> dict[str, torch.Tensor]:
-    """All weights of a source, in Meta's two-dimensional shapes."""
-    names = reader.args.parameter_shapes()
-    return {name: reader.read(name).reshape(meta_shape(name, reader.args)) for name in names}
+    """The values of all weights of a source, in Meta's two-dimensional shapes; in fp32 where they are quantized."""
+    if reader.spec.formats:
+        reader = Converted(reader, target(reader.spec, dtype=torch.float32, quantize="none"))
+    names = reader.spec.args.parameter_shapes()
+    return {name: reader.read(name).reshape(meta_shape(name, reader.spec.args)) for name in names}
 
 
 def random_weights(args: ModelArgs, *, seed: int = 0, dtype: torch.dtype = torch.float32) -> dict[str, torch.Tensor]:

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -28,17 +27,6 @@ class CpuKernels(PlainKernels):
         self._rotate_and_store = operators.rotate_and_store.default
         self._paged_attention = operators.paged_attention.default
         self._silu_mul = operators.silu_mul.default
-
-    def prepare(self, weights: Mapping[str, Weight], *, threads: int) -> dict[str, Any]:
-        bf16 = {name: weight for name, weight in weights.items() if weight.format == Plain(torch.bfloat16)}
-        # The largest first: the last one may run on a single thread alone.
-        largest_first = sorted(bf16, key=lambda name: bf16[name].parts["weight"].numel(), reverse=True)
-        with ThreadPoolExecutor(threads) as pool:
-            linears = pool.map(
-                lambda name: torch.ops.llama2_cpu.prepare_bf16(bf16[name].parts["weight"]), largest_first
-            )
-            prepared = dict(zip(largest_first, linears, strict=True))
-        return super().prepare(weights, threads=threads) | prepared
 
     def chain(self, layers: Sequence[Layer]) -> Layers:
         one_by_one, shared = super().chain(layers), layers[0].collectives.shared
@@ -91,6 +79,11 @@ class CpuKernels(PlainKernels):
 
     def silu_mul(self, gate_up_T2F: torch.Tensor) -> torch.Tensor:
         return self._silu_mul(gate_up_T2F)
+
+    def _prepare_one(self, weight: Weight) -> Any:
+        if weight.format == Plain(torch.bfloat16):
+            return torch.ops.llama2_cpu.prepare_bf16(weight.parts["weight"])
+        return super()._prepare_one(weight)
 
 
 def _is_linear(weight: Any) -> bool:

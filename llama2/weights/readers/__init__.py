@@ -10,11 +10,12 @@ from typing import Protocol
 import torch
 
 from llama2.config import ModelArgs
+from llama2.weights.spec import Spec
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Chunk:
-    """One rectangular piece of a weight at rest. Its values are read when `read` is called, or when they are used."""
+    """One rectangular piece of a tensor at rest. Its values are read when `read` is called, or when they are used."""
 
     name: str
     offsets: tuple[int, ...]
@@ -25,15 +26,14 @@ class Chunk:
 class Reader(Protocol):
     """Weights in files, opened and checked, of which nothing large is read yet. All names are Meta's.
 
-    `args` is the architecture, `dtype` that of every weight.
+    `spec` says which tensors there are (`Spec.tensors`), and so which formats the weights have.
     """
 
     path: Path
-    args: ModelArgs
-    dtype: torch.dtype
+    spec: Spec
 
     def read(self, name: str) -> torch.Tensor:
-        """A weight whole, in its shape at rest (`ModelArgs.parameter_shapes`): mapped from a file, or in memory.
+        """A tensor whole, at rest: mapped from a file, or in memory.
 
         Raises:
             ValueError: its values are missing or damaged.
@@ -44,8 +44,8 @@ class Reader(Protocol):
 
 
 def whole(reader: Reader, name: str) -> list[Chunk]:
-    """A weight that is stored in one piece, or has to be put together."""
-    shape = reader.args.parameter_shapes()[name]
+    """A tensor that is stored in one piece, or has to be put together."""
+    shape = reader.spec.tensors()[name].shape
     return [Chunk(name=name, offsets=(0,) * len(shape), shape=shape, read=lambda: reader.read(name))]
 
 

@@ -33,12 +33,12 @@ from torch.distributed.checkpoint.storage import WriteResult
 from torch.futures import Future
 
 from llama2.config import MODEL_ARGS_FILE, ModelArgs
-from llama2.weights.formats import Format
+from llama2.weights.formats.catalog import load_formats
 from llama2.weights.kinds import check_converted
 from llama2.weights.manifest import FileHashes, Hashing, Manifest
 from llama2.weights.readers import Chunk, check_layers, whole
 from llama2.weights.readers.mapped import METADATA_FILE, MappedReader
-from llama2.weights.spec import Spec
+from llama2.weights.spec import Spec, TensorSpec
 
 if TYPE_CHECKING:
     from typing_extensions import Buffer
@@ -50,15 +50,14 @@ def save_chunks(
     folder: Path,
     chunks: Sequence[Chunk],
     *,
-    shapes: Mapping[str, tuple[int, ...]],
-    dtype: torch.dtype,
+    tensors: Mapping[str, TensorSpec],
     progress: Callable[[int], object],
 ) -> dict[str, FileHashes]:
-    """Write this process's `chunks` into `folder` as `dtype`; a collective if a process group is up.
+    """Write this process's `chunks` into `folder`; a collective if a process group is up.
 
-    The chunks of all processes together tile every parameter of `shapes`. `progress` is told the bytes of each chunk
-    written. No more than one chunk is held in memory, and none if it is mapped and has the right dtype. Returns the
-    hashes of what this process meant to write, by the file's name.
+    The chunks of all processes together tile every tensor of `tensors`, whose dtypes the values are given. `progress`
+    is told the bytes of each chunk written. No more than one chunk is held in memory, and none if it is mapped and has
+    the right dtype. Returns the hashes of what this process meant to write, by the file's name.
 
     Raises:
         OSError, ValueError: on every rank, if some rank failed.
@@ -68,7 +67,7 @@ def save_chunks(
         dcp.save(
             {},
             storage_writer=writer,
-            planner=_ChunkPlanner(chunks, shapes=shapes, dtype=dtype, progress=progress),
+            planner=_ChunkPlanner(chunks, tensors=tensors, progress=progress),
             no_dist=not dist.is_initialized(),
         )
     return writer.hashes
@@ -78,9 +77,7 @@ class DcpFolder:
     """A converted folder, opened, and its list of weights compared with the architecture.
 
     Attributes:
-        args: the architecture: as given, else that of the folder's `model_args.json`.
-        dtype: of every plain weight.
-        spec: all of its tensors.
+        spec: all of its tensors, for the architecture that was given, else that of `model_args.json`.
         has_hashes: whether its values will be compared with the hashes of what was written.
 
     Raises:
@@ -88,15 +85,8 @@ class DcpFolder:
             or a tensor is missing, unknown, or of another shape.
     """
 
-    def __init__(
-        self,
-        folder: Path | str,
-        args: ModelArgs | None = None,
-        *,
-        formats: Mapping[str, Format] | None = None,
-        rope_scaling: float = 1.0,
-    ) -> None:
-        """`formats` as in `Spec`; the architecture's positions are divided by `rope_scaling`."""
+    def __init__(self, folder: Path | str, args: ModelArgs | None = None, *, rope_scaling: float = 1.0) -> None:
+        """The architecture's positions are divided by `rope_scaling`."""
         check_converted(folder)
         self.path = Path(folder)
         manifest = Manifest.read(self.path)
@@ -105,13 +95,13 @@ class DcpFolder:
             manifest.check_sizes()
             manifest.check_whole(but=DEFAULT_SUFFIX)
         args = args or ModelArgs.load(self.path)
-        self.args = replace(args, rope_scaling=args.rope_scaling * rope_scaling)
+        args = replace(args, rope_scaling=args.rope_scaling * rope_scaling)
         self._reader = MappedReader(self.path, manifest)
         tensors = self._reader.read_metadata().state_dict_metadata
         found = {name: tensor for name, tensor in tensors.items() if isinstance(tensor, TensorStorageMetadata)}
-        check_layers(self.args, tensors, MODEL_ARGS_FILE, self.path / METADATA_FILE)
-        self.dtype = found["norm.weight"].properties.dtype if "norm.weight" in found else torch.float32
-        self.spec = Spec(args=self.args, dtype=self.dtype, formats=formats or {})
+        check_layers(args, tensors, MODEL_ARGS_FILE, self.path / METADATA_FILE)
+        dtype = found["norm.weight"].properties.dtype if "norm.weight" in found else torch.float32
+        self.spec = Spec(args=args, dtype=dtype, formats=load_formats(self.path, args.weight_axes()))
         self._parts = self.spec.tensors()
         missing, unknown = self._parts.keys() - found.keys(), tensors.keys() - self._parts.keys()
         for what, names in (("lacks", missing), ("has an unknown", unknown)):
@@ -224,14 +214,12 @@ class _ChunkPlanner(dcp.DefaultSavePlanner):
         self,
         chunks: Sequence[Chunk],
         *,
-        shapes: Mapping[str, tuple[int, ...]],
-        dtype: torch.dtype,
+        tensors: Mapping[str, TensorSpec],
         progress: Callable[[int], object],
     ) -> None:
         super().__init__(flatten_state_dict=False)
         self._chunks = {MetadataIndex(chunk.name, chunk.offsets): chunk for chunk in chunks}
-        self._shapes = shapes
-        self._dtype = dtype
+        self._tensors = tensors
         self._progress = progress
 
     def create_local_plan(self) -> SavePlan:
@@ -239,8 +227,8 @@ class _ChunkPlanner(dcp.DefaultSavePlanner):
         for index, chunk in self._chunks.items():
             data = TensorWriteData(
                 chunk=ChunkStorageMetadata(offsets=torch.Size(chunk.offsets), sizes=torch.Size(chunk.shape)),
-                properties=TensorProperties(dtype=self._dtype),
-                size=torch.Size(self._shapes[index.fqn]),
+                properties=TensorProperties(dtype=self._tensors[index.fqn].dtype),
+                size=torch.Size(self._tensors[index.fqn].shape),
             )
             items.append(WriteItem(index=index, type=WriteItemType.SHARD, tensor_data=data))
         self.plan = SavePlan(items)
@@ -249,7 +237,7 @@ class _ChunkPlanner(dcp.DefaultSavePlanner):
     def resolve_data(self, write_item: WriteItem) -> torch.Tensor:
         values = self._chunks[write_item.index].read()
         self._progress(values.nbytes)
-        return values.to(self._dtype)
+        return values.to(self._tensors[write_item.index.fqn].dtype)
 
 
 class _ChunkWriter(dcp.FileSystemWriter):

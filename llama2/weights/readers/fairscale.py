@@ -19,6 +19,7 @@ import torch
 
 from llama2.config import ModelArgs
 from llama2.weights.readers import Chunk, check_layers
+from llama2.weights.spec import Spec
 
 logger = logging.getLogger(__name__)
 
@@ -52,8 +53,7 @@ class FairscaleFolder:
     """Meta's folder, opened and checked, with its weights mapped and not read.
 
     Attributes:
-        args: the architecture.
-        dtype: of every weight.
+        spec: all of its tensors.
         num_shards: number of `consolidated.NN.pth`, Meta's model parallel size.
 
     Raises:
@@ -62,15 +62,15 @@ class FairscaleFolder:
 
     def __init__(self, folder: Path | str, *, vocab_size: int | None, num_shards: int | None = None) -> None:
         self.path = Path(folder)
-        self.args = ModelArgs.from_params(_read_params(self.path), vocab_size=vocab_size)
+        args = ModelArgs.from_params(_read_params(self.path), vocab_size=vocab_size)
         self.num_shards = _count_shards(self.path, num_shards)
         self._shards = [_open_shard(shard_file(self.path, index)) for index in range(self.num_shards)]
-        check_layers(self.args, self._shards[0], PARAMS_FILE, shard_file(self.path, 0))
-        check_num_shards(self.args, self.num_shards)
-        self._shapes = self.args.parameter_shapes()
+        check_layers(args, self._shards[0], PARAMS_FILE, shard_file(self.path, 0))
+        check_num_shards(args, self.num_shards)
+        self._shapes = args.parameter_shapes()
         self._check_names()
         self._axes = {name: self._checked_axis(name) for name in self._shapes}
-        self.dtype = self._checked_dtype()
+        self.spec = Spec(args=args, dtype=self._checked_dtype())
 
     def chunks(self, name: str) -> list[Chunk]:
         """Each shard's piece of parameter `name`, a mapped view in its at-rest shape; together they tile it.

@@ -18,7 +18,10 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 
 from llama2.config import ModelArgs
 from llama2.text.tokenizer_files import BPE_FILE, CONFIG_FILE
+from llama2.weights.formats.groups import repeated
 from llama2.weights.readers import Chunk, check_layers, whole
+from llama2.weights.readers.gguf_blocks import format_of, read_part
+from llama2.weights.spec import Spec, fitting
 
 _ARCHITECTURE = "llama"
 # How text is cut into words before the merges, by `tokenizer.ggml.pre`. These are SmolLM2's own two steps.
@@ -27,33 +30,27 @@ _PRE_TOKENIZERS = {
         [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
     ),
 }
-_NAMES_OF_WHOLE = {
-    "tok_embeddings.weight": "token_embd.weight",
-    "norm.weight": "output_norm.weight",
-    "output.weight": "output.weight",
-}
+_NAMES_OF_WHOLE = {"tok_embeddings": "token_embd", "norm": "output_norm", "output": "output"}
 _NAMES_OF_LAYER = {
-    "attention.wq.weight": "attn_q.weight",
-    "attention.wk.weight": "attn_k.weight",
-    "attention.wv.weight": "attn_v.weight",
-    "attention.wo.weight": "attn_output.weight",
-    "feed_forward.w1.weight": "ffn_gate.weight",
-    "feed_forward.w2.weight": "ffn_down.weight",
-    "feed_forward.w3.weight": "ffn_up.weight",
-    "attention_norm.weight": "attn_norm.weight",
-    "ffn_norm.weight": "ffn_norm.weight",
+    "attention.wq": "attn_q",
+    "attention.wk": "attn_k",
+    "attention.wv": "attn_v",
+    "attention.wo": "attn_output",
+    "feed_forward.w1": "ffn_gate",
+    "feed_forward.w2": "ffn_down",
+    "feed_forward.w3": "ffn_up",
+    "attention_norm": "attn_norm",
+    "ffn_norm": "ffn_norm",
 }
+_PLAIN = {gguf.GGMLQuantizationType.F32: torch.float32, gguf.GGMLQuantizationType.F16: torch.float16}
 
 
 class GgufFile:
     """A GGUF file, opened by mmap.
 
     Attributes:
-        args: the architecture.
-        dtype: fp32, to which every weight is dequantized.
+        spec: all tensors. A type that no format holds exactly is dequantized to bf16.
     """
-
-    dtype = torch.float32
 
     def __init__(self, path: Path | str) -> None:
         """Read the metadata and compare the list of tensors with it.
@@ -70,17 +67,21 @@ class GgufFile:
         if architecture != _ARCHITECTURE:
             raise ValueError(f"{self.path}: architecture must be {_ARCHITECTURE!r}, got {architecture!r}")
         self._tensors = {tensor.name: tensor for tensor in self._reader.tensors}
-        self.args = self._read_args()
-        self._check_tensors()
+        args = self._read_args()
+        self._check_tensors(args)
+        self.spec = self._read_spec(args)
 
     def read(self, name: str) -> torch.Tensor:
-        """Parameter `name`, at rest.
+        """Tensor `name`, at rest.
 
         GGUF holds wq and wk with the pairs of the rotary embedding side by side, as Meta's own files do.
         """
-        stored = self._tensors[self._stored_name(name)]
+        weight, _, part = name.rpartition(".")
+        stored, shape = self._stored(weight), self.spec.tensors()[name].shape
+        if weight in self.spec.formats:
+            return repeated(read_part(stored.data, stored.tensor_type, part), shape).view(shape)
         values = np.array(gguf.dequantize(stored.data, stored.tensor_type), dtype=np.float32)
-        return torch.from_numpy(values).view(self.args.parameter_shapes()[name])
+        return torch.from_numpy(values).view(shape)
 
     def chunks(self, name: str) -> list[Chunk]:
         return whole(self, name)
@@ -169,17 +170,30 @@ class GgufFile:
             context_length=of("context_length", None),
         )
 
-    def _stored_name(self, name: str) -> str:
-        if name.startswith("layers."):
-            _, index, rest = name.split(".", 2)
-            return f"blk.{index}.{_NAMES_OF_LAYER[rest]}"
-        stored = _NAMES_OF_WHOLE[name]
-        tied = name == "output.weight" and stored not in self._tensors
-        return _NAMES_OF_WHOLE["tok_embeddings.weight"] if tied else stored
+    def _read_spec(self, args: ModelArgs) -> Spec:
+        types = {name: self._stored(name).tensor_type for name, axes in args.weight_axes().items() if axes.inputs}
+        formats = {name: format_of(type) for name, type in types.items()}
+        dtypes = {_PLAIN.get(type, torch.bfloat16) for type in types.values()}
+        return Spec(
+            args=args,
+            dtype=dtypes.pop() if len(dtypes) == 1 else torch.bfloat16,
+            formats={name: fitting(format, name, args) for name, format in formats.items() if format},
+        )
 
-    def _check_tensors(self) -> None:
-        check_layers(self.args, self._tensors, "the metadata", self.path)
-        wanted = {self._stored_name(name): shape for name, shape in self.args.parameter_shapes().items()}
+    def _stored(self, weight: str) -> gguf.ReaderTensor:
+        return self._tensors[self._stored_name(weight)]
+
+    def _stored_name(self, weight: str) -> str:
+        if weight.startswith("layers."):
+            _, index, rest = weight.split(".", 2)
+            return f"blk.{index}.{_NAMES_OF_LAYER[rest]}.weight"
+        tied = weight == "output" and "output.weight" not in self._tensors
+        return f"{_NAMES_OF_WHOLE['tok_embeddings' if tied else weight]}.weight"
+
+    def _check_tensors(self, args: ModelArgs) -> None:
+        check_layers(args, self._tensors, "the metadata", self.path)
+        shapes = args.parameter_shapes()
+        wanted = {self._stored_name(name.removesuffix(".weight")): shape for name, shape in shapes.items()}
         for name in sorted(wanted.keys() ^ self._tensors.keys()):
             what = "is missing" if name in wanted else "is not part of a Llama model"
             raise ValueError(f"{self.path}: tensor {name!r} {what}")

@@ -73,7 +73,7 @@ def test_it_is_what_a_cpu_gets() -> None:
 
 def prepared(*weights: torch.Tensor, threads: int = 1) -> list[Any]:
     """As a model's kernels take them; the weights' own memory is laid out anew."""
-    named = {str(index): Weight(format=Plain(one.dtype), parts={"weight": one}) for index, one in enumerate(weights)}
+    named = {str(index): [Weight(format=Plain(one.dtype), parts={"weight": one})] for index, one in enumerate(weights)}
     return [*kernels().prepare(named, threads=threads).values()]
 
 

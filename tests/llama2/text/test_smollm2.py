@@ -49,7 +49,7 @@ def both(smollm2_checkpoint: Path) -> tuple[LLM, Any]:
     """Our engine on the converted checkpoint and transformers' model on the source's weights, both in fp32."""
     model = GgufFile(gguf_file())
     weights = {name: weight.bfloat16() for name, weight in meta_weights(model).items()}
-    return LLM(smollm2_checkpoint, dtype=torch.float32, max_seq_len=512), reference_model(model.args, weights)
+    return LLM(smollm2_checkpoint, dtype=torch.float32, max_seq_len=512), reference_model(model.spec.args, weights)
 
 
 def test_logits_equal_transformers(both: tuple[LLM, Any]) -> None:

@@ -27,7 +27,7 @@ def edit_shard(folder: Path, index: int, **changes: object) -> None:
 @pytest.mark.parametrize("num_shards", [1, 2, 3, 4])
 def test_chunks_tile_every_parameter_with_its_own_values(tmp_path, num_shards):
     folder = FairscaleFolder(meta_folder(tmp_path, ARGS, WEIGHTS, num_shards=num_shards), vocab_size=None)
-    assert (folder.args, folder.dtype, folder.num_shards) == (ARGS, torch.bfloat16, num_shards)
+    assert (folder.spec.args, folder.spec.dtype, folder.num_shards) == (ARGS, torch.bfloat16, num_shards)
     for name, shape in ARGS.parameter_shapes().items():
         chunks = folder.chunks(name)
         whole = torch.full(shape, float("nan"), dtype=torch.bfloat16)
@@ -66,7 +66,7 @@ def test_tensors_that_share_one_storage_are_handed_out_with_their_own_bytes_alon
 def test_a_vocabulary_size_of_minus_one_is_the_tokenizers(tmp_path):
     meta_folder(tmp_path, ARGS, WEIGHTS, num_shards=1)
     (tmp_path / "params.json").write_text(json.dumps({**ARGS.to_params(), "vocab_size": -1}))
-    assert FairscaleFolder(tmp_path, vocab_size=48).args == ARGS
+    assert FairscaleFolder(tmp_path, vocab_size=48).spec.args == ARGS
     with pytest.raises(ValueError, match=r"tok_embeddings.weight has shape \(48, 96\), expected \(40, 96\)"):
         FairscaleFolder(tmp_path, vocab_size=40)
 
@@ -88,7 +88,7 @@ def test_written_shards_are_what_metas_code_expects(tmp_path, num_shards):
 def test_writing_casts_to_the_dtype_asked_for(tmp_path):
     write_fairscale(tmp_path, ARGS, WEIGHTS.__getitem__, num_shards=2, dtype=torch.float32)
     folder = FairscaleFolder(tmp_path, vocab_size=None)
-    assert folder.dtype == torch.float32
+    assert folder.spec.dtype == torch.float32
     assert all(same_bits(folder.read(name).flatten(), weight.float().flatten()) for name, weight in WEIGHTS.items())
 
 

@@ -32,7 +32,7 @@ def demo() -> GgufFile:
 
 @pytest.mark.integration
 def test_the_architecture_of_the_demo_model(demo: GgufFile) -> None:
-    assert demo.args == ModelArgs(
+    assert demo.spec.args == ModelArgs(
         dim=576,
         n_layers=30,
         n_heads=9,
@@ -44,14 +44,14 @@ def test_the_architecture_of_the_demo_model(demo: GgufFile) -> None:
         rope_theta=100000.0,
         context_length=8192,
     )
-    assert ModelArgs.from_params(demo.args.to_params()) == demo.args
-    assert "hidden_dim" not in demo.args.to_params(), "Meta's own formula gives this width"
+    assert ModelArgs.from_params(demo.spec.args.to_params()) == demo.spec.args
+    assert "hidden_dim" not in demo.spec.args.to_params(), "Meta's own formula gives this width"
 
 
 @pytest.mark.integration
 def test_the_weights_of_the_demo_model_are_those_that_transformers_reads(demo: GgufFile) -> None:
     """Every one, to the bit. transformers permutes wq and wk to its own layout, `reference_model` ours to the same."""
-    ours = reference_model(demo.args, meta_weights(demo))
+    ours = reference_model(demo.spec.args, meta_weights(demo))
     theirs = load_gguf_checkpoint(gguf_file(), return_tensors=True, model_to_load=ours)["tensors"]
     for name, tensor in ours.state_dict().items():
         tied = name == "lm_head.weight"
@@ -97,8 +97,8 @@ def test_an_untied_model_comes_back_as_it_was(tmp_path: Path, changes: dict[str,
     args = tiny_args(**changes)
     weights = random_weights(args)
     model = GgufFile(write_gguf(tmp_path / "model.gguf", args, weights))
-    assert ModelArgs.from_params(model.args.to_params()).parameter_shapes() == args.parameter_shapes()
-    assert (model.args.rope_theta, model.args.norm_eps) == (args.rope_theta, args.norm_eps)
+    assert ModelArgs.from_params(model.spec.args.to_params()).parameter_shapes() == args.parameter_shapes()
+    assert (model.spec.args.rope_theta, model.spec.args.norm_eps) == (args.rope_theta, args.norm_eps)
     for name, weight in meta_weights(model).items():
         assert torch.equal(weight, weights[name]), name
 

@@ -36,7 +36,7 @@ def test_on_a_cpu_the_model_runs_in_the_checkpoints_dtype_unless_told_otherwise(
     def dtype(asked: torch.dtype | None = None) -> torch.dtype:
         return load_engine(folder, device="cpu", config=CONFIG, dtype=asked)._group._runner._model.dtype
 
-    assert dtype() == DcpFolder(folder).dtype == torch.bfloat16
+    assert dtype() == DcpFolder(folder).spec.dtype == torch.bfloat16
     assert dtype(torch.float32) == torch.float32
 
 

@@ -1,0 +1,78 @@
+"""Owns weights in 4 bits whose codes are places in a table: a value is s · table[q], with a scale for each group.
+
+bitsandbytes' NF4 and FP4 are exact in it (arXiv:2305.14314), and so are GGUF's IQ4_NL and IQ4_XS.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from types import MappingProxyType
+
+import torch
+
+from llama2.weights.formats import Part
+from llama2.weights.formats.groups import count, divide, pack, spread, unpack
+
+# The values of the codes 0 to 15.
+TABLES: Mapping[str, tuple[float, ...]] = MappingProxyType(
+    {
+        # Quantiles of the normal distribution, as in appendix E of arXiv:2305.14314, in fp32.
+        "nf4": (
+            -1.0,
+            -0.6961928009986877,
+            -0.5250730514526367,
+            -0.39491748809814453,
+            -0.28444138169288635,
+            -0.18477343022823334,
+            -0.09105003625154495,
+            0.0,
+            0.07958029955625534,
+            0.16093020141124725,
+            0.24611230194568634,
+            0.33791524171829224,
+            0.44070982933044434,
+            0.5626170039176941,
+            0.7229568362236023,
+            1.0,
+        ),
+        # A sign, two bits of exponent and one of mantissa, divided by 12, the largest (bitsandbytes' functional.py).
+        "fp4": tuple(sign * value / 12 for sign in (1, -1) for value in (0.0, 0.0625, 8.0, 12.0, 4.0, 6.0, 2.0, 3.0)),
+        # kvalues_iq4nl of ggml-common.h.
+        "iq4_nl": (-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113),
+    }
+)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Lut4:
+    """See `llama2.weights.formats.Format`. `table` is one of `TABLES`."""
+
+    table: str
+    group: int = 64
+    scales: torch.dtype = torch.float32
+
+    @property
+    def unit(self) -> int:
+        return self.group
+
+    def parts(self, outputs: tuple[int, ...], inputs: tuple[int, ...]) -> dict[str, Part]:
+        *outer, last = inputs
+        return {
+            "codes": Part((*outputs, *outer, count(last, 2)), torch.uint8),
+            "scales": Part((*outputs, *outer, count(last, self.group)), self.scales),
+        }
+
+    def dequantize(self, parts: Mapping[str, torch.Tensor]) -> torch.Tensor:
+        codes = unpack(parts["codes"])
+        table = torch.tensor(TABLES[self.table], device=codes.device)
+        return table[codes.int()] * spread(parts["scales"], codes.shape[1])
+
+    def quantize(self, values_FC: torch.Tensor) -> dict[str, torch.Tensor]:
+        """The nearest values of the table, whose largest is the group's: as bitsandbytes does it."""
+        table = torch.tensor(TABLES[self.table], device=values_FC.device)
+        groups_FGI = values_FC.float().unflatten(1, (-1, self.group))
+        scales_FG = groups_FGI.abs().amax(-1)
+        borders = (table[1:] + table[:-1]) / 2
+        codes = torch.bucketize(divide(groups_FGI, scales_FG), borders)
+        return {"codes": pack(codes.flatten(1)), "scales": scales_FG.to(self.scales)}
