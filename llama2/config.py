@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 
 from llama2.errors import InvalidValue, shown
 from llama2.names import SECOND_NAME, by_name
+from llama2.rope import PARAMS_KEYS, ScaledRope, trained_length
 
 MODEL_ARGS_FILE = "model_args.json"
 
@@ -49,9 +50,9 @@ class ModelArgs:
     """The architecture of a Llama model, every optional key of Meta's `params.json` resolved.
 
     `context_length` is how many positions it was trained for. Meta's file does not say: where nothing does, it follows
-    from `rope_theta`, in which Meta's models differ (4096 for Llama 2, and where that is unknown, too). `rope_scaling`
-    divides the positions (linear interpolation, arXiv:2306.15595). `multiple_of` and `ffn_dim_multiplier` are kept only
-    so that `to_params` can write Meta's file again.
+    from the rotary embedding, in which Meta's models differ (4096 for Llama 2, and where that is unknown, too).
+    `rope_scaling` divides the positions (linear interpolation, arXiv:2306.15595), `scaled_rope` some frequencies.
+    `multiple_of` and `ffn_dim_multiplier` are kept only so that `to_params` can write Meta's file again.
     """
 
     dim: int
@@ -65,12 +66,13 @@ class ModelArgs:
     rope_theta: float = 10000.0
     context_length: int = _later()
     rope_scaling: float = 1.0
+    scaled_rope: ScaledRope | None = None
     multiple_of: int = 256
     ffn_dim_multiplier: float | None = None
 
     def __post_init__(self) -> None:
         if self.context_length is None:
-            object.__setattr__(self, "context_length", _trained_length(self.rope_theta))
+            object.__setattr__(self, "context_length", trained_length(self.rope_theta, self.scaled_rope))
         sizes = ("dim", "n_layers", "n_heads", "n_kv_heads", "head_dim", "hidden_dim", "vocab_size", "multiple_of")
         for name in (*sizes, "context_length"):
             value = getattr(self, name)
@@ -100,15 +102,13 @@ class ModelArgs:
         Raises:
             ValueError: a key is unknown, missing, of a wrong type, or disagrees with the tokenizer.
         """
-        known = {field.name for field in dataclasses.fields(cls)}
+        fields = {field.name for field in dataclasses.fields(cls)} - {"scaled_rope"}
+        known = fields | PARAMS_KEYS
         # Run-time sizes that Meta's own scripts write beside the architecture.
-        harmless = {"max_seq_len", "max_batch_size", "use_scaled_rope"}
-        unknown = sorted(set(params) - known - harmless)
+        unknown = sorted(set(params) - known - {"max_seq_len", "max_batch_size"})
         if unknown:
             raise ValueError(f"params.json: unknown key {unknown[0]!r}; known keys are {', '.join(sorted(known))}")
-        if params.get("use_scaled_rope"):
-            raise ValueError("params.json: use_scaled_rope (Llama 3.1's frequency scaling) is not supported")
-        values = {key: params[key] for key in known if params.get(key) is not None}
+        values = {key: params[key] for key in fields if params.get(key) is not None}
         missing = sorted({"dim", "n_layers", "n_heads"} - set(values))
         if missing:
             raise ValueError(f"params.json: {missing[0]!r} is missing")
@@ -134,13 +134,16 @@ class ModelArgs:
         values.setdefault(
             "hidden_dim", _ffn_width(values["dim"], values.get("multiple_of", 256), values.get("ffn_dim_multiplier"))
         )
-        return cls(**values)
+        return cls(**values, scaled_rope=ScaledRope.from_params(params))
 
     def to_params(self) -> dict[str, Any]:
         """The `params.json` that `from_params` reads back to an equal object."""
         params = {key: value for key, value in dataclasses.asdict(self).items() if value is not None}
         # Meta's own code knows none of these keys: they are named only where they are not what follows from the others.
-        if self.context_length == _trained_length(self.rope_theta):
+        if self.scaled_rope is not None:
+            params |= self.scaled_rope.to_params()
+            del params["scaled_rope"]
+        if self.context_length == trained_length(self.rope_theta, self.scaled_rope):
             del params["context_length"]
         if self.rope_scaling == 1.0:
             del params["rope_scaling"]
@@ -156,7 +159,9 @@ class ModelArgs:
         path = Path(path)
         path = path / MODEL_ARGS_FILE if path.is_dir() else path
         try:
-            return cls(**json.loads(path.read_text(encoding="utf-8")))
+            values = dict(json.loads(path.read_text(encoding="utf-8")))
+            scaled = values.pop("scaled_rope", None)
+            return cls(**values, scaled_rope=scaled and ScaledRope(**scaled))
         except FileNotFoundError:
             raise ValueError(f"{path} does not exist: is this a folder that convert_checkpoints.py wrote?") from None
         except (TypeError, ValueError, RecursionError) as error:
@@ -201,11 +206,6 @@ class ModelArgs:
             f"{name}.weight": tuple(sizes[axis] for axis in (*axes.outputs, *axes.inputs))
             for name, axes in self.weight_axes().items()
         }
-
-
-def _trained_length(rope_theta: Any) -> int:
-    """Of Llama 2 and what it does not know, Llama 3 and Code Llama."""
-    return {500_000.0: 8192, 1_000_000.0: 16384}.get(rope_theta, 4096)
 
 
 def _ffn_width(dim: int, multiple_of: int, ffn_dim_multiplier: float | None) -> int:

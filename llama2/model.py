@@ -111,6 +111,8 @@ def rotary_table(args: ModelArgs, max_seq_len: int, device: torch.device) -> tor
     """Cos and sin of each position's angles, `(max_seq_len, D / 2, 2)` in fp32 (RoFormer, arXiv:2104.09864)."""
     half = args.head_dim // 2
     inverse = args.rope_theta ** -(torch.arange(half, dtype=torch.float32, device=device) / half)
+    if args.scaled_rope is not None:
+        inverse = inverse / torch.tensor([args.scaled_rope.divisor(each) for each in inverse.tolist()], device=device)
     positions = torch.arange(max_seq_len, dtype=torch.float32, device=device) / args.rope_scaling
     angles = torch.outer(positions, inverse)
     return torch.stack((angles.cos(), angles.sin()), dim=-1)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import math
 from pathlib import Path
 from typing import Any
@@ -54,6 +55,9 @@ def test_the_published_models_have_the_published_sizes(
         {"rope_theta": 1e6},
         {"context_length": 2048},
         {"rope_scaling": 2.0},
+        {"use_scaled_rope": True},
+        {"use_scaled_rope": True, "rope_scaling_factor": 32.0, "high_freq_factor": 8.0, "rope_scaling": 2.0},
+        {"use_scaled_rope": True, "rope_original_context_length": 64, "context_length": 1024},
     ],
     ids=str,
 )
@@ -76,7 +80,11 @@ def test_a_shape_at_rest_is_a_view_of_metas() -> None:
     ("changes", "message"),
     [
         ({"n_hedas": 4}, "unknown key 'n_hedas'; known keys are .*n_heads"),
-        ({"use_scaled_rope": True}, "use_scaled_rope .* is not supported"),
+        ({"use_scaled_rope": "yes"}, "use_scaled_rope must be true or false, got 'yes'"),
+        ({"rope_scaling_factor": 8}, "rope_scaling_factor belongs to use_scaled_rope, which is not true"),
+        ({"use_scaled_rope": True, "rope_scaling_factor": "8"}, "factor must be a positive number, got '8'"),
+        ({"use_scaled_rope": True, "high_freq_factor": 1}, "low_freq_factor must be less than high_freq_factor=1"),
+        ({"scaled_rope": {}}, "unknown key 'scaled_rope'"),
         ({"dim": None}, "'dim' is missing"),
         ({"vocab_size": "32000"}, "vocab_size must be a positive integer, got '32000'"),
         ({"ffn_dim_multiplier": "1.3"}, "ffn_dim_multiplier must be a positive number, got '1.3'"),
@@ -97,6 +105,14 @@ def test_a_wrong_params_file_is_refused_with_its_fault_named(changes: dict[str, 
 def test_a_tokenizer_larger_than_the_vocabulary_is_refused() -> None:
     with pytest.raises(ValueError, match="vocab_size is 96, but the tokenizer has 97"):
         ModelArgs.from_params(tiny_args().to_params(), vocab_size=97)
+
+
+def test_model_args_of_a_version_before_scaled_rope_are_read(tmp_path: Path) -> None:
+    tiny_args().save(tmp_path)
+    values = json.loads((tmp_path / "model_args.json").read_text())
+    del values["scaled_rope"]
+    (tmp_path / "model_args.json").write_text(json.dumps(values))
+    assert ModelArgs.load(tmp_path) == tiny_args()
 
 
 @pytest.mark.parametrize("text", ["{", '{"dim": 4}', '{"dim": 4, "wrong": 1}', "[]"])
@@ -135,6 +151,7 @@ def test_every_option_says_what_it_is_for() -> None:
         ({}, 4096),
         ({"rope_theta": 1_000_000.0}, 16384),  # Code Llama
         ({"rope_theta": 500_000.0}, 8192),  # Llama 3
+        ({"rope_theta": 500_000.0, "use_scaled_rope": True}, 131072),  # Llama 3.1
         ({"rope_theta": 12_345.0}, 4096),
         ({"rope_theta": 1_000_000.0, "context_length": 2048}, 2048),
     ],
