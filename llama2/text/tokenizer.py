@@ -15,12 +15,16 @@ from typing import TYPE_CHECKING
 
 from llama2.text.text_stream import TextStream
 from llama2.text.tokenizer_files import (
+    ADDED_FILE,
     BPE_FILE,
     CONFIG_FILE,
+    GENERATION_FILE,
     SENTENCEPIECE_FILE,
     WORD_START,
     BpeDefinition,
+    adds_tokens,
     read_config,
+    read_json,
 )
 
 if TYPE_CHECKING:
@@ -34,7 +38,8 @@ _ESCAPED_BYTE = re.compile("[\udc80-\udcff]")
 def load_tokenizer(path: Path | str) -> Tokenizer:
     """Read a SentencePiece `tokenizer.model` or a `tokenizer.json`; `path` is the file or its folder.
 
-    If a folder has both, `tokenizer.model` is read: it is the authority for Llama 2.
+    If a folder has both, `tokenizer.model` is read: it is the authority for Llama 2. But where `tokenizer.json` has
+    tokens that were added to it later, that is read, since only there the vocabulary is whole.
 
     Raises:
         ValueError: there is no such file, or it is not a tokenizer.
@@ -44,7 +49,7 @@ def load_tokenizer(path: Path | str) -> Tokenizer:
         found = [path / name for name in (SENTENCEPIECE_FILE, BPE_FILE) if (path / name).is_file()]
         if not found:
             raise ValueError(f"{path} has no tokenizer: expected {SENTENCEPIECE_FILE} or {BPE_FILE} in it")
-        path = found[0]
+        path = found[-1] if len(found) == 2 and adds_tokens(found[1]) else found[0]
     if not path.is_file():
         raise ValueError(f"tokenizer {path} does not exist: expected a {SENTENCEPIECE_FILE} or {BPE_FILE}")
     if path.suffix == ".json":
@@ -74,17 +79,27 @@ class Tokenizer(ABC):
         """`pieces` are the bytes of every id; `word_starts` the ids whose space is dropped at the start of a text.
 
         `names` are `bos_token` and others according to the vocabulary file. A `tokenizer_config.json` beside it
-        overrides them and `add_bos_token`, and contains the chat template.
+        overrides them and `add_bos_token`, and contains the chat template; a `generation_config.json` has more ids that
+        end a text.
         """
         config, extra_files = read_config(path.parent)
-        named = {key: value for key, value in config.items() if key.endswith("_token") and isinstance(value, str)}
+        # Some write "" for a token that they do not name.
+        named = {
+            key: value for key, value in config.items() if key.endswith("_token") and value and isinstance(value, str)
+        }
         self.files: tuple[Path, ...] = (path, *extra_files)
         self.vocab_size = len(pieces)
         self.special_tokens = special_tokens
         self.template_variables: Mapping[str, str] = {**names, **named}
         self.bos_id = self._named_id("bos_token")
         self.eos_id = self._named_id("eos_token")
-        ends = {self.eos_id, *(special_tokens.get(piece) for piece in _TEXT_ENDS)}
+        for token_id in config["eos_ids"]:
+            if token_id >= len(pieces):
+                raise ValueError(
+                    f"{path.parent / GENERATION_FILE}: eos_token_id must be below {len(pieces)}, the number of ids in "
+                    f"{path.name}, got {token_id}"
+                )
+        ends = {self.eos_id, *config["eos_ids"], *(special_tokens.get(piece) for piece in _TEXT_ENDS)}
         self.eos_ids = frozenset(token_id for token_id in ends if token_id is not None)
         self.chat_template: str | None = config.get("chat_template")
         self._pieces = pieces
@@ -209,6 +224,11 @@ class SentencePieceTokenizer(Tokenizer):
             pieces = [self._bytes_of(i, spelling) for i, spelling in enumerate(spellings)]
         except (OSError, RuntimeError, ValueError):
             raise ValueError(f"{path} is not a SentencePiece model: expected Llama 2's {SENTENCEPIECE_FILE}") from None
+        added = read_json(path.parent / ADDED_FILE) if (path.parent / ADDED_FILE).is_file() else {}
+        if any(not isinstance(index, int) or index >= len(pieces) for index in added.values()):
+            raise ValueError(
+                f"{path} lacks tokens of {ADDED_FILE}: expected a {BPE_FILE} beside it, where the vocabulary is whole"
+            )
         model = self._model
         names = {"bos_token": model.bos_id(), "eos_token": model.eos_id(), "unk_token": model.unk_id()}
         super().__init__(

@@ -1,4 +1,4 @@
-"""Owns what the JSON files of a tokenizer say: `tokenizer.json`'s definition and `tokenizer_config.json`.
+"""Owns what the JSON files of a tokenizer say: `tokenizer.json`'s definition, and the files beside it.
 
 Knows no SentencePiece and encodes nothing.
 """
@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,7 +18,10 @@ if TYPE_CHECKING:
 SENTENCEPIECE_FILE = "tokenizer.model"
 BPE_FILE = "tokenizer.json"
 CONFIG_FILE = "tokenizer_config.json"
-TEMPLATE_FILE = "chat_template.jinja"
+GENERATION_FILE = "generation_config.json"
+# The first one that is there counts, and either counts more than the template in the config.
+TEMPLATE_FILES = ("chat_template.jinja", "chat_template.json")
+ADDED_FILE = "added_tokens.json"
 
 WORD_START = "▁"
 _BYTE_PIECE = re.compile(r"<0x([0-9A-F]{2})>")
@@ -113,28 +117,54 @@ class BpeDefinition:
         return bytes.fromhex(byte[1]) if byte else piece.replace(WORD_START, " ").encode()
 
 
+def adds_tokens(path: Path) -> bool:
+    """Has a `tokenizer.json` tokens beyond the pieces of its model, of which a `tokenizer.model` knows nothing?"""
+    content = read_json(path)
+    try:
+        return any(token["id"] >= len(content["model"]["vocab"]) for token in content["added_tokens"])
+    except (KeyError, TypeError):
+        return False
+
+
 def read_config(folder: Path) -> tuple[dict[str, Any], tuple[Path, ...]]:
     """`tokenizer_config.json`, with tokens as strings and the chat template in place; and the files that were read.
 
-    Both are empty if there is no such file.
+    `eos_ids` has the ids of `generation_config.json` that end a text. All are empty where there is no such file.
 
     Raises:
-        ValueError: a file is not JSON, or its chat template is not a string.
+        ValueError: a file is not JSON, its chat template is not a string, or its ids are none.
     """
-    config_path, template_path = folder / CONFIG_FILE, folder / TEMPLATE_FILE
-    config = read_json(config_path) if config_path.is_file() else {}
+    names = (CONFIG_FILE, *TEMPLATE_FILES, GENERATION_FILE)
+    files = {name: folder / name for name in names if (folder / name).is_file()}
+    config = read_json(files[CONFIG_FILE]) if CONFIG_FILE in files else {}
     # A token is a string, or an object with a "content" beside flags.
     config = {key: value.get("content") if isinstance(value, dict) else value for key, value in config.items()}
-    template = config.get("chat_template")
+    config["chat_template"] = _chat_template(config.get("chat_template"), files)
+    config["eos_ids"] = _eos_ids(files[GENERATION_FILE]) if GENERATION_FILE in files else []
+    return config, tuple(files.values())
+
+
+def _chat_template(of_config: Any, files: Mapping[str, Path]) -> str | None:
+    path = next((files[name] for name in TEMPLATE_FILES if name in files), files.get(CONFIG_FILE))
+    template = of_config
+    if path is not None and path.suffix == ".jinja":
+        template = _read_text(path)
+    elif path is not None and path.name in TEMPLATE_FILES:
+        template = read_json(path).get("chat_template")
     if isinstance(template, list):
         named = [entry for entry in template if isinstance(entry, dict) and entry.get("name") == "default"]
         template = named[0].get("template") if named else None
-    if template_path.is_file():
-        template = _read_text(template_path)
     if template is not None and not isinstance(template, str):
-        raise ValueError(f"{config_path}: chat_template must be a string, got {type(template).__name__}")
-    config["chat_template"] = template
-    return config, tuple(path for path in (config_path, template_path) if path.is_file())
+        raise ValueError(f"{path}: chat_template must be a string, got {type(template).__name__}")
+    return template
+
+
+def _eos_ids(path: Path) -> list[int]:
+    ids = read_json(path).get("eos_token_id")
+    ids = ids if isinstance(ids, list) else [] if ids is None else [ids]
+    if not all(isinstance(each, int) and not isinstance(each, bool) and each >= 0 for each in ids):
+        raise ValueError(f"{path}: eos_token_id must be an id or a list of ids, got {ids!r}")
+    return ids
 
 
 def read_json(path: Path) -> dict[str, Any]:

@@ -9,7 +9,8 @@ from typing import Any
 
 import pytest
 
-from llama2.text.tokenizer import Tokenizer, load_tokenizer
+from llama2.text.tokenizer import SentencePieceTokenizer, Tokenizer, load_tokenizer
+from tests.support.tokenizer_json import llama_tokenizer_json
 
 
 def _with_config(source: Tokenizer, folder: Path, config: Any, *, template: str | None = None) -> Tokenizer:
@@ -42,6 +43,62 @@ def test_the_chat_template_is_read_wherever_it_is(sp: Tokenizer, bpe: Tokenizer,
         "tokenizer_config.json",
         "chat_template.jinja",
     ]
+
+
+def test_a_template_in_a_json_file_counts_more_than_the_configs(bpe: Tokenizer, tmp_path: Path) -> None:
+    (tmp_path / "chat_template.json").write_text(json.dumps({"chat_template": "E"}))
+    tokenizer = _with_config(bpe, tmp_path, {"chat_template": "C"})
+    assert tokenizer.chat_template == "E"
+    assert tmp_path / "chat_template.json" in tokenizer.files
+    assert _with_config(bpe, tmp_path, {}, template="D").chat_template == "D"
+
+
+@pytest.mark.parametrize(("given", "ends"), [(5, {2, 5}), ([5, 7, 2], {2, 5, 7}), ([], {2}), (None, {2})])
+def test_a_generation_config_names_more_ids_that_end_a_text(
+    sp: Tokenizer, tmp_path: Path, given: Any, ends: set[int]
+) -> None:
+    (tmp_path / "generation_config.json").write_text(json.dumps({"eos_token_id": given, "temperature": 0.6}))
+    tokenizer = _with_config(sp, tmp_path, {})
+    assert tokenizer.eos_ids == ends
+    assert tmp_path / "generation_config.json" in tokenizer.files, "a converted folder must have it, too"
+
+
+@pytest.mark.parametrize(
+    ("given", "problem"),
+    [
+        ("</s>", "eos_token_id must be an id or a list of ids, got ['</s>']"),
+        ([2, -1], "eos_token_id must be an id or a list of ids, got [2, -1]"),
+        ([2, 512], "eos_token_id must be below 512, the number of ids in tokenizer.model, got 512"),
+    ],
+)
+def test_a_generation_config_that_names_no_ids_is_refused(
+    sp: Tokenizer, tmp_path: Path, given: Any, problem: str
+) -> None:
+    (tmp_path / "generation_config.json").write_text(json.dumps({"eos_token_id": given}))
+    with pytest.raises(ValueError, match=re.escape(problem)):
+        _with_config(sp, tmp_path, {})
+
+
+def test_of_two_vocabularies_the_one_with_added_tokens_is_read_else_sentencepieces(
+    sp: Tokenizer, tmp_path: Path
+) -> None:
+    (tmp_path / "tokenizer.model").write_bytes(sp.files[0].read_bytes())
+    path = llama_tokenizer_json(tmp_path, sp.files[0], legacy=True)
+    assert isinstance(load_tokenizer(tmp_path), SentencePieceTokenizer)
+    content = json.loads(path.read_text())
+    content["added_tokens"].append(content["added_tokens"][1] | {"id": 512, "content": "<|im_end|>"})
+    path.write_text(json.dumps(content))
+    tokenizer = load_tokenizer(tmp_path)
+    assert tokenizer.special_tokens["<|im_end|>"] == 512
+    assert 512 in tokenizer.eos_ids
+
+
+def test_added_tokens_without_a_whole_vocabulary_are_refused(sp: Tokenizer, tmp_path: Path) -> None:
+    (tmp_path / "added_tokens.json").write_text(json.dumps({"</s>": 2}))
+    assert _with_config(sp, tmp_path, {"bos_token": ""}).bos_id == 1
+    (tmp_path / "added_tokens.json").write_text(json.dumps({"<|im_end|>": 512}))
+    with pytest.raises(ValueError, match=r"lacks tokens of added_tokens\.json: expected a tokenizer\.json beside it"):
+        _with_config(sp, tmp_path, {})
 
 
 BYTE_LEVEL = {"type": "ByteLevel", "add_prefix_space": True, "trim_offsets": True, "use_regex": True}
