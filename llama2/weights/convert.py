@@ -29,6 +29,7 @@ from llama2.weights.readers.fairscale import (
     same_bits,
     write_params,
 )
+from llama2.weights.readers.tensor_files import FILE_NAMES
 from llama2.weights.source import open_source
 from llama2.weights.staging import StagedFolder
 
@@ -55,7 +56,7 @@ def convert(
     """Convert a checkpoint; a collective if a process group is up, in this process alone if none is.
 
     Args:
-        original_ckpt_dir: Meta's folder or a GGUF file; for `output_format="fairscale"` a converted folder as well.
+        original_ckpt_dir: what `open_source` opens.
         save_checkpoint_dir: the folder to make. It appears when it is complete, and not before.
         tokenizer_path: `tokenizer.model`, `tokenizer.json`, or their folder; None: in `original_ckpt_dir`.
         model_parallel_size: the number of Meta's shards that must be there; None: as many as there are.
@@ -181,7 +182,7 @@ def _check_target(target: Path, source: Path, *, overwrite: bool) -> None:
         return
     if not target.is_dir():
         raise ValueError(f"save_checkpoint_dir {target} is a file")
-    if not (target / MODEL_ARGS_FILE).exists() and not (target / PARAMS_FILE).exists():
+    if not any((target / name).exists() for name in (MODEL_ARGS_FILE, PARAMS_FILE, *FILE_NAMES)):
         raise ValueError(f"save_checkpoint_dir {target} exists and holds no checkpoint: choose another name")
     if not overwrite:
         raise ValueError(f"save_checkpoint_dir {target} exists; --overwrite replaces it")

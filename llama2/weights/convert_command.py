@@ -41,11 +41,11 @@ def options(
     max_seq_len: int | None = None,
     max_batch_size: int | None = None,
 ) -> dict[str, Any]:
-    """Convert Meta's Llama checkpoint to one folder that loads at every tensor parallel degree, or back.
+    """Convert a Llama checkpoint to one folder that loads at every tensor parallel degree, or back.
 
     Args:
-        original_ckpt_dir: Meta's folder (params.json, consolidated.00.pth ...) or a GGUF file; to convert back, a
-            converted folder.
+        original_ckpt_dir: Meta's folder (params.json, consolidated.00.pth ...), Hugging Face's (config.json,
+            model.safetensors ...), or a .safetensors or .gguf file; to convert back, a converted folder.
         save_checkpoint_dir: the folder to make. It appears when it is complete.
         tokenizer_path: tokenizer.model or tokenizer.json; by default the one in original_ckpt_dir.
         model_parallel_size: how many consolidated.NN.pth there must be; by default as many as there are.

@@ -5,35 +5,44 @@ So a wrong path is answered before anything that it lacks, and in words that nam
 
 from __future__ import annotations
 
+from enum import Enum
 from pathlib import Path
 
 from llama2.errors import InvalidValue
 
 METADATA_FILE = ".metadata"
-_HUGGING_FACE = ("*.safetensors", "pytorch_model*.bin", "model.safetensors.index.json", "config.json")
-_NOT_YET = (
-    "weights in Hugging Face's format, which are not read yet; Meta's own are (params.json, consolidated.00.pth …)"
-)
 _CONVERT = "python convert_checkpoints.py --original_ckpt_dir {} --save_checkpoint_dir converted_checkpoints"
 
 
-def check_source(path: Path) -> None:
-    """Refuse what does not look like something that the converter reads.
+class Kind(Enum):
+    """A kind of model files. The value says what a path of that kind is."""
+
+    CONVERTED = "holds a converted checkpoint"
+    META = "holds Meta's files"
+    HUGGING_FACE = "holds weights in Hugging Face's format"
+    GGUF = "is a GGUF file"
+
+
+def check_source(path: Path) -> Kind:
+    """What the converter shall read.
 
     Raises:
-        InvalidValue: it says what `path` is instead.
+        InvalidValue: `path` does not look like something that it reads, or like several such things.
     """
-    if _is_meta(path) or (path / METADATA_FILE).exists() or (path.suffix == ".gguf" and path.exists()):
-        return
+    kinds = _kinds(path)
+    if len(kinds) == 1:
+        return kinds[0]
     if not path.exists():
         fault = "does not exist"
-    elif _is_hugging_face(path):
-        inside = path / "original"
-        fault = f"holds {_NOT_YET}" + (f"; its subfolder {inside} is Meta's" if _is_meta(inside) else "")
+    elif kinds:
+        fault = f"{' and '.join(kind.value for kind in kinds)}: only one of them can be the model"
     elif path.is_file():
-        fault = "is a file; expected Meta's folder, a converted one, or a .gguf file"
+        fault = "is a file; expected Meta's folder, Hugging Face's, a converted one, a .gguf or a .safetensors file"
     else:
-        fault = "holds no checkpoint: expected Meta's folder, with params.json and consolidated.00.pth"
+        fault = (
+            "holds no checkpoint: expected Meta's folder, with params.json and consolidated.00.pth, or Hugging Face's, "
+            "with config.json and model.safetensors"
+        )
     raise InvalidValue("--original_ckpt_dir", f"{str(path)!r} {fault}")
 
 
@@ -54,15 +63,11 @@ def check_converted(path: Path | str, field: str = "checkpoint_dir") -> None:
         fault = "does not exist"
         if isinstance(path, str) and path.count("/") == 1 and not path.startswith((".", "/", "~")):
             fault += (
-                "; if it is a name on the hub, nothing is fetched from there: download Meta's files (hf download "
+                "; if it is a name on the hub, nothing is fetched from there: download its files (hf download "
                 f"{path} --local-dir {folder.name}) and convert them: {_CONVERT.format(folder.name)}"
             )
-    elif folder.suffix == ".gguf":
-        fault = f"is a GGUF file: {convert}"
-    elif _is_meta(folder):
-        fault = f"holds Meta's files: {convert}"
-    elif _is_hugging_face(folder):
-        fault = f"holds {_NOT_YET}, to be converted"
+    elif kinds := _kinds(folder):
+        fault = f"{kinds[0].value}: {convert}"
     elif folder.is_file():
         fault = "is a file, and not a folder"
     else:
@@ -70,11 +75,23 @@ def check_converted(path: Path | str, field: str = "checkpoint_dir") -> None:
     raise InvalidValue(field, f"{str(path)!r} {fault}")
 
 
-def _is_meta(path: Path) -> bool:
-    return (path / "params.json").is_file() or next(path.glob("consolidated.*.pth"), None) is not None
-
-
-def _is_hugging_face(path: Path) -> bool:
+def _kinds(path: Path) -> list[Kind]:
     if path.is_file():
-        return path.suffix == ".safetensors"
-    return any(next(path.glob(name), None) for name in _HUGGING_FACE)
+        return [
+            kind
+            for kind, suffix in ((Kind.GGUF, ".gguf"), (Kind.HUGGING_FACE, ".safetensors"))
+            if path.suffix == suffix
+        ]
+
+    def has(*names: str) -> bool:
+        return any(next(path.glob(name), None) for name in names)
+
+    tensors = has("model*.safetensors", "pytorch_model*.bin", "*.index.json")
+    # Some folders on the hub describe one model twice: only its tensors say whose files they are.
+    found = {
+        Kind.CONVERTED: has(METADATA_FILE),
+        Kind.META: has("consolidated.*.pth") or (has("params.json") and not tensors),
+        Kind.HUGGING_FACE: tensors,
+    }
+    kinds = [kind for kind, is_one in found.items() if is_one]
+    return kinds or [Kind.HUGGING_FACE] * has("config.json")

@@ -11,10 +11,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from llama2.text.tokenizer import BPE_FILE, SENTENCEPIECE_FILE, Tokenizer, load_tokenizer
-from llama2.weights.kinds import check_source
+from llama2.weights.kinds import Kind, check_source
 from llama2.weights.readers import Reader
-from llama2.weights.readers.dcp import METADATA_FILE, DcpFolder
+from llama2.weights.readers.dcp import DcpFolder
 from llama2.weights.readers.fairscale import FairscaleFolder
+from llama2.weights.readers.hugging_face import open_hugging_face
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -26,7 +27,7 @@ class Source:
 
 
 def open_source(path: Path | str, *, tokenizer_path: Path | str | None = None, num_shards: int | None = None) -> Source:
-    """Open Meta's folder, a converted one, or a GGUF file.
+    """Open Meta's folder, Hugging Face's, a converted one, or a file: GGUF, or safetensors with its config beside it.
 
     Args:
         tokenizer_path: `tokenizer.model`, `tokenizer.json`, or their folder; None: the source's own.
@@ -36,27 +37,32 @@ def open_source(path: Path | str, *, tokenizer_path: Path | str | None = None, n
         ValueError: one line that says what is wrong with it.
     """
     path = Path(path)
-    check_source(path)
-    is_file, is_converted = path.is_file(), (path / METADATA_FILE).exists()
-    if num_shards is not None and (is_file or is_converted):
-        kind = "a file" if is_file else "a converted checkpoint"
-        raise ValueError(f"model_parallel_size counts Meta's shards, and {path} is {kind}")
-    if is_file:
-        try:
-            from llama2.weights.readers.gguf import GgufFile
-        except ModuleNotFoundError as error:
-            raise ValueError(f"{path}: GGUF files are not read without the package {error.name}") from None
+    kind = check_source(path)
+    if num_shards is not None and kind is not Kind.META:
+        raise ValueError(f"model_parallel_size counts Meta's shards, and {path} {kind.value}")
+    if kind is Kind.GGUF:
+        # gguf and its tokenizers take a moment to import, which nobody else shall wait for.
+        from llama2.weights.readers.gguf import GgufFile
+
         gguf = GgufFile(path)
         if tokenizer_path is None:
             gguf.check_tokenizer()
             return Source(reader=gguf, write_tokenizer=gguf.write_tokenizer)
         return Source(reader=gguf, write_tokenizer=_copier(load_tokenizer(tokenizer_path)))
-    tokenizer = load_tokenizer(path if tokenizer_path is None else tokenizer_path)
+    folder = path.parent if path.is_file() else path
+    tokenizer = load_tokenizer(folder if tokenizer_path is None else tokenizer_path)
     reader: Reader
-    if is_converted:
+    if kind is Kind.CONVERTED:
         reader = DcpFolder(path)
-    else:
+    elif kind is Kind.META:
         reader = FairscaleFolder(path, vocab_size=tokenizer.vocab_size, num_shards=num_shards)
+    else:
+        reader = open_hugging_face(path)
+        if tokenizer.vocab_size > reader.spec.args.vocab_size:
+            raise ValueError(
+                f"{path}: the tokenizer has {tokenizer.vocab_size} ids, but the model only "
+                f"{reader.spec.args.vocab_size}: they do not belong together"
+            )
     return Source(reader=reader, write_tokenizer=_copier(tokenizer))
 
 

@@ -11,7 +11,6 @@ import logging
 import math
 import mmap
 import os
-import pickle
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
@@ -19,6 +18,7 @@ import torch
 
 from llama2.config import ModelArgs
 from llama2.weights.readers import Chunk, check_layers
+from llama2.weights.readers.tensor_files import open_tensors, own_storage
 from llama2.weights.spec import Spec
 
 logger = logging.getLogger(__name__)
@@ -90,7 +90,7 @@ class FairscaleFolder:
 
         def chunk(index: int) -> Chunk:
             offsets = tuple(index * size if i == axis else 0 for i, size in enumerate(part))
-            view = _own_storage(self._shards[index][name]).view(part)
+            view = own_storage(self._shards[index][name]).view(part)
             return Chunk(name=name, offsets=offsets, shape=part, read=lambda: view)
 
         return [chunk(index) for index in range(1 if axis is None else self.num_shards)]
@@ -265,32 +265,4 @@ def _count_shards(folder: Path, expected: int | None) -> int:
 
 
 def _open_shard(path: Path) -> dict[str, torch.Tensor]:
-    try:
-        shard = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
-    except FileNotFoundError:
-        raise ValueError(f"{path} does not exist") from None
-    except pickle.UnpicklingError:
-        # Its own message tells the user how to let the file run code.
-        raise ValueError(f"{path} is refused: it is damaged, or holds something other than plain tensors") from None
-    except Exception as error:
-        # A damaged file may raise anything; the first line of it says enough.
-        reason = str(error).strip().split("\n")[0]
-        raise ValueError(f"{path} is not a readable .pth file (truncated or damaged?): {reason}") from None
-    if not isinstance(shard, dict):
-        raise ValueError(f"{path} must hold a dictionary of tensors, got {type(shard).__name__}")
-    weights = {name: value for name, value in shard.items() if name not in IGNORED}
-    for name, value in weights.items():
-        if not isinstance(name, str) or not isinstance(value, torch.Tensor) or value.layout != torch.strided:
-            raise ValueError(f"{path}: {name!r} is not a plain tensor")
-    return weights
-
-
-def _own_storage(tensor: torch.Tensor) -> torch.Tensor:
-    """The same memory, contiguous, as a storage that holds nothing else: what torch.save writes without a copy.
-
-    Meta's files keep several tensors in one storage.
-    """
-    tensor = tensor.contiguous()
-    start = tensor.storage_offset() * tensor.itemsize
-    storage = tensor.untyped_storage()[start : start + tensor.nbytes]
-    return torch.empty(0, dtype=tensor.dtype).set_(storage, 0, tensor.shape, tensor.stride())
+    return {name: tensor for name, tensor in open_tensors(path).items() if name not in IGNORED}

@@ -16,7 +16,12 @@ CONVERT = "python convert_checkpoints.py --original_ckpt_dir"
     [
         (["params.json", "consolidated.00.pth"], f"holds Meta's files: convert it first: {CONVERT} "),
         (["consolidated.00.pth"], "holds Meta's files: convert it first"),
-        (["config.json", "model.safetensors"], "holds weights in Hugging Face's format, which are not read"),
+        (["config.json", "model.safetensors"], f"holds weights in Hugging Face's format: convert it first: {CONVERT} "),
+        (["config.json"], "holds weights in Hugging Face's format: convert it first"),
+        (
+            ["params.json", "config.json", "pytorch_model.bin.index.json"],
+            "holds weights in Hugging Face's format: convert it",
+        ),
         (["notes.txt"], "is no converted checkpoint: it has no .metadata file"),
     ],
     ids=str,
@@ -32,6 +37,7 @@ def test_a_folder_of_another_kind(tmp_path: Path, files: list[str], message: str
 def test_a_file_and_what_does_not_exist(tmp_path: Path) -> None:
     gguf, other = tmp_path / "model.gguf", tmp_path / "model.bin"
     for file, message in (
+        (tmp_path / "model.safetensors", f"holds weights in Hugging Face's format: convert it first: {CONVERT}"),
         (gguf, f"is a GGUF file: convert it first: {CONVERT}"),
         (other, "is a file, and not a folder"),
     ):
