@@ -6,33 +6,22 @@ Knows no peer. Files are kept until the checkpoint changes.
 from __future__ import annotations
 
 import hashlib
-import json
 import os
 import shutil
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
 
 from llama2.config import ModelArgs
-from llama2.progress import Bar, progress
+from llama2.progress import progress
+from llama2.weights.hf_writer import HuggingFaceWriter
 from llama2.weights.precision import Converted, target
 from llama2.weights.readers.dcp import METADATA_FILE, DcpFolder
 
 # Longer than any measured prompt: peers refuse what their config does not allow.
 MAX_POSITIONS = 32768
-_HF_NAMES = {
-    "attention.wq": "self_attn.q_proj",
-    "attention.wk": "self_attn.k_proj",
-    "attention.wv": "self_attn.v_proj",
-    "attention.wo": "self_attn.o_proj",
-    "feed_forward.w1": "mlp.gate_proj",
-    "feed_forward.w2": "mlp.down_proj",
-    "feed_forward.w3": "mlp.up_proj",
-    "attention_norm": "input_layernorm",
-    "ffn_norm": "post_attention_layernorm",
-}
 # gguf's names of the types of a weight, and of a file of them.
 _GGUF_TYPES = {
     torch.bfloat16: ("BF16", "MOSTLY_BF16"),
@@ -71,12 +60,12 @@ def write_hf(source: Source, cache: Path, dtype: torch.dtype) -> Path:
 
     def write(folder: Path) -> None:
         folder.mkdir()
+        args = replace(source.args, context_length=MAX_POSITIONS)
+        writer = HuggingFaceWriter(folder, args, dtype=dtype, tied=False)
         if source.read is not None:
-            from safetensors.torch import save_file
-
-            state = {hf_name(name): _hf_layout(name, tensor, dtype) for name, tensor in _tensors(source)}
-            save_file(state, folder / "model.safetensors", metadata={"format": "pt"})
-        (folder / "config.json").write_text(json.dumps(_hf_config(source.args, dtype), indent=2) + "\n")
+            writer.reserve()
+            writer.fill(_progress(args.parameter_shapes()), source.read)
+        writer.write_config()
 
     return _cached(cache / f"{source.key}-{_name(dtype)}-hf", write)
 
@@ -105,7 +94,10 @@ def write_gguf(source: Source, cache: Path, dtype: torch.dtype) -> Path:
         writer.add_vocab_size(args.vocab_size)
         writer.add_tokenizer_model("no_vocab")
         names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, args.n_layers)
-        for name, tensor in _tensors(source):
+        shapes = args.parameter_shapes()
+        read = source.read or (lambda name: torch.randn(shapes[name]).mul_(0.02))
+        for name in _progress(shapes):
+            tensor = read(name)
             stored = names.get_name(name, try_suffixes=(".weight",))
             assert stored is not None
             if tensor.dim() == 1:
@@ -121,52 +113,14 @@ def write_gguf(source: Source, cache: Path, dtype: torch.dtype) -> Path:
     return _cached(cache / f"{source.key}-{_name(dtype)}.gguf", write)
 
 
-def hf_name(name: str) -> str:
-    """transformers' name of the parameter that Meta calls `name`."""
-    if not name.startswith("layers."):
-        whole = {"tok_embeddings": "model.embed_tokens", "norm": "model.norm", "output": "lm_head"}
-        return f"{whole[name.removesuffix('.weight')]}.weight"
-    _, index, rest = name.removesuffix(".weight").split(".", 2)
-    return f"model.layers.{index}.{_HF_NAMES[rest]}.weight"
-
-
-def _tensors(source: Source) -> Bar:
-    shapes = source.args.parameter_shapes()
-    read = source.read or (lambda name: torch.randn(shapes[name]).mul_(0.02))
-    pairs = ((name, read(name)) for name in shapes)
-    return progress(pairs, total=len(shapes), desc="weights for a peer", unit="tensor", leave=False, disable=None)
+def _progress(names: Iterable[str]) -> Iterable[str]:
+    names = list(names)
+    return progress(names, total=len(names), desc="weights for a peer", unit="tensor", leave=False, disable=None)
 
 
 def _flat(name: str, tensor: torch.Tensor) -> torch.Tensor:
     """Meta's two axes, from the stored ones."""
     return tensor.flatten(1) if name.endswith("wo.weight") else tensor.flatten(0, -2)
-
-
-def _hf_layout(name: str, tensor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """transformers splits the rotary pairs of wq and wk into halves, where Meta interleaves them."""
-    if name.endswith(("wq.weight", "wk.weight")):
-        tensor = tensor.unflatten(-2, (-1, 2)).transpose(-3, -2).flatten(-3, -2)
-    return (tensor if tensor.dim() == 1 else _flat(name, tensor)).to(dtype).contiguous()
-
-
-def _hf_config(args: ModelArgs, dtype: torch.dtype) -> dict[str, object]:
-    from transformers import LlamaConfig
-
-    return LlamaConfig(
-        vocab_size=args.vocab_size,
-        hidden_size=args.dim,
-        intermediate_size=args.hidden_dim,
-        num_hidden_layers=args.n_layers,
-        num_attention_heads=args.n_heads,
-        num_key_value_heads=args.n_kv_heads,
-        head_dim=args.head_dim,
-        rms_norm_eps=args.norm_eps,
-        rope_parameters={"rope_type": "default", "rope_theta": args.rope_theta},
-        max_position_embeddings=MAX_POSITIONS,
-        tie_word_embeddings=False,
-        architectures=["LlamaForCausalLM"],
-        dtype=_name(dtype),
-    ).to_dict()
 
 
 def _name(dtype: torch.dtype) -> str:

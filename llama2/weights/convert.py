@@ -1,4 +1,4 @@
-"""Owns a conversion: any source of weights to a folder that is complete by itself (DCP), or to Meta's shards.
+"""Owns a conversion: any source of weights to a folder that is complete by itself: DCP, Meta's or Hugging Face's.
 
 Every process of the group calls `convert`; each opens the whole source (which reads nothing), works out the same
 shares, and writes its own. An error on one process becomes the same error on all of them.
@@ -9,14 +9,17 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Callable, Iterable
+from functools import partial
 from pathlib import Path
-from typing import Literal, TypeVar
+from typing import Literal, TypeVar, get_args
 
 import torch
 import torch.distributed as dist
 
 from llama2.config import MODEL_ARGS_FILE
 from llama2.progress import Bar, progress
+from llama2.text.tokenizer import load_tokenizer
+from llama2.weights.hf_writer import HuggingFaceWriter
 from llama2.weights.manifest import FileHashes, Manifest
 from llama2.weights.precision import Converted, target
 from llama2.weights.readers import Chunk
@@ -36,6 +39,7 @@ from llama2.weights.staging import StagedFolder
 logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
+OutputFormat = Literal["dcp", "fairscale", "hf"]
 
 
 def convert(
@@ -48,7 +52,7 @@ def convert(
     quantize: str | None = None,
     quantize_head: bool = True,
     requantize: bool = False,
-    output_format: Literal["dcp", "fairscale"] = "dcp",
+    output_format: OutputFormat = "dcp",
     output_model_parallel_size: int | None = None,
     overwrite: bool = False,
     verify: bool = False,
@@ -73,21 +77,21 @@ def convert(
     """
     ranks = _Ranks()
     staged = StagedFolder(save_checkpoint_dir)
-    if output_format not in ("dcp", "fairscale"):
-        raise ValueError(f"output_format must be dcp or fairscale, got {output_format!r}")
+    if output_format not in get_args(OutputFormat):
+        raise ValueError(f"output_format must be one of {', '.join(get_args(OutputFormat))}, got {output_format!r}")
     if output_format == "fairscale" and output_model_parallel_size is None:
         raise ValueError("output_format=fairscale needs output_model_parallel_size, the number of shards to write")
-    if output_format == "fairscale" and quantize not in (None, "none"):
-        raise ValueError(f"output_format=fairscale holds plain values: quantize must be none, got {quantize!r}")
-    if output_format == "dcp" and output_model_parallel_size is not None:
+    if output_format != "fairscale" and output_model_parallel_size is not None:
         raise ValueError(
-            "output_model_parallel_size belongs to output_format=fairscale: a converted folder has no shards"
+            f"output_model_parallel_size belongs to output_format=fairscale: a folder of {output_format} has no shards"
         )
+    if output_format != "dcp" and quantize not in (None, "none"):
+        raise ValueError(f"output_format={output_format} holds plain values: quantize must be none, got {quantize!r}")
 
     opened = ranks.agree(
         lambda: open_source(original_ckpt_dir, tokenizer_path=tokenizer_path, num_shards=model_parallel_size)
     )
-    if output_format == "fairscale":
+    if output_format != "dcp":
         quantize, requantize = "none", True
     stored = opened.reader.spec
     spec = target(stored, dtype=dtype, quantize=quantize, quantize_head=quantize_head, requantize=requantize)
@@ -107,12 +111,17 @@ def convert(
 
     ranks.agree(open_target, only_first=True)
     try:
+        write_tokenizer = partial(opened.write_tokenizer, staged.partial)
         if output_model_parallel_size is not None:
             _write_shards(ranks, source, staged.partial, num_shards=output_model_parallel_size)
-            ranks.agree(lambda: opened.write_tokenizer(staged.partial), only_first=True)
+            ranks.agree(write_tokenizer, only_first=True)
+        elif output_format == "hf":
+            writer = _write_hugging_face(ranks, source, staged.partial)
+            ranks.agree(write_tokenizer, only_first=True)
+            ranks.agree(lambda: writer.write_config(load_tokenizer(staged.partial)), only_first=True)
         else:
             hashes = _write_dcp(ranks, source, staged.partial)
-            ranks.agree(lambda: opened.write_tokenizer(staged.partial), only_first=True)
+            ranks.agree(write_tokenizer, only_first=True)
             ranks.agree(Manifest(staged.partial, hashes).write, only_first=True)
         if verify:
             ranks.agree(lambda: _verify(ranks, source, staged.partial))
@@ -206,6 +215,26 @@ def _write_shards(ranks: _Ranks, source: Converted, folder: Path, *, num_shards:
     args, dtype = source.spec.args, source.spec.dtype
     indices = range(ranks.rank, num_shards, ranks.world_size)
     ranks.agree(lambda: reserve_shards(folder, args, num_shards=num_shards, dtype=dtype, indices=indices))
+    _fill(ranks, source, lambda names, read: fill_shards(folder, args, read, num_shards=num_shards, names=names))
+    ranks.agree(lambda: write_params(folder, args), only_first=True)
+
+
+def _write_hugging_face(ranks: _Ranks, source: Converted, folder: Path) -> HuggingFaceWriter:
+    def is_tied() -> bool:
+        return same_bits(source.read("tok_embeddings.weight"), source.read("output.weight"))
+
+    tied = ranks.gather(ranks.agree(is_tied, only_first=True))[0]
+    spec = source.spec
+    writer = ranks.agree(lambda: HuggingFaceWriter(folder, spec.args, dtype=spec.dtype, tied=tied))
+    ranks.agree(writer.reserve, only_first=True)
+    _fill(ranks, source, writer.fill)
+    return writer
+
+
+def _fill(
+    ranks: _Ranks, source: Converted, write: Callable[[list[str], Callable[[str], torch.Tensor]], object]
+) -> None:
+    """Have this process `write` its share of the tensors: their names, and how one is read."""
     tensors = source.spec.tensors()
     names = ranks.share(tensors, lambda name: tensors[name].nbytes)
     with ranks.progress("converting", sum(tensors[name].nbytes for name in names)) as bar:
@@ -214,8 +243,7 @@ def _write_shards(ranks: _Ranks, source: Converted, folder: Path, *, num_shards:
             bar.update(tensors[name].nbytes)
             return source.read(name)
 
-        ranks.agree(lambda: fill_shards(folder, args, read, num_shards=num_shards, names=names))
-    ranks.agree(lambda: write_params(folder, args), only_first=True)
+        ranks.agree(lambda: write(names, read))
 
 
 def _verify(ranks: _Ranks, source: Converted, folder: Path) -> None:

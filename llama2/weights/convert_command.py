@@ -50,7 +50,7 @@ def options(
         tokenizer_path: tokenizer.model or tokenizer.json; by default the one in original_ckpt_dir.
         model_parallel_size: how many consolidated.NN.pth there must be; by default as many as there are.
         dtype: bfloat16 (bf16), float16 (fp16) or float32 (fp32); by default the source's.
-        output_format: dcp, or fairscale for Meta's layout.
+        output_format: dcp, fairscale for Meta's layout, or hf for Hugging Face's.
         output_model_parallel_size: how many consolidated.NN.pth to write, with output_format fairscale.
         overwrite: replace the checkpoint that save_checkpoint_dir holds, once the new one is complete.
         verify: read the result back and compare every weight with its source.

@@ -57,7 +57,11 @@ FAULTS: dict[str, tuple[Callable[[Path], object] | None, list, str]] = {
         ["--dtype", "int8"],
         "--dtype must be bfloat16 (bf16), float16 (fp16) or",
     ),
-    "an unknown format": (None, ["--output_format", "gguf"], "output_format must be dcp or fairscale, got 'gguf'"),
+    "an unknown format": (
+        None,
+        ["--output_format", "gguf"],
+        "output_format must be one of dcp, fairscale, hf, got 'gguf'",
+    ),
     "no size for the way back": (None, ["--output_format", "fairscale"], "needs output_model_parallel_size"),
     "a size that is no number": (None, ["--model_parallel_size", "all"], "must be a positive integer, got 'all'"),
     "a switch with a value": (None, ["--overwrite", "3"], "--overwrite is a switch and takes no value, got 3"),
