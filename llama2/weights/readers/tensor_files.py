@@ -24,7 +24,7 @@ _KINDS = (
 FILE_NAMES = tuple(name for names in _KINDS for name in names)
 
 # Far more than the list of any model's tensors needs: a damaged file must not cost memory.
-_LARGEST_HEADER = 4 << 20
+_LARGEST_HEADER = 2 << 20
 _LARGEST_JSON = 16 << 20
 
 
