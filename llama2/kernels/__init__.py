@@ -75,7 +75,7 @@ def choose_kernels(device: torch.device, dtype: torch.dtype) -> Kernels:
         from llama2.kernels.cpu.library import load_library
 
         if load_library():
-            return CpuKernels()
+            return CpuKernels(dtype)
     if device.type == "cuda":
         from llama2.kernels.cuda.kernels import CudaKernels
 

@@ -28,7 +28,7 @@ class PlainKernels:
         with ThreadPoolExecutor(threads) as pool:
             done = dict(zip(order, pool.map(lambda key: self._prepare_one(each[key]), order), strict=True))
         return {
-            name: done[name, 0] if len(weight) == 1 else tuple(done[name, place] for place in range(len(weight)))
+            name: done[name, 0] if len(weight) == 1 else self._join([done[name, at] for at in range(len(weight))])
             for name, weight in weights.items()
         }
 
@@ -73,6 +73,10 @@ class PlainKernels:
 
     def _prepare_one(self, weight: Weight) -> Any:
         return weight.dequantize() if isinstance(weight.format, Plain) else weight
+
+    def _join(self, prepared: Sequence[Any]) -> Any:
+        """What `linear` takes for weights whose outputs follow each other."""
+        return tuple(prepared)
 
     def silu_mul(self, gate_up_T2F: torch.Tensor) -> torch.Tensor:
         gate_TF, up_TF = gate_up_T2F.chunk(2, dim=-1)

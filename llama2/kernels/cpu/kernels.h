@@ -22,9 +22,9 @@ struct Linear : torch::CustomClassHolder {
 
   Linear(int64_t inputs, int64_t outputs, int64_t max_rows) : inputs(inputs), outputs(outputs), max_rows(max_rows) {}
 
-  // y (rows, outputs) becomes x (rows, inputs) times the weight, transposed, summed in fp32. A row's result has the
-  // same bits in any batch.
-  virtual void run(const Team& team, const at::BFloat16* x, at::BFloat16* y, int64_t rows) const = 0;
+  // y (rows, outputs) becomes x (rows, inputs) times the weight, transposed, summed in fp32; `stride` is the distance
+  // between rows of y. A row's result has the same bits in any batch.
+  virtual void run(const Team& team, const at::BFloat16* x, at::BFloat16* y, int64_t rows, int64_t stride) const = 0;
 
   // The same by PyTorch, outside of a team.
   virtual at::Tensor many_rows(const at::Tensor& x) const = 0;
@@ -32,16 +32,17 @@ struct Linear : torch::CustomClassHolder {
 
 // Must come before any operator that takes a Linear.
 void define_linear(torch::Library& library);
+void define_quantized_linear(torch::Library& library);
 
 #ifdef LLAMA2_PACKS_WEIGHTS
 // Lays out a weight (outputs, inputs) as `linear` reads it, in the same memory.
 void pack(at::BFloat16* w, int64_t outputs, int64_t inputs);
 #endif
 
-// x (rows, inputs), w (outputs, inputs), packed if need be; y (rows, outputs) becomes x wᵀ, summed in fp32. A row's
-// result has the same bits in any batch.
+// x (rows, inputs), w (outputs, inputs), packed if need be; y (rows, outputs), whose rows are `stride` apart, becomes
+// x wᵀ, summed in fp32. A row's result has the same bits in any batch.
 void linear(const Team& team, const at::BFloat16* x, const at::BFloat16* w, at::BFloat16* y, int64_t rows,
-            int64_t inputs, int64_t outputs);
+            int64_t inputs, int64_t outputs, int64_t stride);
 
 template <typename T>
 void add_rms_norm(const Team& team, T* x, const T* branch, const T* weight, float eps, T* result, int64_t rows,

@@ -9,18 +9,25 @@ import torch
 
 from llama2.batch import Batch
 from llama2.kernels.plain import PlainKernels
-from llama2.weights.formats import Weight
+from llama2.weights.formats import Format, Weight
+from llama2.weights.formats.lut4 import TABLES, Lut4
 from llama2.weights.formats.plain import Plain
+from llama2.weights.formats.q4 import Q4
+from llama2.weights.formats.q8 import Q8
 
 if TYPE_CHECKING:
     from llama2.kernels import Layers
     from llama2.model import Layer
 
 
+_SMALLEST_GROUP = 16  # kSmallestStep of quantized_linear.cpp
+
+
 class CpuKernels(PlainKernels):
     """See `llama2.kernels.Kernels`. `library.load_library` must have succeeded."""
 
-    def __init__(self) -> None:
+    def __init__(self, dtype: torch.dtype) -> None:
+        self._dtype = dtype
         operators = torch.ops.llama2_cpu
         # `.default` skips overload resolution at every call.
         self._add_rms_norm = operators.add_rms_norm.default
@@ -83,7 +90,38 @@ class CpuKernels(PlainKernels):
     def _prepare_one(self, weight: Weight) -> Any:
         if weight.format == Plain(torch.bfloat16):
             return torch.ops.llama2_cpu.prepare_bf16(weight.parts["weight"])
+        if self._dtype == torch.bfloat16 and _has_product(weight):
+            parts = {name: part.view(len(part), -1) for name, part in weight.parts.items()}
+            others = (parts.get(name) for name in ("zeros", "mins", "super_scales", "super_mins"))
+            return torch.ops.llama2_cpu.prepare_quantized(
+                parts["codes"], parts["scales"], *others, _table(weight.format)
+            )
         return super()._prepare_one(weight)
+
+    def _join(self, prepared: Sequence[Any]) -> Any:
+        if all(map(_is_linear, prepared)):
+            return torch.ops.llama2_cpu.join(prepared)
+        return super()._join(prepared)
+
+
+def _has_product(weight: Weight) -> bool:
+    """Whether the operators multiply by a quantized `weight`: not where its groups are very small."""
+    if isinstance(weight.format, Plain):
+        return False
+    codes = weight.parts["codes"]
+    inputs = codes.shape[1] * (1 if codes.dtype == torch.int8 else 2)
+    groups = (part.numel() // len(part) for name, part in weight.parts.items() if name != "codes")
+    return all(inputs % (_SMALLEST_GROUP * group) == 0 for group in groups)
+
+
+def _table(format: Format) -> list[float]:
+    """The values of the codes 0 to 15; none for codes of 8 bits."""
+    if isinstance(format, Q8):
+        return []
+    if isinstance(format, Lut4):
+        return list(TABLES[format.table])
+    zero = format.zero or 0 if isinstance(format, Q4) else 0
+    return [float(code - zero) for code in range(16)]
 
 
 def _is_linear(weight: Any) -> bool:

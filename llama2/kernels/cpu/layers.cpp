@@ -98,15 +98,15 @@ at::Tensor run_layers(const c10::intrusive_ptr<Layers>& layers, at::Tensor x, co
       const auto [own_keys, own_values] = caches[i];
       add_rms_norm(team, stream, i == 0 ? nullptr : branch, layer.attention_norm.const_data_ptr<BFloat16>(),
                    layers->eps, normed, rows, dim);
-      layer.wqkv->run(team, normed, qkv, rows);
+      layer.wqkv->run(team, normed, qkv, rows, qkv_dim);
       rotate_and_store(team, qkv, turns, places, queries, own_keys, own_values, rows, heads);
       attention.run(team, queries, own_keys, own_values, attended);
-      layer.wo->run(team, attended, branch, rows);
+      layer.wo->run(team, attended, branch, rows, dim);
       sum_over_ranks();
       add_rms_norm(team, stream, branch, layer.ffn_norm.const_data_ptr<BFloat16>(), layers->eps, normed, rows, dim);
-      layer.w13->run(team, normed, gate_up, rows);
+      layer.w13->run(team, normed, gate_up, rows, 2 * hidden);
       silu_mul(team, gate_up, gated, rows, hidden);
-      layer.w2->run(team, gated, branch, rows);
+      layer.w2->run(team, gated, branch, rows, dim);
       sum_over_ranks();
     }
   });

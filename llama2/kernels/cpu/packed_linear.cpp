@@ -49,10 +49,10 @@ C10_ALWAYS_INLINE void add(__m512 (&sums)[R][2], __m512bh low, __m512bh high, co
   }
 }
 
-// y[m] = block · x[m] for R rows; outputs is the distance between rows of y. Without the pragmas the compiler does not
+// y[m] = block · x[m] for R rows; stride is the distance between rows of y. Without the pragmas the compiler does not
 // unroll such long loops, and the sums go through memory.
 template <bool Fetches, int R>
-void tile(const Block& block, Fetch fetch, const BFloat16* x, BFloat16* y, int64_t outputs) {
+void tile(const Block& block, Fetch fetch, const BFloat16* x, BFloat16* y, int64_t stride) {
   const auto low = first(std::min(block.outputs, kLanes)), high = first(std::max(block.outputs - kLanes, 0));
   const int64_t inputs = block.inputs;
   const auto* weights = block.weights;
@@ -82,8 +82,8 @@ void tile(const Block& block, Fetch fetch, const BFloat16* x, BFloat16* y, int64
   }
 #pragma GCC unroll kRows
   for (int m = 0; m < R; m++) {
-    _mm256_mask_storeu_epi16(y + m * outputs, low, (__m256i)_mm512_cvtneps_pbh(sums[m][0]));
-    _mm256_mask_storeu_epi16(y + m * outputs + kLanes, high, (__m256i)_mm512_cvtneps_pbh(sums[m][1]));
+    _mm256_mask_storeu_epi16(y + m * stride, low, (__m256i)_mm512_cvtneps_pbh(sums[m][0]));
+    _mm256_mask_storeu_epi16(y + m * stride + kLanes, high, (__m256i)_mm512_cvtneps_pbh(sums[m][1]));
   }
 }
 
@@ -111,7 +111,7 @@ constexpr std::array<decltype(&tile<Fetches, 1>), sizeof...(I)> tiles_up_to(std:
 }  // namespace
 
 void linear(const Team& team, const BFloat16* x, const BFloat16* w, BFloat16* y, int64_t rows, int64_t inputs,
-            int64_t outputs) {
+            int64_t outputs, int64_t stride) {
   constexpr auto sizes = std::make_integer_sequence<int, kRows>();
   constexpr auto plain = tiles_up_to<false>(sizes), fetching = tiles_up_to<true>(sizes);
   // Tiles of equal size: one of few rows waits for its own sums.
@@ -124,7 +124,7 @@ void linear(const Team& team, const BFloat16* x, const BFloat16* w, BFloat16* y,
       const int64_t n = i / count * kOutputs, m = rows * (i % count) / count, next = rows * (i % count + 1) / count;
       const Block block{w + n * inputs, inputs, static_cast<int>(std::min<int64_t>(kOutputs, outputs - n))};
       const auto* part = block.weights + (i + count < end ? kOutputs * inputs + i % count * (inputs / 2) * pace : 0);
-      tiles[next - m - 1](block, {part, pace}, x + m * inputs, y + m * outputs + n, outputs);
+      tiles[next - m - 1](block, {part, pace}, x + m * inputs, y + m * stride + n, stride);
     }
   });
 }

@@ -46,16 +46,9 @@ def deterministic() -> Iterator[None]:
         yield
 
 
-@pytest.fixture
-def set_threads() -> Iterator[Callable[[int], None]]:
-    before = torch.get_num_threads()
-    yield torch.set_num_threads
-    torch.set_num_threads(before)
-
-
 def kernels() -> CpuKernels:
     assert cpu_library.load_library(), "the tests need a C++ compiler"
-    return CpuKernels()
+    return CpuKernels(torch.bfloat16)
 
 
 def assert_near(actual: torch.Tensor, expected: torch.Tensor) -> None:

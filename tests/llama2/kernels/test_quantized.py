@@ -1,0 +1,137 @@
+"""A CPU's product with a quantized weight is the product with its values, and a row's bits do not depend on others."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+
+from llama2.kernels import choose_kernels
+from llama2.kernels.cpu.kernels import CpuKernels
+from llama2.weights.formats import Format, Weight
+from llama2.weights.formats.lut4 import Lut4
+from llama2.weights.formats.plain import Plain
+from llama2.weights.formats.q4 import Q4
+from llama2.weights.formats.q4k import Q4K
+from llama2.weights.formats.q8 import Q8
+
+CPU = torch.device("cpu")
+FORMATS: dict[str, Format] = {
+    "q8": Q8(),
+    "q8 of small groups": Q8(group=16, scales=torch.float32),
+    "q8 per row": Q8(group=None),
+    "q4": Q4(group=32),
+    "q4 of large groups": Q4(group=96),
+    "q4 per row": Q4(group=None),
+    "q4 around 8": Q4(group=32, zero=8),
+    "q4k": Q4K(),
+    "q4k of two levels": Q4K(group=32, super_group=96),
+    "q4k of small groups": Q4K(group=16, super_group=96),
+    "nf4": Lut4(table="nf4", group=32),
+    "iq4_nl": Lut4(table="iq4_nl", group=32, scales=torch.float16),
+}
+
+
+def kernels() -> CpuKernels:
+    chosen = choose_kernels(CPU, torch.bfloat16)
+    assert isinstance(chosen, CpuKernels), "the operators do not compile here"
+    return chosen
+
+
+def random_weight(format: Format, outputs: int, inputs: int) -> Weight:
+    parts = {}
+    for name, (shape, dtype) in format.parts((outputs,), (inputs,)).items():
+        if dtype in (torch.float16, torch.float32):
+            size = -0.1 if name.endswith("mins") else 0.02
+            parts[name] = (size * torch.rand(shape)).to(dtype)
+        else:
+            low, high = (-128, 128) if dtype == torch.int8 else (0, 17 if name == "zeros" else 256)
+            parts[name] = torch.randint(low, high, shape, dtype=dtype)
+    return Weight(format=format, parts=parts)
+
+
+def prepared(*weights: Weight) -> Any:
+    copies = [
+        Weight(format=one.format, parts={name: part.clone() for name, part in one.parts.items()}) for one in weights
+    ]
+    linear = kernels().prepare({"weight": copies}, threads=1)["weight"]
+    assert isinstance(linear, torch.ScriptObject)
+    return linear
+
+
+@pytest.mark.parametrize("name", FORMATS)
+@pytest.mark.parametrize("outputs", [1, 16, 40, 64, 100])
+@pytest.mark.parametrize("inputs", [96, 288, 576])
+def test_the_product_is_that_of_the_values(name: str, outputs: int, inputs: int) -> None:
+    torch.manual_seed(0)
+    weight = random_weight(FORMATS[name], outputs, inputs)
+    values, linear = weight.dequantize(), prepared(weight)
+    for rows in (0, 1, 2, 5, 12, 13, 48, 49, 130):
+        x = torch.randn(rows, inputs).bfloat16()
+        exact = x.double() @ values.double().T
+        # The result's rounding, and for a table whose values are none of bf16's theirs.
+        error = (kernels().linear(x, linear).double() - exact).abs()
+        size = x.double().abs() @ values.double().abs().T
+        assert (error <= exact.abs() * 2**-8 + size * (2**-9 if name == "nf4" else 2**-18)).all(), rows
+
+
+@pytest.mark.parametrize("name", FORMATS)
+@pytest.mark.parametrize("threads", [1, 3])
+def test_a_row_has_the_same_bits_in_any_company(name: str, threads: int, set_threads: Callable[[int], None]) -> None:
+    torch.manual_seed(0)
+    set_threads(threads)
+    x, linear, mine = torch.randn(130, 288).bfloat16(), prepared(random_weight(FORMATS[name], 300, 288)), kernels()
+    together = mine.linear(x, linear)
+    for size in (*range(1, 14), 17, 47, 48, 49, 64):
+        assert torch.equal(torch.cat([mine.linear(piece, linear) for piece in x.split(size)]), together), size
+
+
+def test_several_weights_of_one_input_are_one() -> None:
+    """As the queries, keys and values of a file that has more bits for the last."""
+    torch.manual_seed(0)
+    plain = Weight(format=Plain(torch.bfloat16), parts={"weight": torch.randn(24, 96).bfloat16()})
+    weights = [random_weight(FORMATS["q4k"], 72, 96), random_weight(FORMATS["q8"], 40, 96), plain]
+    x, mine = torch.randn(7, 96).bfloat16(), kernels()
+    expected = torch.cat([mine.linear(x, prepared(weight)) for weight in weights], dim=1)
+    assert torch.equal(mine.linear(x, prepared(*weights)), expected)
+
+
+def test_a_prepared_weight_takes_no_memory() -> None:
+    weight = random_weight(FORMATS["q4k of two levels"], 96, 192)
+    places = {name: part.data_ptr() for name, part in weight.parts.items()}
+    before = {name: part.flatten().sort().values for name, part in weight.parts.items() if name != "codes"}
+    kernels().prepare({"weight": [weight]}, threads=1)
+    assert {name: part.data_ptr() for name, part in weight.parts.items()} == places
+    for name, values in before.items():
+        assert torch.equal(weight.parts[name].flatten().sort().values, values), name
+
+
+@pytest.mark.parametrize("format", [Q8(group=8), Q4(group=8)])
+def test_groups_too_small_for_the_operators_are_left_to_pytorch(format: Format) -> None:
+    weight = random_weight(format, 24, 64)
+    linear = kernels().prepare({"weight": [weight]}, threads=1)["weight"]
+    x = torch.randn(3, 64).bfloat16()
+    torch.testing.assert_close(
+        kernels().linear(x, linear), (x.float() @ weight.dequantize().T).bfloat16(), atol=0.05, rtol=0.05
+    )
+
+
+def test_wrong_parts_are_refused() -> None:
+    codes, scales = torch.zeros(4, 32, dtype=torch.uint8), torch.ones(4, 2)
+    table = [0.0] * 16
+    make = torch.ops.llama2_cpu.prepare_quantized
+    for wrong in [
+        (codes[0], scales, table),
+        (codes.int(), scales, table),
+        (codes, scales[:3], table),
+        (codes, scales.double(), table),
+        (codes, torch.ones(4, 3), table),
+        (codes, torch.ones(4, 0), table),
+        (codes, torch.ones(2, 4).T, table),
+        (codes, scales, []),
+        (codes.to(torch.int8), scales, table),
+    ]:
+        with pytest.raises(RuntimeError, match="linear"):
+            make(wrong[0], wrong[1], None, None, None, None, wrong[2])
