@@ -34,6 +34,9 @@ def options(
     tokenizer_path: str | None = None,
     model_parallel_size: int | None = None,
     dtype: str | None = None,
+    quantize: str | None = None,
+    quantize_head: bool = True,
+    requantize: bool = False,
     output_format: str = "dcp",
     output_model_parallel_size: int | None = None,
     overwrite: bool = False,
@@ -50,6 +53,10 @@ def options(
         tokenizer_path: tokenizer.model or tokenizer.json; by default the one in original_ckpt_dir.
         model_parallel_size: how many consolidated.NN.pth there must be; by default as many as there are.
         dtype: bfloat16 (bf16), float16 (fp16) or float32 (fp32); by default the source's.
+        quantize: int8, int4 or nf4 for the weights of all linear layers, none for values in dtype; by default as the
+            source is.
+        quantize_head: with it the embedding and the head get int8; --quantize_head=False leaves them in dtype.
+        requantize: allow quantize where the source is quantized otherwise: errors add up.
         output_format: dcp, fairscale for Meta's layout, or hf for Hugging Face's.
         output_model_parallel_size: how many consolidated.NN.pth to write, with output_format fairscale.
         overwrite: replace the checkpoint that save_checkpoint_dir holds, once the new one is complete.
@@ -63,7 +70,8 @@ def options(
     ):
         if number is not None and (type(number) is not int or number < 1):
             raise ValueError(f"--{name} must be a positive integer, got {number!r}")
-    for name, switch in (("overwrite", overwrite), ("verify", verify)):
+    switches = {"overwrite": overwrite, "verify": verify, "quantize_head": quantize_head, "requantize": requantize}
+    for name, switch in switches.items():
         if not isinstance(switch, bool):
             raise ValueError(f"--{name} is a switch and takes no value, got {switch!r}")
     dtype_name = read_dtype(dtype, "--dtype")
@@ -74,6 +82,10 @@ def options(
         "tokenizer_path": None if tokenizer_path is None else str(tokenizer_path),
         "model_parallel_size": model_parallel_size,
         "dtype": getattr(torch, dtype_name) if dtype_name else None,
+        # str: fire reads None as no value at all.
+        "quantize": None if quantize is None else str(quantize).lower(),
+        "quantize_head": quantize_head,
+        "requantize": requantize,
         "output_format": output_format,
         "output_model_parallel_size": output_model_parallel_size,
         "overwrite": overwrite,
