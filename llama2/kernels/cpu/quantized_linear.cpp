@@ -22,7 +22,7 @@ constexpr int kStep = 32, kSmallestStep = 16;
 constexpr int kChunk = 128;    // inputs that are decoded at a time: 8 KB as bf16
 constexpr int kManyRows = 96;  // that share what is decoded
 #ifdef __AVX512BF16__
-constexpr int kRows = 12;  // of a tile: its 24 sums fit into registers
+constexpr int kRows = 8;  // of a tile: their 16 sums stay in registers
 #else
 constexpr int kRows = 2;
 #endif
@@ -216,7 +216,7 @@ void tile(const Chunk& chunk, const QuantizedLinear& w, int count, const Rows& r
   const auto* weights = chunk.weights;
   const auto* x = rows.x;
   for (int s = 0; s < count; s++, x += step) {
-    keep_in_memory();
+    if constexpr (R > kRows / 2) keep_in_memory();
     Outputs sums[R];
     for (int i = 0; i < step; i += 2, weights++)
 #pragma GCC unroll kRows
