@@ -102,9 +102,14 @@ def fitting(format: Format, name: str, args: ModelArgs) -> Format:
     """`format` with the largest groups, no larger than its own, that fill the inputs of a weight and cut no head."""
     sizes = [args.axis_sizes[axis] for axis in args.weight_axes()[name].inputs]
     inputs, last = math.prod(sizes), sizes[-1]
-    group = format.unit
-    while inputs % group or (last % group and group % last):
-        group //= 2
-    if group < SMALLEST_GROUP:
+
+    def largest(group: int) -> int:
+        while inputs % group or (last % group and group % last):
+            group //= 2
+        return group
+
+    own = {level: getattr(format, level, None) for level in ("group", "super_group")}
+    groups = {level: largest(group) for level, group in own.items() if group}
+    if groups.get("group", SMALLEST_GROUP) < SMALLEST_GROUP:
         raise ValueError(f"{name} cannot be quantized: no group of at least {SMALLEST_GROUP} fills its {last} inputs")
-    return replace(format, group=group)  # type: ignore[type-var]
+    return replace(format, **groups)  # type: ignore[type-var]

@@ -1,6 +1,6 @@
 """Owns weights in 4 bits whose codes are places in a table: a value is s · table[q], with a scale for each group.
 
-bitsandbytes' NF4 and FP4 are exact in it (arXiv:2305.14314), and so are GGUF's IQ4_NL and IQ4_XS.
+bitsandbytes' NF4 and FP4 are exact in it (arXiv:2305.14314), and so are GGUF's IQ4_NL, IQ4_XS and MXFP4.
 """
 
 from __future__ import annotations
@@ -40,6 +40,8 @@ TABLES: Mapping[str, tuple[float, ...]] = MappingProxyType(
         "fp4": tuple(sign * value / 12 for sign in (1, -1) for value in (0.0, 0.0625, 8.0, 12.0, 4.0, 6.0, 2.0, 3.0)),
         # kvalues_iq4nl of ggml-common.h.
         "iq4_nl": (-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113),
+        # Twice the values of E2M1 (Open Compute Project, Microscaling Formats 1.0), -0 as 0: kvalues_mxfp4, as above.
+        "mxfp4": (0, 1, 2, 3, 4, 6, 8, 12, 0, -1, -2, -3, -4, -6, -8, -12),
     }
 )
 
