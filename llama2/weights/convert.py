@@ -100,6 +100,9 @@ def convert(
             f"{opened.reader.path} is a converted checkpoint of that precision already: it loads at every tensor "
             "parallel degree"
         )
+    if quantize is None and ranks.rank == 0:
+        for note in opened.notes:
+            logger.info("%s", note)
     source = Converted(opened.reader, spec)
     if output_model_parallel_size is not None:
         check_num_shards(spec.args, output_model_parallel_size)

@@ -6,7 +6,7 @@ Knows nothing of what becomes of either. A reader for another kind of files is a
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -20,10 +20,14 @@ from llama2.weights.readers.hugging_face import open_hugging_face
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Source:
-    """A model to convert. `write_tokenizer` puts the tokenizer's files into a folder."""
+    """A model to convert. `write_tokenizer` puts the tokenizer's files into a folder.
+
+    `notes` say, a line each, what the reader does not hold as it is stored.
+    """
 
     reader: Reader
     write_tokenizer: Callable[[Path], None]
+    notes: Sequence[str] = ()
 
 
 def open_source(path: Path | str, *, tokenizer_path: Path | str | None = None, num_shards: int | None = None) -> Source:
@@ -42,13 +46,15 @@ def open_source(path: Path | str, *, tokenizer_path: Path | str | None = None, n
         raise ValueError(f"model_parallel_size counts Meta's shards, and {path} {kind.value}")
     if kind is Kind.GGUF:
         # gguf and its tokenizers take a moment to import, which nobody else shall wait for.
-        from llama2.weights.readers.gguf import GgufFile
+        from llama2.weights.readers.gguf.file import GgufFile
 
         gguf = GgufFile(path)
         if tokenizer_path is None:
             gguf.check_tokenizer()
-            return Source(reader=gguf, write_tokenizer=gguf.write_tokenizer)
-        return Source(reader=gguf, write_tokenizer=_copier(load_tokenizer(tokenizer_path)))
+            return Source(reader=gguf, write_tokenizer=gguf.write_tokenizer, notes=gguf.notes)
+        tokenizer = load_tokenizer(tokenizer_path)
+        _check_belongs(tokenizer, path, gguf)
+        return Source(reader=gguf, write_tokenizer=_copier(tokenizer), notes=gguf.notes)
     folder = path.parent if path.is_file() else path
     tokenizer = load_tokenizer(folder if tokenizer_path is None else tokenizer_path)
     reader: Reader
@@ -58,12 +64,17 @@ def open_source(path: Path | str, *, tokenizer_path: Path | str | None = None, n
         reader = FairscaleFolder(path, vocab_size=tokenizer.vocab_size, num_shards=num_shards)
     else:
         reader = open_hugging_face(path)
-        if tokenizer.vocab_size > reader.spec.args.vocab_size:
-            raise ValueError(
-                f"{path}: the tokenizer has {tokenizer.vocab_size} ids, but the model only "
-                f"{reader.spec.args.vocab_size}: they do not belong together"
-            )
+        _check_belongs(tokenizer, path, reader)
     return Source(reader=reader, write_tokenizer=_copier(tokenizer))
+
+
+def _check_belongs(tokenizer: Tokenizer, path: Path, reader: Reader) -> None:
+    vocab_size = reader.spec.args.vocab_size
+    if tokenizer.vocab_size > vocab_size:
+        raise ValueError(
+            f"{path}: the tokenizer has {tokenizer.vocab_size} ids, but the model only {vocab_size}: they do not belong "
+            "together"
+        )
 
 
 def _copier(tokenizer: Tokenizer) -> Callable[[Path], None]:

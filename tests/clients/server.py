@@ -12,7 +12,7 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-from llama2.weights.readers.gguf import GgufFile
+from llama2.weights.readers.gguf.file import GgufFile
 from scripts.smollm2 import gguf_file, write
 from tests.e2e.conftest import serving
 from tests.handler.support import ROOT, settings

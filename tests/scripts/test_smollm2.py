@@ -12,7 +12,7 @@ from llama2.config import ModelArgs
 from llama2.text.tokenizer import load_tokenizer
 from llama2.weights.precision import Converted, target
 from llama2.weights.readers.fairscale import FairscaleFolder
-from llama2.weights.readers.gguf import GgufFile
+from llama2.weights.readers.gguf.file import GgufFile
 from scripts import smollm2
 from tests.support.gguf_files import write_gguf
 from tests.support.weights import random_weights, tiny_args

@@ -11,7 +11,7 @@ from transformers import LlamaTokenizer
 from transformers.tokenization_utils_base import generate_merges
 
 if TYPE_CHECKING:
-    from llama2.weights.readers.gguf import GgufFile
+    from llama2.weights.readers.gguf.file import GgufFile
 
 
 def llama_tokenizer_json(folder: Path, sentencepiece_file: Path, *, legacy: bool) -> Path:
@@ -37,7 +37,7 @@ def smollm2_tokenizer(folder: Path) -> Path:
 @cache
 def _smollm2() -> GgufFile:
     # Imported only where the demo's model is used: every test of the package imports this file.
-    from llama2.weights.readers.gguf import GgufFile
+    from llama2.weights.readers.gguf.file import GgufFile
     from scripts.smollm2 import gguf_file
 
     return GgufFile(gguf_file())

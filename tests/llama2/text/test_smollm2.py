@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from llama2 import LLM, SamplingParams
-from llama2.weights.readers.gguf import GgufFile
+from llama2.weights.readers.gguf.file import GgufFile
 from scripts.smollm2 import gguf_file
 from tests.support.reference import reference_model
 from tests.support.weights import meta_weights

@@ -2,23 +2,22 @@
 
 from __future__ import annotations
 
-import json
 import re
 from pathlib import Path
 from typing import Any
 
-import gguf
+import numpy as np
 import pytest
 import torch
-from transformers import AutoTokenizer
-from transformers.integrations.gguf import convert_gguf_tokenizer, get_gguf_tokenizer
 from transformers.modeling_gguf_pytorch_utils import load_gguf_checkpoint
 
 from llama2.config import ModelArgs
+from llama2.rope import ScaledRope
 from llama2.text.tokenizer import load_tokenizer
 from llama2.weights.convert import convert
 from llama2.weights.readers.dcp import DcpFolder
-from llama2.weights.readers.gguf import GgufFile
+from llama2.weights.readers.gguf.file import GgufFile
+from llama2.weights.readers.gguf.rotary import recognize
 from scripts.smollm2 import gguf_file
 from tests.support.gguf_files import write_gguf
 from tests.support.reference import reference_model
@@ -58,40 +57,6 @@ def test_the_weights_of_the_demo_model_are_those_that_transformers_reads(demo: G
         assert torch.equal(tensor, theirs["model.embed_tokens.weight" if tied else name]), name
 
 
-@pytest.mark.integration
-def test_the_tokenizer_of_the_demo_model_is_the_one_that_transformers_builds(demo: GgufFile, tmp_path: Path) -> None:
-    demo.write_tokenizer(tmp_path)
-    ours = load_tokenizer(tmp_path)
-    architecture, description, names = get_gguf_tokenizer(str(gguf_file()))
-    theirs, _ = convert_gguf_tokenizer(architecture, description)
-    for text in (
-        "Hello, world!",
-        "  two  spaces\n\nnew\tlines",
-        "今日は 🙂",
-        "don't You'll",
-        "def f(x):\n    return x\n",
-    ):
-        assert ours.encode(text) == theirs.encode(text).ids
-    for name in ("bos_token", "eos_token", "unk_token", "pad_token"):
-        assert ours.template_variables[name] == names[name]
-    assert ours.chat_template == names["chat_template"]
-
-
-def test_smollm_words_are_cut_before_and_after_every_digit(demo: GgufFile, tmp_path: Path) -> None:
-    """As SmolLM2's own tokenizer.json does, and llama.cpp; transformers' GGUF reader forgets it."""
-    demo.write_tokenizer(tmp_path)
-    tokenizer = load_tokenizer(tmp_path)
-    pieces = [tokenizer.token_bytes(token_id) for token_id in tokenizer.encode("in 1969 or   7")]
-    assert pieces == [b"in", b" ", b"1", b"9", b"6", b"9", b" or", b"   ", b"7"]
-
-
-def test_transformers_reads_the_tokenizer_that_is_written(demo: GgufFile, tmp_path: Path) -> None:
-    demo.write_tokenizer(tmp_path)
-    theirs, ours = AutoTokenizer.from_pretrained(tmp_path), load_tokenizer(tmp_path)
-    assert theirs.encode("The year is 2026.") == ours.encode_prompt("The year is 2026.")
-    assert (theirs.bos_token_id, theirs.eos_token_id) == (ours.bos_id, ours.eos_id)
-
-
 @pytest.mark.parametrize("changes", [{}, {"n_kv_heads": 8, "multiple_of": 7, "rope_theta": 1e6, "norm_eps": 1e-6}])
 def test_an_untied_model_comes_back_as_it_was(tmp_path: Path, changes: dict[str, Any]) -> None:
     args = tiny_args(**changes)
@@ -113,41 +78,14 @@ def test_a_file_is_converted_as_metas_folder_is(tmp_path: Path) -> None:
     assert load_tokenizer(tmp_path / "dcp").vocab_size == args.vocab_size
 
 
-def test_a_file_that_asks_for_bos_gets_it(tmp_path: Path) -> None:
-    args = tiny_args()
-    GgufFile(write_gguf(tmp_path / "model.gguf", args, random_weights(args))).write_tokenizer(tmp_path)
-    tokenizer = load_tokenizer(tmp_path)
-    assert tokenizer.encode_prompt("abc") == [0, 95, tokenizer.encode("c")[0]]
-    assert (tokenizer.vocab_size, tokenizer.eos_ids, tokenizer.chat_template) == (96, {1}, None)
-
-
-def test_a_file_cut_anywhere_is_refused(tmp_path: Path) -> None:
-    args = tiny_args(n_layers=1)
-    whole = write_gguf(tmp_path / "model.gguf", args, random_weights(args)).read_bytes()
-    path = tmp_path / "cut.gguf"
-    for size in [0, 3, 4, 10, 23, *range(24, len(whole) - 1, 997), len(whole) - 100]:
-        path.write_bytes(whole[:size])
-        with pytest.raises(ValueError, match=rf"{re.escape(str(path))} is not a whole GGUF file: [^\n]*$"):
-            GgufFile(path)
-
-
-@pytest.mark.parametrize(
-    "content", [b"no GGUF at all" * 100, b"GGUF" + b"\xff" * 1000, b"GGUF\x03\0\0\0" + b"\xff" * 99]
-)
-def test_junk_is_refused(tmp_path: Path, content: bytes) -> None:
-    (tmp_path / "junk.gguf").write_bytes(content)
-    with pytest.raises(ValueError, match=r"junk\.gguf is not a whole GGUF file"):
-        GgufFile(tmp_path / "junk.gguf")
-    with pytest.raises(ValueError, match=r"nothing\.gguf is not a whole GGUF file: .*No such file"):
-        GgufFile(tmp_path / "nothing.gguf")
-
-
 @pytest.mark.parametrize(
     ("options", "problem"),
     [
         ({"architecture": "qwen2"}, "architecture must be 'llama', got 'qwen2'"),
-        ({"experts": 8}, "a mixture of 8 experts is not supported"),
-        ({"rope_scaling": gguf.RopeScalingType.YARN}, "rotary scaling 'yarn' is not supported"),
+        ({"metadata": {"expert_count": 8}}, "llama.expert_count is 8, and such models are not supported"),
+        ({"metadata": {"rope.scaling.type": "yarn"}}, "rotary scaling 'yarn' is not supported"),
+        ({"metadata": {"attention.sliding_window": 512, "context_length": 4096}}, "attention.sliding_window is 512"),
+        ({"metadata": {"rope.dimension_count": 4}}, "llama.rope.dimension_count must be the size of a head, 8, got 4"),
     ],
 )
 def test_a_model_of_another_kind_is_refused(tmp_path: Path, options: dict[str, Any], problem: str) -> None:
@@ -161,11 +99,13 @@ def test_tensors_that_disagree_with_the_metadata_are_refused(tmp_path: Path) -> 
     args = tiny_args(n_layers=1)
     weights = random_weights(args)
     attention = "layers.0.attention.wq.weight"
+    shape = "tensor 'blk.0.attn_q.weight' has the shape"
     cases = {
         "tensor 'blk.0.attn_q.weight' is missing": {k: v for k, v in weights.items() if k != attention},
-        "tensor 'rope_freqs.weight' is not part of a Llama model": weights | {"rope_freqs.weight": torch.ones(4)},
-        "tensor 'blk.0.attn_q.weight' has 4032 elements, the metadata says 4096": weights
-        | {attention: weights[attention][:63]},
+        "tensor 'blk.0.attn_q.bias' is not part of a Llama model": weights | {"blk.0.attn_q.bias": torch.ones(64)},
+        f"{shape} (63, 64), and by the metadata it is (64, 64)": weights | {attention: weights[attention][:63]},
+        f"{shape} (32, 128)": weights | {attention: weights[attention].reshape(32, 128)},
+        "tensor 'token_embd.weight' is missing": {k: v for k, v in weights.items() if "embed" not in k},
     }
     for number, (problem, changed) in enumerate(cases.items()):
         path = write_gguf(tmp_path / f"{number}.gguf", args, changed)
@@ -173,27 +113,73 @@ def test_tensors_that_disagree_with_the_metadata_are_refused(tmp_path: Path) -> 
             GgufFile(path)
 
 
-@pytest.mark.parametrize(("tokenizer", "words"), [("llama", "default"), ("gpt2", "llama-bpe")])
-def test_a_tokenizer_that_cannot_be_written_is_refused(tmp_path: Path, tokenizer: str, words: str) -> None:
+def test_scaled_positions(tmp_path: Path) -> None:
     args = tiny_args(n_layers=1)
-    model = GgufFile(write_gguf(tmp_path / "model.gguf", args, random_weights(args), tokenizer=tokenizer, words=words))
-    with pytest.raises(ValueError, match=f"not read yet: its tokenizer is '{tokenizer}' with words cut as '{words}'"):
-        model.write_tokenizer(tmp_path)
-    assert not (tmp_path / "tokenizer.json").exists()
+    for metadata, factor in (
+        ({"rope.scaling.type": "linear", "rope.scaling.factor": 4.0}, 4.0),
+        ({"rope.scaling.type": "none"}, 1.0),
+        ({"rope.scale_linear": 2.5}, 2.5),
+    ):
+        path = write_gguf(tmp_path / "model.gguf", args, random_weights(args), metadata=metadata)
+        assert GgufFile(path).spec.args.rope_scaling == factor
 
 
-def test_a_damaged_tokenizer_is_refused(tmp_path: Path) -> None:
-    """A merge of a piece that is not in the vocabulary."""
-    args = tiny_args(n_layers=1)
-    whole = write_gguf(tmp_path / "model.gguf", args, random_weights(args)).read_bytes()
-    assert whole.count(b"a b") == 1
-    (tmp_path / "model.gguf").write_bytes(whole.replace(b"a b", b"a \x01"))
-    with pytest.raises(ValueError, match=r"model\.gguf: the tokenizer in the metadata is damaged: .*vocabulary"):
-        GgufFile(tmp_path / "model.gguf").write_tokenizer(tmp_path)
+@pytest.mark.parametrize("rope_theta", [10000.0, 500000.0])
+@pytest.mark.parametrize("head_dim", [64, 128])
+@pytest.mark.parametrize(
+    "scaled",
+    [ScaledRope(), ScaledRope(factor=32.0), ScaledRope(factor=16.0, high_freq_factor=8.0, original_context_length=512)],
+)
+def test_the_divisors_of_llama_3_1_are_recognized(scaled: ScaledRope, head_dim: int, rope_theta: float) -> None:
+    half = head_dim // 2
+    divisors = np.array([scaled.divisor(rope_theta ** -(each / half)) for each in range(half)], np.float32)
+    assert recognize(divisors, rope_theta) == scaled
+    divisors[half // 2] *= 1.01
+    with pytest.raises(ValueError, match=r"rope_freqs\.weight divides the rotary frequencies otherwise"):
+        recognize(divisors, rope_theta)
 
 
-def test_a_written_config_is_plain_json(demo: GgufFile, tmp_path: Path) -> None:
-    demo.write_tokenizer(tmp_path)
-    config = json.loads((tmp_path / "tokenizer_config.json").read_text())
-    assert config["add_bos_token"] is False
-    assert config["eos_token"] == "<|im_end|>"
+def test_a_file_of_llama_3_1(tmp_path: Path) -> None:
+    args = tiny_args(n_layers=1, rope_theta=500000.0)
+    divisors = torch.tensor([ScaledRope().divisor(500000.0 ** -(each / 4)) for each in range(4)])
+    for values, expected in ((divisors, ScaledRope()), (torch.ones(4), None)):
+        path = write_gguf(tmp_path / "model.gguf", args, random_weights(args) | {"rope_freqs.weight": values})
+        assert GgufFile(path).spec.args.scaled_rope == expected
+    for values, problem in (
+        (torch.ones(3), "must have 4 values in F32, got the shape (3,) in F32"),
+        (torch.tensor([1.0, 1.0, 0.0, 8.0]), "must have numbers from 1 up"),
+        (torch.tensor([1.0, 2.0, 1.0, 8.0]), "divides the rotary frequencies otherwise than Llama 3.1 does"),
+    ):
+        path = write_gguf(tmp_path / "model.gguf", args, random_weights(args) | {"rope_freqs.weight": values})
+        with pytest.raises(ValueError, match=re.escape(problem)):
+            GgufFile(path)
+
+
+def test_a_model_in_parts_is_read_whole(tmp_path: Path) -> None:
+    args = tiny_args()
+    weights = random_weights(args)
+    first = write_gguf(tmp_path / "model.gguf", args, weights, parts=3)
+    parts = sorted(tmp_path.iterdir())
+    assert [part.name for part in parts] == [f"model-0000{number}-of-00003.gguf" for number in (1, 2, 3)]
+    for part in parts:
+        for name, weight in meta_weights(GgufFile(part)).items():
+            assert torch.equal(weight, weights[name]), name
+    for name, problem in (
+        ("model.gguf", "model.gguf is one of 3 parts: its name must say so"),
+        ("model-00004-of-00003.gguf", "is none of 3 parts"),
+    ):
+        (tmp_path / name).write_bytes(first.read_bytes())
+        with pytest.raises(ValueError, match=problem):
+            GgufFile(tmp_path / name)
+    whole = parts[1].read_bytes()
+    parts[1].write_bytes(parts[2].read_bytes())
+    with pytest.raises(
+        ValueError, match=r"00002-of-00003\.gguf says that it is part 3 of 3: it has another one's name"
+    ):
+        GgufFile(first)
+    parts[1].unlink()
+    with pytest.raises(ValueError, match=r"model-00002-of-00003\.gguf is missing: the model is in 3 parts"):
+        GgufFile(parts[2])
+    parts[1].write_bytes(whole[:-1])
+    with pytest.raises(ValueError, match=r"model-00002-of-00003\.gguf is not a whole GGUF file"):
+        GgufFile(first)

@@ -14,7 +14,7 @@ from llama2.config import ModelArgs
 from llama2.weights.formats import Format
 from llama2.weights.formats.groups import repeated
 from llama2.weights.readers import Chunk, check_layers, whole
-from llama2.weights.readers.gguf.architecture import read_args
+from llama2.weights.readers.gguf.architecture import ROPE_DIVISORS, read_args
 from llama2.weights.readers.gguf.blocks import Type, check_type, format_of, plain_dtype, read_part, read_values
 from llama2.weights.readers.gguf.header import StoredTensor
 from llama2.weights.readers.gguf.parts import read_parts
@@ -69,8 +69,10 @@ class GgufFile:
         for kind, names in changed.items():
             stored = sum(self._tensors[name].data.nbytes for name in {self._stored_name(name) for name in names})
             nbytes = sum(self._at_rest[f"{name}.weight"].nbytes for name in names)
-            weights = f"{len(names)} weights" if len(names) > 1 else names[0]
-            notes.append(f"{weights} in {kind.name} become {dtype}, {_shown(nbytes)} instead of {_shown(stored)}")
+            many = len(names) > 1
+            weights = f"{len(names)} weights" if many else names[0]
+            becomes = f"become{'' if many else 's'} {dtype}"
+            notes.append(f"{weights} in {kind.name} {becomes}, {_shown(nbytes)} instead of {_shown(stored)}")
         return notes
 
     def read(self, name: str) -> torch.Tensor:
@@ -87,12 +89,20 @@ class GgufFile:
     def chunks(self, name: str) -> list[Chunk]:
         return whole(self, name)
 
-    def read_tokenizer(self) -> Mapping[str, bytes]:
-        """The tokenizer in the metadata as files, by name, as the libraries that own their formats read them.
+    def check_tokenizer(self) -> None:
+        """Raises ValueError if there is no tokenizer in the metadata, or it is damaged or of a kind not known here."""
+        self._read_tokenizer()
+
+    def write_tokenizer(self, folder: Path | str) -> None:
+        """Write the tokenizer's files as the libraries that own their formats read them.
 
         Raises:
-            ValueError: there is none, it is damaged, or of a kind not known here.
+            ValueError: as `check_tokenizer`.
         """
+        for name, content in self._read_tokenizer().items():
+            (Path(folder) / name).write_bytes(content)
+
+    def _read_tokenizer(self) -> Mapping[str, bytes]:
         return read_tokenizer(self._metadata, vocab_size=self.spec.args.vocab_size)
 
     def _read_spec(self, args: ModelArgs) -> Spec:
@@ -124,7 +134,7 @@ class GgufFile:
             self._stored_name(name): tuple(math.prod(sizes[axis] for axis in each) for each in axes if each)
             for name, axes in args.weight_axes().items()
         }
-        for name in sorted(wanted.keys() ^ self._tensors.keys()):
+        for name in sorted(wanted.keys() ^ (self._tensors.keys() - {ROPE_DIVISORS})):
             what = "is missing" if name in wanted else "is not part of a Llama model"
             raise ValueError(f"{self.path}: tensor {name!r} {what}")
         for name, shape in wanted.items():

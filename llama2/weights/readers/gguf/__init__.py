@@ -1,0 +1,1 @@
+"""Owns the reading of GGUF files of the Llama architecture."""
