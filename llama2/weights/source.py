@@ -72,8 +72,8 @@ def _check_belongs(tokenizer: Tokenizer, path: Path, reader: Reader) -> None:
     vocab_size = reader.spec.args.vocab_size
     if tokenizer.vocab_size > vocab_size:
         raise ValueError(
-            f"{path}: the tokenizer has {tokenizer.vocab_size} ids, but the model only {vocab_size}: they do not belong "
-            "together"
+            f"{path}: the tokenizer has {tokenizer.vocab_size} ids, but the model only {vocab_size}: they do not "
+            "belong together"
         )
 
 

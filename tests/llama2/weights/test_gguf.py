@@ -6,11 +6,13 @@ import re
 from pathlib import Path
 from typing import Any
 
+import gguf
 import numpy as np
 import pytest
 import torch
 from transformers.modeling_gguf_pytorch_utils import load_gguf_checkpoint
 
+from llama2 import LLM
 from llama2.config import ModelArgs
 from llama2.rope import ScaledRope
 from llama2.text.tokenizer import load_tokenizer
@@ -19,7 +21,9 @@ from llama2.weights.readers.dcp import DcpFolder
 from llama2.weights.readers.gguf.file import GgufFile
 from llama2.weights.readers.gguf.rotary import recognize
 from scripts.smollm2 import gguf_file
-from tests.support.gguf_files import write_gguf
+from tests.support.checkpoints import write_checkpoint
+from tests.support.gguf_files import gguf_name, write_gguf
+from tests.support.ranks import run_ranks
 from tests.support.reference import reference_model
 from tests.support.weights import meta_weights, random_weights, tiny_args
 
@@ -183,3 +187,25 @@ def test_a_model_in_parts_is_read_whole(tmp_path: Path) -> None:
     parts[1].write_bytes(whole[:-1])
     with pytest.raises(ValueError, match=r"model-00002-of-00003\.gguf is not a whole GGUF file"):
         GgufFile(first)
+
+
+def convert_demo(folder: str) -> None:
+    convert(gguf_file(), folder, verify=True)
+
+
+@pytest.mark.integration
+def test_the_demo_model_stays_as_it_is_stored(demo: GgufFile, tmp_path: Path) -> None:
+    """Converted by two processes it has the values of its file, and gives their logits."""
+    run_ranks(2, convert_demo, str(tmp_path / "stored"))
+    values = meta_weights(DcpFolder(tmp_path / "stored"))
+    stored = {tensor.name: tensor for tensor in gguf.GGUFReader(gguf_file()).tensors}
+    for name, weight in values.items():
+        tensor = stored[gguf_name(name)] if gguf_name(name) in stored else stored["token_embd.weight"]
+        expected = torch.from_numpy(np.array(gguf.dequantize(tensor.data, tensor.tensor_type)))
+        assert torch.equal(weight, expected.view_as(weight).to(weight.dtype)), name
+    demo.write_tokenizer(tmp_path)
+    files = (tmp_path / name for name in ("tokenizer.json", "tokenizer_config.json"))
+    plain = write_checkpoint(tmp_path / "plain", demo.spec.args, {k: v.float() for k, v in values.items()}, *files)
+    ids = LLM(plain).tokenizer.encode_prompt("The capital of France is Paris. " * 4)
+    logits = [LLM(each, dtype=torch.float32, max_seq_len=128).score(ids) for each in (tmp_path / "stored", plain)]
+    torch.testing.assert_close(logits[0], logits[1], atol=1e-4, rtol=0)

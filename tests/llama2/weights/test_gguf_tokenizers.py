@@ -101,12 +101,13 @@ def test_what_a_sentencepiece_vocabulary_may_say_besides(tmp_path: Path) -> None
             writer.kv_data[0][f"tokenizer.ggml.{key}"].value = values
         writer.add_add_space_prefix(False)
         writer.add_add_bos_token(False)
+        writer.add_eot_token_id(1)
 
     ours = tokenizer_of(tmp_path, write, size + 2)
     assert ours.encode("a<tool call>b")[1] == size
     assert ours.decode([size]) == "<tool call>"
     assert size + 1 not in ours.encode("a<|im_end|>b")
-    assert ours.eos_ids == {2, size + 1}
+    assert ours.eos_ids == {1, 2, size + 1}, "what ends a turn ends a reply"
     assert theirs.encode("the")[0] == theirs.piece_to_id("▁the")
     assert ours.encode("the")[0] != theirs.encode("the")[0]
     assert ours.decode(ours.encode("the king")) == "the king"

@@ -34,8 +34,9 @@ def build(metadata: Metadata, vocabulary: Vocabulary) -> bytes:
     trainer.model_type = TrainerSpec.BPE
     trainer.vocab_size = len(types)
     trainer.byte_fallback = TokenType.BYTE in types
-    named = {"bos": -1, "eos": -1, "pad": -1, **vocabulary.named, "unk": types.index(TokenType.UNKNOWN)}
-    for name, index in named.items():
+    named = {**vocabulary.named, "unk": types.index(TokenType.UNKNOWN)}
+    for name in ("unk", "bos", "eos", "pad"):
+        index = named.get(name, -1)
         setattr(trainer, f"{name}_id", index)
         if index >= 0:
             setattr(trainer, f"{name}_piece", model.pieces[index].piece)

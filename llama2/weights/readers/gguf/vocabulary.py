@@ -9,12 +9,14 @@ from gguf.constants import TokenType
 
 from llama2.weights.readers.gguf.metadata import Metadata
 
-_NAMES = {"bos": "bos", "eos": "eos", "unk": "unknown", "pad": "padding"}
+# The names of ids, and llama.cpp's words for them. A turn or a message may end otherwise than a text.
+_NAMES = {"bos": "bos", "eos": "eos", "eot": "eot", "eom": "eom", "unk": "unknown", "pad": "padding"}
+ENDS = ("eos", "eot", "eom")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Vocabulary:
-    """Pieces as the file spells them, and the type of each. `named` are ids by `bos`, `eos`, `unk` and `pad`."""
+    """Pieces as the file spells them, and the type of each. `named` are ids by `bos`, `eos` and others."""
 
     pieces: list[str]
     types: list[TokenType]
@@ -47,6 +49,6 @@ class Vocabulary:
             if not 0 <= index < len(pieces):
                 raise ValueError(f"{metadata.path}: {key} must be less than {len(pieces)}, the pieces, got {index}")
             named[name] = index
-            if name in ("bos", "eos") and types[index] != TokenType.UNKNOWN:
+            if name in ("bos", *ENDS) and types[index] != TokenType.UNKNOWN:
                 types[index] = TokenType.CONTROL
         return cls(pieces=pieces, types=types, named=named)
