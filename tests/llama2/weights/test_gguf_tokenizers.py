@@ -254,3 +254,19 @@ def test_more_pieces_than_the_model_has_are_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="its tokenizer has 96 pieces, and its embedding has rows for 90"):
         tokenizer_of(tmp_path, small_bpe, 90)
     assert tokenizer_of(tmp_path, small_bpe, 100).vocab_size == 96
+
+
+@pytest.mark.parametrize(("words", "pieces"), [("llama-bpe", [b"abc"]), ("tekken", [b"abc"]), ("gpt-2", [b"ab", b"c"])])
+def test_a_word_that_is_a_piece_is_whole_where_its_kind_says_so(
+    tmp_path: Path, words: str, pieces: list[bytes]
+) -> None:
+    """A piece that no merge makes."""
+
+    def write(writer: gguf.GGUFWriter) -> None:
+        small_bpe(writer, words=words)
+        values = writer.kv_data[0]
+        values["tokenizer.ggml.tokens"].value.append("abc")
+        values["tokenizer.ggml.token_type"].value.append(gguf.TokenType.NORMAL)
+
+    tokenizer = tokenizer_of(tmp_path, write, 97)
+    assert [tokenizer.token_bytes(each) for each in tokenizer.encode("abc")] == pieces
