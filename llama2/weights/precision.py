@@ -112,7 +112,7 @@ class Converted:
         stored = self._stored.get(name)
         if stored is not None and self._passes(name.rpartition(".")[0]) and stored.shape == self._tensors[name].shape:
             return self._source.chunks(name)
-        return whole(self, name)
+        return whole(self, name, self._tensors[name].shape)
 
     def shares(self) -> list[list[Chunk]]:
         """All chunks; those of one list are best read by the same process, one after the other."""

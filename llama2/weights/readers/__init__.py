@@ -43,9 +43,8 @@ class Reader(Protocol):
         """The same in the pieces that it is stored in; together they tile it."""
 
 
-def whole(reader: Reader, name: str) -> list[Chunk]:
-    """A tensor that is stored in one piece, or has to be put together."""
-    shape = reader.spec.tensors()[name].shape
+def whole(reader: Reader, name: str, shape: tuple[int, ...]) -> list[Chunk]:
+    """A tensor of `shape` that is stored in one piece, or has to be put together."""
     return [Chunk(name=name, offsets=(0,) * len(shape), shape=shape, read=lambda: reader.read(name))]
 
 

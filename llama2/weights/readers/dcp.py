@@ -137,7 +137,7 @@ class DcpFolder:
         return weight
 
     def chunks(self, name: str) -> list[Chunk]:
-        return whole(self, name)
+        return whole(self, name, self._parts[name].shape)
 
 
 @contextmanager

@@ -75,7 +75,7 @@ class HuggingFaceFolder:
 
     def chunks(self, name: str) -> list[Chunk]:
         """See `Reader`."""
-        return whole(self, name)
+        return whole(self, name, self._shapes[name])
 
     def _stored_name(self, weight: str) -> str:
         name = _stored(weight)

@@ -87,7 +87,7 @@ class GgufFile:
         return read_values(stored.data, stored.type, tensor.dtype).view(tensor.shape)
 
     def chunks(self, name: str) -> list[Chunk]:
-        return whole(self, name)
+        return whole(self, name, self._at_rest[name].shape)
 
     def check_tokenizer(self) -> None:
         """Raises ValueError if there is no tokenizer in the metadata, or it is damaged or of a kind not known here."""
