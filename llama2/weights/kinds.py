@@ -11,6 +11,7 @@ from pathlib import Path
 from llama2.errors import InvalidValue
 
 METADATA_FILE = ".metadata"
+FORMATS_FILE = "formats.json"
 _CONVERT = "python convert_checkpoints.py --original_ckpt_dir {} --save_checkpoint_dir converted_checkpoints"
 
 

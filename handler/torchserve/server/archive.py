@@ -25,7 +25,7 @@ from llama2.config import ModelArgs
 from llama2.flags import as_texts, check_flags
 from llama2.parallel.splits import mesh_shape
 from llama2.text.tokenizer import load_tokenizer
-from llama2.weights.kinds import check_converted
+from llama2.weights.kinds import FORMATS_FILE, check_converted
 
 # What goes into it, from the source tree or from site-packages.
 _ROOT = Path(__file__).resolve().parents[3]
@@ -88,12 +88,25 @@ def _settle(config: Path, checkpoint: str | None) -> dict[str, Any]:
     check_converted(checked.converted_ckpt_dir, "converted_ckpt_dir")
     args = ModelArgs.load(checked.model_args_path or checked.converted_ckpt_dir)
     checked.engine.for_model(args)
-    mesh_shape(args, checked.degree)
+    mesh_shape(args, checked.degree, _units(checked.converted_ckpt_dir, args))
     load_tokenizer(checked.tokenizer_path or checked.converted_ckpt_dir)
     for key in PATH_KEYS:
         path: Path | None = getattr(checked, key)
         settings["handler"][key] = str(path.resolve()) if path else None
     return settings
+
+
+def _units(checkpoint: Path, args: ModelArgs) -> dict[str, int]:
+    """What quantized weights do not let be cut anywhere: see `mesh_shape`."""
+    if not (checkpoint / FORMATS_FILE).exists():
+        return {}
+    # Here, since they bring torch along, which takes a second or two.
+    import torch
+
+    from llama2.weights.formats.catalog import load_formats
+    from llama2.weights.spec import Spec
+
+    return Spec(args=args, dtype=torch.bfloat16, formats=load_formats(checkpoint, args.weight_axes())).units()
 
 
 def _run_archiver(scratch: Path, settings: dict[str, Any], model_name: str, version: str, archive_format: str) -> Path:

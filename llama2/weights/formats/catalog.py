@@ -20,8 +20,7 @@ from llama2.weights.formats.lut4 import TABLES, Lut4
 from llama2.weights.formats.q4 import Q4
 from llama2.weights.formats.q4k import Q4K
 from llama2.weights.formats.q8 import Q8
-
-FORMATS_FILE = "formats.json"
+from llama2.weights.kinds import FORMATS_FILE
 
 _KINDS: Mapping[str, Any] = MappingProxyType({"q8": Q8, "q4": Q4, "q4k": Q4K, "lut4": Lut4})
 _LARGEST_GROUP = 1 << 20

@@ -16,11 +16,12 @@ from llama2.parallel.plan import allocate, build_mesh, local_size
 from llama2.parallel.process_group import init_process_group
 from llama2.parallel.splits import mesh_shape
 from llama2.weights.formats import Format
-from llama2.weights.formats.catalog import FORMATS_FILE, load_formats, save_formats
+from llama2.weights.formats.catalog import load_formats, save_formats
 from llama2.weights.formats.lut4 import Lut4
 from llama2.weights.formats.q4 import Q4
 from llama2.weights.formats.q4k import Q4K
 from llama2.weights.formats.q8 import Q8
+from llama2.weights.kinds import FORMATS_FILE
 from llama2.weights.loader import load_model
 from llama2.weights.readers.dcp import DcpFolder
 from llama2.weights.spec import Spec

@@ -9,6 +9,8 @@ import yaml
 
 from handler.torchserve.model_config import read_model_config
 from handler.torchserve.server.archive import build_archive, main
+from llama2.weights.formats.catalog import save_formats
+from llama2.weights.formats.q4 import Q4
 from tests.handler.support import ROOT, byte_tokenizer, settings
 from tests.support.weights import tiny_args
 
@@ -136,6 +138,14 @@ def test_a_degree_that_the_model_cannot_take_is_refused_before_a_server_tries(pr
     with pytest.raises(ValueError, match="cannot run at tensor-parallel degree 3; it can at 1, 2, 4, 8"):
         build(project)
     assert not (project / "store" / "llama").exists()
+
+
+def test_a_degree_that_quantized_weights_exclude_is_refused(project: Path) -> None:
+    args = tiny_args()
+    save_formats(project / "converted_checkpoints", {"layers.0.feed_forward.w2": Q4(group=args.hidden_dim // 2)})
+    write_yaml(project, tensor_parallel_size=4)
+    with pytest.raises(ValueError, match=r"its hidden in groups of \d+, cannot run at tensor-parallel degree 4"):
+        build(project)
 
 
 def test_a_flag_that_does_not_exist_is_noticed_before_anything_is_made(
