@@ -12,7 +12,8 @@ from llama2.errors import InvalidValue
 
 METADATA_FILE = ".metadata"
 FORMATS_FILE = "formats.json"
-_CONVERT = "python convert_checkpoints.py --original_ckpt_dir {} --save_checkpoint_dir converted_checkpoints"
+_USUAL_NAME = "converted_checkpoints"  # of README and its examples
+_CONVERT = f"python convert_checkpoints.py --original_ckpt_dir {{}} --save_checkpoint_dir {_USUAL_NAME}"
 
 
 class Kind(Enum):
@@ -62,7 +63,9 @@ def check_converted(path: Path | str, field: str = "checkpoint_dir") -> None:
     convert = f"convert it first: {_CONVERT.format(folder)}"
     if not folder.exists():
         fault = "does not exist"
-        if isinstance(path, str) and path.count("/") == 1 and not path.startswith((".", "/", "~")):
+        if folder.name == _USUAL_NAME:
+            fault += f": convert_checkpoints.py writes such folders, and make serve writes one as build/{_USUAL_NAME}"
+        elif isinstance(path, str) and path.count("/") == 1 and not path.startswith((".", "/", "~")):
             fault += (
                 "; if it is a name on the hub, nothing is fetched from there: download its files (hf download "
                 f"{path} --local-dir {folder.name}) and convert them: {_CONVERT.format(folder.name)}"

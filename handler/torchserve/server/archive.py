@@ -6,6 +6,7 @@ absolute path.
 
 from __future__ import annotations
 
+import logging
 import os
 import re
 import shutil
@@ -27,6 +28,9 @@ from llama2.parallel.splits import mesh_shape
 from llama2.text.tokenizer import load_tokenizer
 from llama2.weights.kinds import FORMATS_FILE, check_converted
 
+logger = logging.getLogger(__name__)
+
+CONFIG = "model-config.yaml"
 # What goes into it, from the source tree or from site-packages.
 _ROOT = Path(__file__).resolve().parents[3]
 PACKAGES = (_ROOT / "handler", _ROOT / "llama2")
@@ -36,7 +40,7 @@ SUFFIX = {"no-archive": "", "default": ".mar"}
 def build_archive(
     *,
     checkpoint: str | None = None,
-    config: str = "model-config.yaml",
+    config: str | None = None,
     model_store: str = "model_store",
     model_name: str = "llama",
     version: str = "1.0",
@@ -45,8 +49,10 @@ def build_archive(
     """Write MODEL_STORE/MODEL_NAME (a folder), or MODEL_NAME.mar with --archive_format default, and say where it is.
 
     Args:
-        checkpoint: what convert_checkpoints.py wrote; by default the yaml's converted_ckpt_dir.
-        config: the model-config.yaml; relative paths in it start at its own folder.
+        checkpoint: what convert_checkpoints.py wrote; by default the yaml's converted_ckpt_dir, or with the yaml of the
+            package converted_checkpoints in the current folder.
+        config: the model-config.yaml, in whose folder its relative paths start; by default the one in the current
+            folder, else the one of the package.
         model_store: the folder that torchserve --model-store gets; made if it is not there.
         model_name: the name in /predictions/MODEL_NAME.
         version: the model's version, for TorchServe's management API.
@@ -56,7 +62,12 @@ def build_archive(
         raise ValueError(f"--model_name must be letters, digits, '-', '_' and '.', got {model_name!r}")
     if archive_format not in SUFFIX:
         raise ValueError(f"--archive_format must be one of {', '.join(SUFFIX)}, got {archive_format!r}")
-    settings = _settle(Path(config), checkpoint)
+    file = Path(CONFIG if config is None else config)
+    if config is None and not file.exists():
+        file = Path(__file__).with_name(CONFIG)
+        checkpoint = checkpoint or "converted_checkpoints"
+    logger.info("settings: %s", file)
+    settings = _settle(file, checkpoint)
     store = Path(model_store)
     store.mkdir(parents=True, exist_ok=True)
     target = store / (model_name + SUFFIX[archive_format])
@@ -115,7 +126,7 @@ def _run_archiver(scratch: Path, settings: dict[str, Any], model_name: str, vers
         folder.mkdir()
     for package in PACKAGES:
         shutil.copytree(package, packages / package.name, ignore=shutil.ignore_patterns("__pycache__"))
-    yaml_file = scratch / "model-config.yaml"
+    yaml_file = scratch / CONFIG
     yaml_file.write_text(yaml.safe_dump(settings, sort_keys=False), encoding="utf-8")
     command = [
         find_program("torch-model-archiver"),
@@ -143,6 +154,7 @@ def _next_step(target: Path) -> str:
 
 
 def main() -> None:
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
     try:
         check_flags(sys.argv[1:], build_archive)
         fire.Fire(build_archive, as_texts(sys.argv[1:]), serialize=_next_step)

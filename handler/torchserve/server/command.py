@@ -15,12 +15,11 @@ from typing import NoReturn
 
 import yaml
 
-from handler.torchserve.server.archive import build_archive
+from handler.torchserve.server.archive import CONFIG, build_archive
 from handler.torchserve.server.process import Ports, ServerError, TorchServe
 from llama2.flags import run
 
 MODEL = "llama"
-CONFIG = "model-config.yaml"
 # Seconds beyond the yaml's startupTimeout: TorchServe itself gives up first, and its log says why.
 _GRACE = 60
 
@@ -46,13 +45,9 @@ def serve(*, config: str | None = None, checkpoint: str | None = None, port: int
     if server.running:
         raise ServerError(f"the server of {folder} runs already; llama2-serve --stop --port {port} ends it")
     server.ports.check_free()
-    file = Path(str(config)) if config is not None else Path(CONFIG)
-    if config is None and not file.exists():
-        file = Path(__file__).with_name(CONFIG)
-        checkpoint = checkpoint or "converted_checkpoints"
-    print(f"== archive, with the settings of {file}")
+    print("== archive")
     archive = build_archive(
-        config=str(file),
+        config=None if config is None else str(config),
         checkpoint=None if checkpoint is None else str(checkpoint),
         model_store=str(folder / "model_store"),
         model_name=MODEL,

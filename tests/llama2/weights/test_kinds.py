@@ -50,6 +50,12 @@ def test_a_file_and_what_does_not_exist(tmp_path: Path) -> None:
         LLM(7)  # type: ignore[arg-type]
 
 
+def test_the_folder_of_the_examples_is_no_name_on_the_hub() -> None:
+    with pytest.raises(ValueError, match=r"does not exist: convert_checkpoints.py writes .* make serve") as caught:
+        LLM("build/converted_checkpoints")
+    assert "hub" not in str(caught.value)
+
+
 def test_a_name_on_the_hub_is_told_how_to_get_here() -> None:
     with pytest.raises(ValueError, match=r"does not exist; if it is a name on the hub") as caught:
         LLM("meta-llama/Llama-2-7b")

@@ -1,4 +1,5 @@
 import json
+import logging
 import sysconfig
 import zipfile
 from pathlib import Path
@@ -55,6 +56,18 @@ def test_weights_are_not_copied(project: Path) -> None:
     (project / "converted_checkpoints" / "__0_0.distcp").write_bytes(bytes(10_000_000))
     archive = build(project) / "llama"
     assert sum(path.stat().st_size for path in archive.rglob("*") if path.is_file()) < 1_000_000
+
+
+def test_without_a_yaml_the_one_of_the_package_is_taken(
+    project: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    (project / "model-config.yaml").unlink()
+    monkeypatch.chdir(project)
+    with caplog.at_level(logging.INFO):
+        archive = build_archive(model_store="store")
+    archived = yaml.safe_load((archive / "model-config.yaml").read_text())
+    assert archived["handler"]["converted_ckpt_dir"] == str(project / "converted_checkpoints")
+    assert "server/model-config.yaml" in caplog.text
 
 
 def test_checkpoint_on_the_command_line_wins_over_the_yaml(project: Path) -> None:
