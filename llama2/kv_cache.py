@@ -75,19 +75,51 @@ def bytes_per_block(args: ModelArgs, *, block_size: int, n_kv_heads: int, dtype:
 
 
 def choose_batch_size(
-    args: ModelArgs, config: EngineConfig, *, n_kv_heads: int, dtype: torch.dtype, device: torch.device, degree: int = 1
+    args: ModelArgs,
+    config: EngineConfig,
+    *,
+    n_kv_heads: int,
+    dtype: torch.dtype,
+    device: torch.device,
+    degree: int = 1,
+    free: int | None = None,
 ) -> int:
     """A `max_batch_size` for this rank's memory: as many sequences as have a quarter of max_seq_len each, on average,
-    and at most MAX_BATCH_SIZE, by halves."""
+    and at most MAX_BATCH_SIZE, by halves.
+
+    `free` are the bytes of `device` beside the weights; None: as many as are free now.
+    """
+    free = _free_after_loading(device) if free is None else free
     size = min(MAX_BATCH_SIZE[device.type], config.max_step_tokens)
     while size > 1:
         tried = replace(config, max_batch_size=size)
-        left, _ = _left(args, tried, dtype=dtype, device=device, degree=degree)
-        block = bytes_per_block(args, block_size=config.block_size, n_kv_heads=n_kv_heads, dtype=dtype)
-        if 4 * _fitting(tried, left // block, device) >= size * config.blocks_per_sequence:
+        blocks = fitting_blocks(
+            args, tried, free=free, n_kv_heads=n_kv_heads, dtype=dtype, device=device, degree=degree
+        )
+        if 4 * blocks >= size * config.blocks_per_sequence:
             break
         size //= 2
     return size
+
+
+def fitting_blocks(
+    args: ModelArgs,
+    config: EngineConfig,
+    *,
+    free: int,
+    n_kv_heads: int,
+    dtype: torch.dtype,
+    device: torch.device,
+    degree: int = 1,
+) -> int:
+    """How many blocks a rank takes that has `free` bytes of `device` beside its weights."""
+    left = max(0, free - sum(_reserved(args, config, dtype=dtype, device=device, degree=degree).values()))
+    block = bytes_per_block(args, block_size=config.block_size, n_kv_heads=n_kv_heads, dtype=dtype)
+    # One more is the scratch block.
+    count = max(0, int(left // block * _fraction(config, device)) - 1)
+    if device.type != "cuda" and config.kv_memory_fraction is None:
+        return min(count, config.max_batch_size * config.blocks_per_sequence)
+    return count
 
 
 def count_blocks(
@@ -109,11 +141,18 @@ def count_blocks(
     Raises:
         ValueError: not even one sequence of max_seq_len fits.
     """
-    left, share_out = _left(args, config, dtype=dtype, device=device, degree=degree)
-    if rank == 0 and device.type == "cuda":
-        logger.info("%s", share_out)
-    block = bytes_per_block(args, block_size=config.block_size, n_kv_heads=n_kv_heads, dtype=dtype)
-    count = _fitting(config, left // block, device)
+    free = _free_after_loading(device)
+    reserved = _reserved(args, config, dtype=dtype, device=device, degree=degree)
+    left = max(0, free - sum(reserved.values()))
+    share_out = f"so much is free on the {device} for each rank"
+    if device.type == "cuda":
+        share_out = (
+            f"of {free / 2**30:.1f} GiB free on {device} after loading, {sum(reserved.values()) / 2**30:.1f} GiB are "
+            f"reserved for the steps ({describe(reserved)})"
+        )
+        if rank == 0:
+            logger.info("%s", share_out)
+    count = fitting_blocks(args, config, free=free, n_kv_heads=n_kv_heads, dtype=dtype, device=device, degree=degree)
     if count < config.blocks_per_sequence:
         raise ValueError(
             f"kv_memory_fraction={_fraction(config, device):g} of {left / 2**30:.1f} GiB holds {count} blocks of "
@@ -124,29 +163,18 @@ def count_blocks(
     return count
 
 
-def _left(
+def _free_after_loading(device: torch.device) -> int:
+    if device.type == "cuda":
+        # What loading has given back is torch's until now.
+        torch.cuda.empty_cache()
+    return free_memory(device)
+
+
+def _reserved(
     args: ModelArgs, config: EngineConfig, *, dtype: torch.dtype, device: torch.device, degree: int
-) -> tuple[int, str]:
-    """The bytes of this rank's memory that the steps leave, and how it is shared out, in words."""
-    if device.type != "cuda":
-        free = free_memory(device)
-        return free, f"so much is free on the {device} for each rank"
-    # What loading has given back is torch's until now.
-    torch.cuda.empty_cache()
-    free, reserved = free_memory(device), reserve(args, config, dtype=dtype, degree=degree)
-    return max(0, free - sum(reserved.values())), (
-        f"of {free / 2**30:.1f} GiB free on {device} after loading, {sum(reserved.values()) / 2**30:.1f} GiB are "
-        f"reserved for the steps ({describe(reserved)})"
-    )
-
-
-def _fitting(config: EngineConfig, blocks_left: int, device: torch.device) -> int:
-    """How many blocks are taken of those that there is memory for."""
-    # One more is the scratch block.
-    count = max(0, int(blocks_left * _fraction(config, device)) - 1)
-    if device.type != "cuda" and config.kv_memory_fraction is None:
-        return min(count, config.max_batch_size * config.blocks_per_sequence)
-    return count
+) -> dict[str, int]:
+    """The bytes that the steps need, by name: nothing on a CPU, of which the KV cache takes a small share."""
+    return reserve(args, config, dtype=dtype, degree=degree) if device.type == "cuda" else {}
 
 
 def _fraction(config: EngineConfig, device: torch.device) -> float:

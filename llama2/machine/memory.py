@@ -35,10 +35,10 @@ def free_memory(device: torch.device) -> int:
     """Bytes that this rank may still take of `device`: the ranks on the CPUs of one host share its memory evenly."""
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
-    return _free_host_memory() // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    return free_host_memory() // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
 
 
-def _free_host_memory() -> int:
+def free_host_memory() -> int:
     """Bytes available without swapping, page cache included: the machine's, or fewer where a container has a limit."""
     if sys.platform.startswith("linux"):
         for line in Path("/proc/meminfo").read_text().splitlines():

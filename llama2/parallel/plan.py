@@ -16,7 +16,7 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.tensor import DTensor, Placement, Replicate, Shard
 
 from llama2.machine.memory import empty
-from llama2.parallel.splits import PLAN, mesh_shape, split
+from llama2.parallel.splits import PLAN, mesh_shape, share
 from llama2.weights.formats import Format, Weight
 from llama2.weights.spec import Spec
 
@@ -39,12 +39,7 @@ def build_mesh(spec: Spec, device_type: str) -> DeviceMesh:
 
 def local_size(axis: str, size: int, mesh: DeviceMesh) -> int:
     """This rank's share of an axis of `size`."""
-    index, parts = 0, []
-    for cut, ranks in zip(("kv", "rep"), mesh.shape, strict=True):
-        if cut in PLAN.get(axis, ()):
-            index = index * ranks + mesh.get_local_rank(cut)
-            parts.append(ranks)
-    return split(size, *parts)[index]
+    return share(axis, size, mesh.shape, [mesh.get_local_rank(cut) for cut in ("kv", "rep")])
 
 
 def allocate(

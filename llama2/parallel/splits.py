@@ -6,7 +6,7 @@ Knows no torch, so that a wrong degree can be refused before anything is started
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from types import MappingProxyType
 
 from llama2.config import ModelArgs
@@ -61,6 +61,16 @@ def split(size: int, *parts: int) -> list[int]:
             for index in range(count)
         ]
     return sizes
+
+
+def share(axis: str, size: int, mesh: Sequence[int], place: Sequence[int]) -> int:
+    """How much of an axis of `size` the rank at `place`, its coordinates, of a (kv, rep) mesh of that shape has."""
+    index, parts = 0, []
+    for cut, ranks, at in zip(("kv", "rep"), mesh, place, strict=True):
+        if cut in PLAN.get(axis, ()):
+            index = index * ranks + at
+            parts.append(ranks)
+    return split(size, *parts)[index]
 
 
 def _mesh_shape(args: ModelArgs, degree: int) -> tuple[int, int]:
