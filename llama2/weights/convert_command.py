@@ -11,7 +11,7 @@ import logging
 import os
 import signal
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from datetime import timedelta
 from pathlib import Path
 from types import FrameType
@@ -24,13 +24,17 @@ import torch.distributed as dist
 
 from llama2.dtypes import read_dtype
 from llama2.flags import check_flags
+from llama2.weights.capacity import Devices, count_capacity
+from llama2.weights.capacity_report import report
 from llama2.weights.convert import convert
+from llama2.weights.kinds import check_source
+from llama2.weights.source import open_source
 
 
 def options(
     *,
-    original_ckpt_dir: str,
-    save_checkpoint_dir: str,
+    original_ckpt_dir: str | None = None,
+    save_checkpoint_dir: str | None = None,
     tokenizer_path: str | None = None,
     model_parallel_size: int | None = None,
     dtype: str | None = None,
@@ -43,6 +47,8 @@ def options(
     verify: bool = False,
     max_seq_len: int | None = None,
     max_batch_size: int | None = None,
+    plan: str | None = None,
+    gpus: str | None = None,
 ) -> dict[str, Any]:
     """Convert a Llama checkpoint to one folder that loads at every tensor parallel degree, or back.
 
@@ -63,7 +69,18 @@ def options(
         verify: read the result back and compare every weight with its source.
         max_seq_len: accepted for the sake of TorchServe's example; a conversion does not depend on it.
         max_batch_size: the same.
+        plan: convert nothing, but say what fits of the model in this folder or file: its bytes at each precision and
+            degree, tokens beside them, and what to choose. Goes with gpus and tokenizer_path alone.
+        gpus: for which GPUs, such as 2x24GiB, 80GB or 8x80GiB; by default those of this machine, else its CPU.
     """
+    if plan is not None:
+        if isinstance(plan, bool):
+            raise ValueError("--plan needs a folder or a file")
+        return {"plan": str(plan), "gpus": gpus, "tokenizer_path": tokenizer_path}
+    if gpus is not None:
+        raise ValueError("--gpus belongs to --plan")
+    if original_ckpt_dir is None or save_checkpoint_dir is None:
+        raise ValueError("--original_ckpt_dir and --save_checkpoint_dir are needed, or --plan")
     for name, number in (
         ("model_parallel_size", model_parallel_size),
         ("output_model_parallel_size", output_model_parallel_size),
@@ -108,7 +125,11 @@ def main() -> None:
                 # Alone, since fire describes the result instead where --help follows other flags.
                 command = ["--help"] if "--help" in sys.argv else sys.argv[1:]
                 arguments = fire.Fire(options, command, name=Path(sys.argv[0]).name, serialize=lambda _: None)
-            convert(**arguments)
+            if "plan" not in arguments:
+                convert(**arguments)
+            elif first:
+                _check_alone(sys.argv[1:])
+                print(_plan(**arguments))
         except ValueError as error:
             status = 1
             if first:
@@ -119,6 +140,21 @@ def main() -> None:
     if first and status:
         _end_torchrun()
     sys.exit(status if first else 0)
+
+
+def _check_alone(words: Sequence[str]) -> None:
+    """Raises ValueError for a flag that says nothing beside --plan."""
+    for word in words:
+        name = word[2:].split("=")[0].replace("-", "_")
+        if word.startswith("--") and name not in ("plan", "gpus", "tokenizer_path"):
+            raise ValueError(f"--{name} belongs to a conversion: --plan takes --gpus and --tokenizer_path alone")
+
+
+def _plan(*, plan: str, gpus: str | None, tokenizer_path: str | None) -> str:
+    devices = Devices.of_this_machine() if gpus is None else Devices.read(str(gpus))
+    check_source(Path(plan), "--plan")
+    source = open_source(plan, tokenizer_path=None if tokenizer_path is None else str(tokenizer_path))
+    return report(count_capacity(source.reader.spec, devices), plan, source.notes)
 
 
 def _end_torchrun() -> None:

@@ -25,8 +25,8 @@ class Kind(Enum):
     GGUF = "is a GGUF file"
 
 
-def check_source(path: Path) -> Kind:
-    """What the converter shall read.
+def check_source(path: Path, field: str = "--original_ckpt_dir") -> Kind:
+    """What the converter shall read; `field` is where the user gave it.
 
     Raises:
         InvalidValue: `path` does not look like something that it reads, or like several such things.
@@ -45,7 +45,7 @@ def check_source(path: Path) -> Kind:
             "holds no checkpoint: expected Meta's folder, with params.json and consolidated.00.pth, or Hugging Face's, "
             "with config.json and model.safetensors"
         )
-    raise InvalidValue("--original_ckpt_dir", f"{str(path)!r} {fault}")
+    raise InvalidValue(field, f"{str(path)!r} {fault}")
 
 
 def check_converted(path: Path | str, field: str = "checkpoint_dir") -> None:
