@@ -12,7 +12,7 @@ from types import MappingProxyType
 import torch
 
 from llama2.weights.formats import Part
-from llama2.weights.formats.groups import count, divide, pack, spread, unpack
+from llama2.weights.formats.groups import count, pack, spread, unpack
 
 # The values of the codes 0 to 15.
 TABLES: Mapping[str, tuple[float, ...]] = MappingProxyType(
@@ -36,8 +36,10 @@ TABLES: Mapping[str, tuple[float, ...]] = MappingProxyType(
             0.7229568362236023,
             1.0,
         ),
-        # A sign, two bits of exponent and one of mantissa, divided by 12, the largest (bitsandbytes' functional.py).
-        "fp4": tuple(sign * value / 12 for sign in (1, -1) for value in (0.0, 0.0625, 8.0, 12.0, 4.0, 6.0, 2.0, 3.0)),
+        # A sign (0 has none), two bits of exponent and one of mantissa, over 12, the largest (bitsandbytes' functional.py).
+        "fp4": tuple(
+            sign * value / 12 or 0.0 for sign in (1, -1) for value in (0.0, 0.0625, 8.0, 12.0, 4.0, 6.0, 2.0, 3.0)
+        ),
         # kvalues_iq4nl of ggml-common.h.
         "iq4_nl": (-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113),
         # Twice the values of E2M1 (Open Compute Project, Microscaling Formats 1.0), -0 as 0: kvalues_mxfp4, as above.
@@ -71,10 +73,13 @@ class Lut4:
         return table[codes.int()] * spread(parts["scales"], codes.shape[1])
 
     def quantize(self, values_FC: torch.Tensor) -> dict[str, torch.Tensor]:
-        """The nearest values of the table, whose largest is the group's: as bitsandbytes does it."""
+        """The nearest values of the table, whose largest is the group's.
+
+        To the bit as bitsandbytes does it: values are multiplied by the reciprocal of the scale.
+        """
         table = torch.tensor(TABLES[self.table], device=values_FC.device)
         groups_FGI = values_FC.float().unflatten(1, (-1, self.group))
         scales_FG = groups_FGI.abs().amax(-1)
         borders = (table[1:] + table[:-1]) / 2
-        codes = torch.bucketize(divide(groups_FGI, scales_FG), borders)
+        codes = torch.bucketize(groups_FGI * (1 / scales_FG.clamp(min=1e-38))[..., None], borders)
         return {"codes": pack(codes.flatten(1)), "scales": scales_FG.to(self.scales)}
