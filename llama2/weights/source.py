@@ -58,6 +58,7 @@ def open_source(path: Path | str, *, tokenizer_path: Path | str | None = None, n
     folder = path.parent if path.is_file() else path
     tokenizer = load_tokenizer(folder if tokenizer_path is None else tokenizer_path)
     reader: Reader
+    notes: Sequence[str] = ()
     if kind is Kind.CONVERTED:
         reader = DcpFolder(path)
     elif kind is Kind.META:
@@ -65,7 +66,8 @@ def open_source(path: Path | str, *, tokenizer_path: Path | str | None = None, n
     else:
         reader = open_hugging_face(path)
         _check_belongs(tokenizer, path, reader)
-    return Source(reader=reader, write_tokenizer=_copier(tokenizer))
+        notes = reader.notes
+    return Source(reader=reader, write_tokenizer=_copier(tokenizer), notes=notes)
 
 
 def _check_belongs(tokenizer: Tokenizer, path: Path, reader: Reader) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import struct
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -74,6 +75,23 @@ def edit_json(path: Path, **changes: Any) -> None:
     """Change keys of a JSON object, or take out those whose value is `...`."""
     content = json.loads(path.read_text()) | changes
     path.write_text(json.dumps({key: value for key, value in content.items() if value is not ...}))
+
+
+def edit_tensors(**changes: torch.Tensor | None) -> Callable[[Path], None]:
+    """Set (or, by None, delete) tensors; `__` in a keyword stands for a dot."""
+
+    def edit(folder: Path) -> None:
+        from safetensors.torch import load_file, save_file
+
+        state: dict[str, Any] = load_file(folder / "model.safetensors")
+        state |= {name.replace("__", "."): tensor for name, tensor in changes.items()}
+        save_file({name: tensor for name, tensor in state.items() if tensor is not None}, folder / "model.safetensors")
+
+    return edit
+
+
+def edit_config(**changes: Any) -> Callable[[Path], None]:
+    return lambda folder: edit_json(folder / "config.json", **changes)
 
 
 def safetensors_bytes(header: dict[str, Any] | bytes, data: bytes = b"") -> bytes:

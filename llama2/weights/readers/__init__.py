@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
@@ -46,6 +46,13 @@ class Reader(Protocol):
 def whole(reader: Reader, name: str, shape: tuple[int, ...]) -> list[Chunk]:
     """A tensor of `shape` that is stored in one piece, or has to be put together."""
     return [Chunk(name=name, offsets=(0,) * len(shape), shape=shape, read=lambda: reader.read(name))]
+
+
+def note_of_plain(names: Sequence[str], kind: str, dtype: torch.dtype, *, nbytes: int, stored: int) -> str:
+    """A line for the user: which weights of a kind become plain, and what they take then and as they are `stored`."""
+    weights, becomes = (f"{len(names)} weights", "become") if len(names) > 1 else (names[0], "becomes")
+    shown = str(dtype).removeprefix("torch.")
+    return f"{weights} in {kind} {becomes} {shown}, {nbytes / 1e6:,.1f} MB instead of {stored / 1e6:,.1f} MB"
 
 
 def check_layers(args: ModelArgs, names: Iterable[str], said: str, path: Path) -> None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import pickle
 import struct
 import zipfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -63,6 +63,22 @@ class TensorFiles(Mapping[str, torch.Tensor]):
 
     def file_of(self, name: str) -> Path:
         return self._file_of[name]
+
+    def take(self, name: str, shape: tuple[int, ...], dtypes: Sequence[torch.dtype], *, by: str) -> torch.Tensor:
+        """A tensor that must have this shape, `by` what some file says, and one of these dtypes.
+
+        Raises:
+            ValueError: it is missing, or has others.
+        """
+        if name not in self:
+            raise ValueError(f"{self.path}: tensor {name!r} is missing")
+        tensor, file = self[name], self.file_of(name)
+        if tuple(tensor.shape) != shape:
+            raise ValueError(f"{file}: {name} has shape {tuple(tensor.shape)}, expected {shape} by {by}")
+        if tensor.dtype not in dtypes:
+            allowed = ("one of " if len(dtypes) > 1 else "") + ", ".join(map(str, dtypes))
+            raise ValueError(f"{file}: {name} is {tensor.dtype}, expected {allowed}")
+        return tensor
 
 
 def open_tensors(path: Path) -> dict[str, torch.Tensor]:

@@ -1,10 +1,13 @@
-"""Meta's folder, and the converter's command in this process."""
+"""Meta's folder, and the converter's command in this process, as it is and as one that must fail."""
 
 from __future__ import annotations
 
+import resource
 import shutil
 import signal
 import sys
+import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -41,5 +44,32 @@ def command(monkeypatch, capsys):
             convert_checkpoints.main()
         lines = capsys.readouterr().err.replace("\r", "\n").splitlines()
         return exit.value.code, [line for line in lines if line and "B/s]" not in line]
+
+    return run
+
+
+@pytest.fixture
+def refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> Callable[[Path], str]:
+    """Convert what is at a path, which must fail, quickly and in one line: that line."""
+    monkeypatch.setattr(signal, "signal", lambda number, handler: None)
+
+    def run(path: Path) -> str:
+        before = sorted(tmp_path.rglob("*"))
+        flags = ["--original_ckpt_dir", str(path), "--save_checkpoint_dir", str(tmp_path / "out")]
+        monkeypatch.setattr(sys, "argv", ["convert_checkpoints.py", *flags])
+        capsys.readouterr()
+        memory, seconds = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, time.process_time()
+        with pytest.raises(SystemExit) as exit:
+            convert_checkpoints.main()
+        assert time.process_time() - seconds < 1
+        assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - memory < 100 << 10  # KiB
+        assert exit.value.code == 1
+        assert sorted(tmp_path.rglob("*")) == before
+        lines = capsys.readouterr().err.replace("\r", "\n").splitlines()
+        (line,) = (line for line in lines if line and "B/s]" not in line)
+        assert line.startswith("error: ")
+        return line
 
     return run

@@ -13,7 +13,7 @@ import torch
 from llama2.config import ModelArgs
 from llama2.weights.formats import Format
 from llama2.weights.formats.groups import repeated
-from llama2.weights.readers import Chunk, check_layers, whole
+from llama2.weights.readers import Chunk, check_layers, note_of_plain, whole
 from llama2.weights.readers.gguf.architecture import ROPE_DIVISORS, read_args
 from llama2.weights.readers.gguf.blocks import Type, check_type, format_of, plain_dtype, read_part, read_values
 from llama2.weights.readers.gguf.header import StoredTensor
@@ -64,15 +64,11 @@ class GgufFile:
             kind = self._stored(name).type
             if axes.inputs and name not in self.spec.formats and plain_dtype(kind) != self.spec.dtype:
                 changed[kind].append(name)
-        dtype = str(self.spec.dtype).removeprefix("torch.")
         notes = []
         for kind, names in changed.items():
             stored = sum(self._tensors[name].data.nbytes for name in {self._stored_name(name) for name in names})
             nbytes = sum(self._at_rest[f"{name}.weight"].nbytes for name in names)
-            many = len(names) > 1
-            weights = f"{len(names)} weights" if many else names[0]
-            becomes = f"become{'' if many else 's'} {dtype}"
-            notes.append(f"{weights} in {kind.name} {becomes}, {_shown(nbytes)} instead of {_shown(stored)}")
+            notes.append(note_of_plain(names, kind.name, self.spec.dtype, nbytes=nbytes, stored=stored))
         return notes
 
     def read(self, name: str) -> torch.Tensor:
@@ -144,7 +140,3 @@ class GgufFile:
                     f"{self.path}: tensor {name!r} has the shape {stored.shape}, and by the metadata it is {shape}"
                 )
             check_type(stored.type, f"{self.path}: tensor {name!r}")
-
-
-def _shown(nbytes: int) -> str:
-    return f"{nbytes / 1e6:,.1f} MB"
