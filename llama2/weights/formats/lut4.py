@@ -36,7 +36,7 @@ TABLES: Mapping[str, tuple[float, ...]] = MappingProxyType(
             0.7229568362236023,
             1.0,
         ),
-        # A sign (0 has none), two bits of exponent and one of mantissa, over 12, the largest (bitsandbytes' functional.py).
+        # A sign, except of 0, two bits of exponent, one of mantissa, over 12 (bitsandbytes, functional.py).
         "fp4": tuple(
             sign * value / 12 or 0.0 for sign in (1, -1) for value in (0.0, 0.0625, 8.0, 12.0, 4.0, 6.0, 2.0, 3.0)
         ),
