@@ -138,7 +138,7 @@ class HuggingFaceFolder:
 
     def chunks(self, name: str) -> list[Chunk]:
         """See `Reader`."""
-        return whole(self, name, self._at_rest[name].shape)
+        return whole(self, name, self._shapes[name])
 
     def _stored_name(self, weight: str) -> str:
         tied = weight == "output" and self._tied and _stored(weight) not in self._files
