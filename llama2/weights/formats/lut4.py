@@ -69,7 +69,7 @@ class Lut4:
 
     def dequantize(self, parts: Mapping[str, torch.Tensor]) -> torch.Tensor:
         codes = unpack(parts["codes"])
-        table = torch.tensor(TABLES[self.table], device=codes.device)
+        table = self._values(codes.device)
         return table[codes.int()] * spread(parts["scales"], codes.shape[1])
 
     def quantize(self, values_FC: torch.Tensor) -> dict[str, torch.Tensor]:
@@ -77,9 +77,13 @@ class Lut4:
 
         To the bit as bitsandbytes does it: values are multiplied by the reciprocal of the scale.
         """
-        table = torch.tensor(TABLES[self.table], device=values_FC.device)
+        table = self._values(values_FC.device)
         groups_FGI = values_FC.float().unflatten(1, (-1, self.group))
         scales_FG = groups_FGI.abs().amax(-1)
         borders = (table[1:] + table[:-1]) / 2
         codes = torch.bucketize(groups_FGI * (1 / scales_FG.clamp(min=1e-38))[..., None], borders)
         return {"codes": pack(codes.flatten(1)), "scales": scales_FG.to(self.scales)}
+
+    def _values(self, device: torch.device) -> torch.Tensor:
+        """The table (16,), made on the device: a copy from the host could not be recorded in a CUDA graph."""
+        return torch.cat([torch.full((1,), value, dtype=torch.float32, device=device) for value in TABLES[self.table]])
