@@ -52,7 +52,7 @@ CASES: dict[str, tuple[Save, dict[str, Any], Format]] = {
     "GPTQ, 2 bits": (save_gptq, {"bits": 2, "version": "gptq"}, Q4(group=32)),
     "GPTQ, 2 bits, symmetric": (save_gptq, {"bits": 2, "sym": True}, Q4(group=32, zero=2)),
     "GPTQ, 3 bits": (save_gptq, {"bits": 3}, Q4(group=32)),
-    "GPTQ, 3 bits, first version": (save_gptq, {"bits": 3, "version": "gptq"}, Q4(group=32)),
+    "GPTQ, 3 bits, first version": (save_gptq, {"bits": 3, "sym": True, "version": "gptq"}, Q4(group=32, zero=4)),
     "GPTQ, 8 bits": (save_gptq, {"bits": 8, "sym": True, "version": "gptq"}, Q8(group=32)),
     "GPTQ, 8 bits, one group": (save_gptq, {"bits": 8, "sym": True, "group_size": -1}, Q8(group=None)),
     "GPTQ, bf16 scales": (save_gptq, {"scales": torch.bfloat16}, Q4(group=32)),

@@ -69,6 +69,10 @@ def check(tmp_path: Path, refused: Callable[[Path], str], spoil: Spoil, problem:
     ("spoil", "problem"),
     [
         (edit_method(bits=3), "qweight has shape (8, 64), expected (6, 64) by config.json"),
+        (
+            edit_method(bits=3, sym=False, checkpoint_format="gptq"),
+            "3 bits are read from files of checkpoint_format gptq_v2",
+        ),
         (edit_method(bits=5), "quantization_config: bits must be 2 or 3 or 4 or 8, got 5"),
         (edit_method(bits="4"), "bits must be 2 or 3 or 4 or 8, got '4'"),
         (edit_method(bits=[]), "bits must be 2 or 3 or 4 or 8, got []"),

@@ -37,13 +37,19 @@ class Gptq:
         """Raises ValueError if it describes what is not read."""
         one_of(config, "pack_dtype", ("int32",), "int32")
         one_of(config, "is_marlin_format", (False,), False)
-        return cls(
+        method = cls(
             bits=one_of(config, "bits", (2, 3, 4, 8)),
             group_size=one_of(config, "group_size", GROUP_SIZES),
             symmetric=one_of(config, "sym", (True, False), True),
             desc_act=one_of(config, "desc_act", (True, False), False),
             less_one=one_of(config, "checkpoint_format", ("gptq", "gptq_v2"), "gptq") == "gptq",
         )
+        if method.bits == 3 and method.less_one and not method.symmetric:
+            raise ValueError(
+                "zeros of 3 bits are read from files of checkpoint_format gptq_v2 alone: programs differ in how they "
+                "wrote them before"
+            )
+        return method
 
     def open(self, files: TensorFiles, name: str, shape: tuple[int, int]) -> IntegerWeight | None:
         if f"{name}.qweight" not in files:
