@@ -104,7 +104,7 @@ def check(tmp_path: Path, refused: Callable[[Path], str], spoil: Spoil, problem:
         (edit_part("g_idx", first(-1)), "q_proj.g_idx must be from 0 to 1"),
         (edit_part("g_idx", torch.Tensor.float), "q_proj.g_idx is torch.float32, expected one of torch.int32"),
     ],
-    ids=range(31),
+    ids=range(32),
 )
 def test_gptq(tmp_path: Path, refused: Callable[[Path], str], spoil: Spoil, problem: str) -> None:
     save_gptq(tmp_path / "hf")
