@@ -21,6 +21,7 @@ from llama2.progress import Bar, progress
 from llama2.text.tokenizer import load_tokenizer
 from llama2.weights.hf_writer import HuggingFaceWriter
 from llama2.weights.manifest import FileHashes, Manifest
+from llama2.weights.origin import write_origin
 from llama2.weights.precision import Converted, target
 from llama2.weights.readers import Chunk
 from llama2.weights.readers.dcp import DcpFolder, save_chunks
@@ -114,6 +115,7 @@ def convert(
 
     ranks.agree(open_target, only_first=True)
     try:
+        ranks.agree(lambda: write_origin(staged.partial, opened.origin), only_first=True)
         write_tokenizer = partial(opened.write_tokenizer, staged.partial)
         if output_model_parallel_size is not None:
             _write_shards(ranks, source, staged.partial, num_shards=output_model_parallel_size)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import mmap
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -125,8 +125,29 @@ class Manifest:
         for path in sorted(self._folder.iterdir()):
             if path.name not in files:
                 files[path.name] = _hash_file(path)
+        self._save(files)
+
+    def put(self, name: str, data: bytes) -> None:
+        """Write a file into the folder, in place of one of that name, and its hashes into the manifest.
+
+        Who is stopped in between leaves a folder in which nothing but that file lacks its hashes.
+        """
+        others = {other: hashes for other, hashes in self._files.items() if other != name}
+        if name in self._files:
+            self._save(others)
+        _replace(self._folder / name, data)
+        hashing = Hashing()
+        hashing.update(data)
+        self._save(others | {name: hashing.result()})
+
+    def digest(self, wanted: Callable[[str], bool]) -> str:
+        """One hash of all files whose names are `wanted`: it changes with any byte of them."""
+        files = {name: file for name, file in self._files.items() if wanted(name)}
+        return f"{_HASH}:{_content(files)['own']}"
+
+    def _save(self, files: Mapping[str, FileHashes]) -> None:
         text = json.dumps(_content(dict(sorted(files.items()))), indent=1) + "\n"
-        (self._folder / MANIFEST_FILE).write_text(text, encoding="utf-8")
+        _replace(self._folder / MANIFEST_FILE, text.encode())
 
     def check_sizes(self) -> None:
         """Raises ValueError if a file is missing, shorter or longer than it was."""
@@ -143,10 +164,19 @@ class Manifest:
         Raises:
             ValueError: one differs, or is missing; the message names it.
         """
-        for name, expected in self._files.items():
-            path = self._folder / name
-            if not name.endswith(but) and _hash_file(path) != expected:
-                raise ValueError(f"{path} is damaged: it is not what was written")
+        for name in self._files:
+            if not name.endswith(but):
+                self.check_file(name)
+
+    def check_file(self, name: str) -> None:
+        """Compare a file; of one that it does not know nothing is said.
+
+        Raises:
+            ValueError: it differs.
+        """
+        path = self._folder / name
+        if name in self._files and _hash_file(path) != self._files[name]:
+            raise ValueError(f"{path} is damaged: it is not what was written")
 
     def open(self, name: str, data: mmap.mmap) -> CheckedFile:
         """Raises ValueError if it knows no such file."""
@@ -154,6 +184,13 @@ class Manifest:
         if name not in self._files:
             raise ValueError(f"{path} is not in {MANIFEST_FILE}")
         return CheckedFile(path, data, self._files[name])
+
+
+def _replace(path: Path, data: bytes) -> None:
+    """Write a file that appears when it is whole."""
+    partial = path.with_name(f".{path.name}.partial")
+    partial.write_bytes(data)
+    partial.replace(path)
 
 
 def _content(files: Mapping[str, FileHashes]) -> dict[str, Any]:

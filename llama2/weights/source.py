@@ -6,12 +6,13 @@ Knows nothing of what becomes of either. A reader for another kind of files is a
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from llama2.text.tokenizer import BPE_FILE, SENTENCEPIECE_FILE, Tokenizer, load_tokenizer
 from llama2.weights.kinds import Kind, check_source
+from llama2.weights.origin import Origin, extended, read_origin
 from llama2.weights.readers import Reader
 from llama2.weights.readers.dcp import DcpFolder
 from llama2.weights.readers.fairscale import FairscaleFolder
@@ -22,11 +23,13 @@ from llama2.weights.readers.hugging_face import open_hugging_face
 class Source:
     """A model to convert. `write_tokenizer` puts the tokenizer's files into a folder.
 
-    `notes` say, a line each, what the reader does not hold as it is stored.
+    `notes` say, a line each, what the reader does not hold as it is stored. `origin` ends with the precisions of its
+    files.
     """
 
     reader: Reader
     write_tokenizer: Callable[[Path], None]
+    origin: Origin
     notes: Sequence[str] = ()
 
 
@@ -49,16 +52,18 @@ def open_source(path: Path | str, *, tokenizer_path: Path | str | None = None, n
         from llama2.weights.readers.gguf.file import GgufFile
 
         gguf = GgufFile(path)
+        origin: Origin = (gguf.spec.stored(gguf.precisions),)
         if tokenizer_path is None:
             gguf.check_tokenizer()
-            return Source(reader=gguf, write_tokenizer=gguf.write_tokenizer, notes=gguf.notes)
+            return Source(reader=gguf, write_tokenizer=gguf.write_tokenizer, origin=origin, notes=gguf.notes)
         tokenizer = load_tokenizer(tokenizer_path)
         _check_belongs(tokenizer, path, gguf)
-        return Source(reader=gguf, write_tokenizer=_copier(tokenizer), notes=gguf.notes)
+        return Source(reader=gguf, write_tokenizer=_copier(tokenizer), origin=origin, notes=gguf.notes)
     folder = path.parent if path.is_file() else path
     tokenizer = load_tokenizer(folder if tokenizer_path is None else tokenizer_path)
     reader: Reader
     notes: Sequence[str] = ()
+    precisions: Mapping[str, str] = {}
     if kind is Kind.CONVERTED:
         reader = DcpFolder(path)
     elif kind is Kind.META:
@@ -66,8 +71,9 @@ def open_source(path: Path | str, *, tokenizer_path: Path | str | None = None, n
     else:
         reader = open_hugging_face(path)
         _check_belongs(tokenizer, path, reader)
-        notes = reader.notes
-    return Source(reader=reader, write_tokenizer=_copier(tokenizer), notes=notes)
+        notes, precisions = reader.notes, reader.precisions
+    origin = extended(read_origin(folder), reader.spec.stored(precisions))
+    return Source(reader=reader, write_tokenizer=_copier(tokenizer), origin=origin, notes=notes)
 
 
 def _check_belongs(tokenizer: Tokenizer, path: Path, reader: Reader) -> None:

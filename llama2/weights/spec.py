@@ -16,8 +16,9 @@ import torch
 from llama2.config import ModelArgs
 from llama2.parallel.splits import PLAN
 from llama2.weights.formats import Format
-from llama2.weights.formats.catalog import save_formats
+from llama2.weights.formats.catalog import name_of, save_formats
 from llama2.weights.formats.plain import Plain
+from llama2.weights.origin import Stored, count_values
 
 # Smaller ones need more bytes for scales than they save.
 SMALLEST_GROUP = 16
@@ -54,6 +55,17 @@ class Spec:
     @property
     def nbytes(self) -> int:
         return sum(tensor.nbytes for tensor in self.tensors().values())
+
+    def stored(self, precisions: Mapping[str, str] | None = None) -> Stored:
+        """How many values there are in each precision. `precisions` are those of some weights by their files' own
+        names for them; the others go by the names that formats have here.
+        """
+        plain = str(self.dtype).removeprefix("torch.")
+        names = {weight: name_of(format) for weight, format in self.formats.items()} | dict(precisions or {})
+        shapes = self.args.parameter_shapes()
+        return count_values(
+            (names.get(weight, plain), math.prod(shapes[f"{weight}.weight"])) for weight in self.args.weight_axes()
+        )
 
     def save(self, folder: Path) -> None:
         """Write the files that describe the weights of a converted folder."""

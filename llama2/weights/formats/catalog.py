@@ -62,6 +62,12 @@ def load_formats(folder: Path, names: Iterable[str]) -> dict[str, Format]:
     return formats
 
 
+def name_of(format: Format) -> str:
+    """What a user calls it: its kind, or the table that it chooses from."""
+    table: str | None = getattr(format, "table", None)
+    return table or str(_describe(format)["format"])
+
+
 def _describe(format: Format) -> dict[str, Any]:
     kind = next(kind for kind, cls in _KINDS.items() if type(format) is cls)
     fields = {field.name: getattr(format, field.name) for field in dataclasses.fields(format)}  # type: ignore[arg-type]

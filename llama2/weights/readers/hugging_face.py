@@ -102,6 +102,11 @@ class HuggingFaceFolder:
         self._shapes = {name: tensor.shape for name, tensor in self.spec.tensors().items()}
 
     @property
+    def precisions(self) -> dict[str, str]:
+        """How the weights that are quantized in the files are stored there, by their names."""
+        return {weight: stored.kind for weight, stored in self._quantized.items()}
+
+    @property
     def notes(self) -> list[str]:
         plain: dict[str, list[str]] = {}
         for weight, stored in self._quantized.items():

@@ -28,6 +28,7 @@ def test_plain_python_writes_a_folder_that_is_complete_by_itself(source, tmp_pat
         "__0_0.distcp",
         "manifest.json",
         "model_args.json",
+        "origin.json",
         "tokenizer.model",
     ]
 

@@ -55,7 +55,15 @@ def flip(path: Path, at: int) -> None:
     path.write_bytes(data)
 
 
-FILES = [".metadata", "__0_0.distcp", MANIFEST_FILE, "model_args.json", "tokenizer.model", "tokenizer_config.json"]
+FILES = [
+    ".metadata",
+    "__0_0.distcp",
+    MANIFEST_FILE,
+    "model_args.json",
+    "origin.json",
+    "tokenizer.model",
+    "tokenizer_config.json",
+]
 
 
 def test_every_file_has_its_hashes(pristine: Path) -> None:

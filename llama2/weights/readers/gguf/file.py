@@ -57,6 +57,11 @@ class GgufFile:
         self._at_rest = self.spec.tensors()
 
     @property
+    def precisions(self) -> dict[str, str]:
+        """The type of each weight in the file, by the weight's name."""
+        return {name: self._stored(name).type.name for name in self.spec.args.weight_axes()}
+
+    @property
     def notes(self) -> list[str]:
         """What is not held as it is stored, in a line for each type."""
         changed: defaultdict[Type, list[str]] = defaultdict(list)
