@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import hashlib
 import importlib.metadata
 import json
 import os
@@ -16,6 +17,8 @@ from collections.abc import Mapping
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
+
+import llama2
 
 ROOT = Path(__file__).resolve().parent.parent
 # Where a command writes unless told otherwise. What docs/performance.md quotes was written to benchmarks/results/.
@@ -58,6 +61,17 @@ def commit() -> str:
     head = _said_by("git", *code, "rev-parse", "--short=12", "HEAD").strip()
     changes = _said_by("git", *code, "status", "--porcelain", "--", ".", ":!benchmarks/results")
     return head + ("+changes" if changes else "") if head else "unknown"
+
+
+def sources() -> str:
+    """A hash (sha256) of the code that computes a model, the files of llama2/: the same wherever it is installed."""
+    digest = hashlib.sha256()
+    folder = Path(llama2.__file__).parent
+    for path in sorted(folder.rglob("*")):
+        if path.suffix in (".py", ".cpp", ".h"):
+            digest.update(f"{path.relative_to(folder)} {path.stat().st_size} ".encode())
+            digest.update(path.read_bytes())
+    return digest.hexdigest()
 
 
 def save(path: Path | str, kind: str, settings: Mapping[str, Any], figures: Any) -> Path:

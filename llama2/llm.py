@@ -117,13 +117,13 @@ class LLM:
         self._engine.check(request)  # a closed one says so now, and not at the first piece
         return self._pieces(request)
 
-    def score(self, token_ids: Sequence[int]) -> torch.Tensor:
+    def score(self, token_ids: Sequence[int], *, use_tqdm: bool = True) -> torch.Tensor:
         """The logits (T, V), fp32 on the CPU, that the model gives after each of T ids.
 
         Raises:
             ValueError: there are none or too many, or one is outside the vocabulary.
         """
-        ((output,),) = self._run([self._arguments.score(token_ids)])
+        ((output,),) = self._run([self._arguments.score(token_ids)], use_tqdm)
         return cast(torch.Tensor, output.prompt_logits)
 
     def close(self) -> None:
