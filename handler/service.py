@@ -11,6 +11,7 @@ import logging
 import threading
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import Any, Protocol
 
 from handler.body import read_body
@@ -29,6 +30,7 @@ from llama2.errors import EngineFailure, InvalidValue
 from llama2.text.chat import encode_dialog
 from llama2.text.grammar import GrammarCompiler
 from llama2.text.tokenizer import Tokenizer, load_tokenizer
+from llama2.weights.certificate import Certificate, read_certificate
 
 logger = logging.getLogger(__name__)
 
@@ -77,15 +79,17 @@ class Service:
         config: HandlerConfig,
         *,
         names: Sequence[str],
+        certificate_dir: Path | None = None,
         on_failure: Callable[[EngineFailure], None] = lambda _: None,
     ) -> Service:
         """Start the engine's ranks, and wait until they have loaded the model.
 
-        `names` are those that the model answers to, the first of which it calls itself. `on_failure` is called when
+        `names` are those that the model answers to, the first of which it calls itself. `certificate_dir` holds the
+        weights' certificate if it is not their own folder. `on_failure` is called when
         the engine has failed, in a thread of its own, when every call has been told.
 
         Raises:
-            ValueError: the tokenizer or the model's description is wrong.
+            ValueError: the tokenizer or the model's description is wrong, or a certificate is about other weights.
             EngineFailure: the checkpoint, the degree or a size is; or a rank has died.
         """
         settings = Settings(
@@ -100,6 +104,7 @@ class Service:
         served = Served(names=tuple(dict.fromkeys(names)), system_fingerprint=config.fingerprint())
         args = ModelArgs.load(config.model_args_path or config.converted_ckpt_dir)
         tokenizer = load_tokenizer(config.tokenizer_path or config.converted_ckpt_dir)
+        certificate = read_certificate(certificate_dir or config.converted_ckpt_dir, weights=config.converted_ckpt_dir)
         engine = RemoteEngine(settings, degree=config.degree, threads=config.threads, step_timeout=config.step_timeout)
         try:
             grammars = _warm_up(tokenizer, args.vocab_size)
@@ -108,7 +113,7 @@ class Service:
         except BaseException:
             engine.close()
             raise
-        service = cls(engine, _apis(tokenizer, grammars, ready.limits, config, served, engine.stats))
+        service = cls(engine, _apis(tokenizer, grammars, ready.limits, config, served, engine.stats, certificate))
 
         def fail(failure: EngineFailure) -> None:
             service.fail(failure)
@@ -212,6 +217,7 @@ def _apis(
     config: HandlerConfig,
     served: Served,
     stats: Callable[[], EngineStats],
+    certificate: Certificate | None,
 ) -> Read:
     """The model's own path is the native API, and all behind it is OpenAI's."""
     native = NativeApi(tokenizer, config)
@@ -222,6 +228,7 @@ def _apis(
         served=served,
         grammars=grammars,
         stats=stats,
+        certificate=certificate,
     )
     return lambda path, body: openai.read(path, body) if path else native.read(body())
 

@@ -1,6 +1,6 @@
 """Owns the OpenAI-compatible API: which paths there are, and what is answered without reading a body.
 
-    GET   models, models/{id}, health
+    GET   models, models/{id}, health, certificate
     POST  completions, chat/completions, responses, tokenize, detokenize
 
 all behind `v1/`, or without it. Whatever is wrong with a body is found out before its status line is sent. Knows no
@@ -22,6 +22,7 @@ from handler.openai.generation import Model, Served
 from handler.openai.replies import Immediate
 from llama2.errors import InvalidValue
 from llama2.text.tokenizer import Tokenizer
+from llama2.weights.certificate import Certificate
 
 if TYPE_CHECKING:
     from llama2.engine.stats import EngineStats
@@ -48,10 +49,12 @@ class OpenAiApi:
         served: Served,
         grammars: Grammars,
         stats: Callable[[], EngineStats],
+        certificate: Certificate | None = None,
     ) -> None:
         """`vocab_size` is the model's, which may have more ids than the tokenizer."""
         self._model = Model(served=served, config=config, tokenizer=tokenizer, vocab_size=vocab_size, grammars=grammars)
         self._stats = stats
+        self._certificate = certificate
         self._created = int(time.time())
         self._seen = (-1, time.monotonic())  # the engine's steps, and when they were first so many
 
@@ -69,6 +72,8 @@ class OpenAiApi:
                 raise RequestError.of(error, code="invalid_value") from None
         if name == "health":
             return self._health()
+        if name == "certificate":
+            return self._show_certificate()
         if name == "models":
             return Immediate(
                 reply={"object": "list", "data": [self._describe(one) for one in self._model.served.names]}
@@ -94,6 +99,15 @@ class OpenAiApi:
                 "last_step_age": None if stats.last_step_at is None else round(now - stats.last_step_at, 3),
             }
         )
+
+    def _show_certificate(self) -> Format:
+        if self._certificate is None:
+            raise RequestError(
+                "this model has no certificate: python -m benchmarks.certify makes one, before the archive is built",
+                status=404,
+                code="no_certificate",
+            )
+        return Immediate(reply=self._certificate.to_json())
 
     def _describe(self, name: str) -> dict[str, Any]:
         return {

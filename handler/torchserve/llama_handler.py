@@ -71,7 +71,9 @@ class LlamaHandler:
         wire.install()
         folder = Path(context.system_properties["model_dir"])
         config = read_model_config(context.model_yaml_config, base=folder, environ=os.environ)
-        self._service = Service.load(config, names=(context.model_name, "llama"), on_failure=self._leave)
+        self._service = Service.load(
+            config, names=(context.model_name, "llama"), certificate_dir=folder, on_failure=self._leave
+        )
         self._transport = Transport(self._service)
         # A collection of all that was imported and loaded takes 0.1 s, in which no thread runs.
         gc.collect()

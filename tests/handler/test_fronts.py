@@ -9,12 +9,16 @@ from pathlib import Path
 from typing import Any
 
 import httpx
+import psutil
 import pytest
 
 from handler.service import Service
+from llama2.weights.certificate import CERTIFICATE_FILE
+from llama2.weights.manifest import Manifest
 from tests.handler.asyncio_front import AsyncioFront
 from tests.handler.support import byte_tokenizer, config
 from tests.handler.torchserve.worker import Worker
+from tests.support.certificates import certificate_of
 from tests.support.checkpoints import write_checkpoint
 from tests.support.weights import random_weights, tiny_args
 
@@ -35,6 +39,19 @@ def service(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Service]:
     yield service
     service.close()
     assert not failures
+
+
+def test_a_service_refuses_a_certificate_of_other_weights_before_a_rank_starts(tmp_path: Path) -> None:
+    byte_tokenizer(tmp_path)
+    args = tiny_args(vocab_size=260)
+    write_checkpoint(tmp_path, args, random_weights(args))
+    Manifest(tmp_path, {}).write()
+    (tmp_path / "archive").mkdir()
+    content = {**certificate_of(tmp_path).to_json(), "weights": "of another folder"}
+    (tmp_path / "archive" / CERTIFICATE_FILE).write_text(json.dumps(content))
+    with pytest.raises(ValueError, match=r"certificate.json is not about the weights in .*: remove it, or measure"):
+        Service.load(config(tmp_path), names=("tiny",), certificate_dir=tmp_path / "archive")
+    assert not psutil.Process().children()
 
 
 @pytest.fixture(scope="module")

@@ -1,7 +1,7 @@
 """Owns TorchServe's model archive (`build_archive.py`, `llama2-archive`): handler, code, a checked model-config.yaml.
 
 The code is copied from where it is installed. The weights stay where they are: the archive names the checkpoint by its
-absolute path.
+absolute path. Their certificate goes with the archive.
 """
 
 from __future__ import annotations
@@ -26,6 +26,7 @@ from llama2.config import ModelArgs
 from llama2.flags import as_texts, check_flags
 from llama2.parallel.splits import mesh_shape
 from llama2.text.tokenizer import load_tokenizer
+from llama2.weights.certificate import CERTIFICATE_FILE, read_certificate
 from llama2.weights.kinds import FORMATS_FILE, check_converted
 
 logger = logging.getLogger(__name__)
@@ -101,6 +102,7 @@ def _settle(config: Path, checkpoint: str | None) -> dict[str, Any]:
     checked.engine.for_model(args)
     mesh_shape(args, checked.degree, _units(checked.converted_ckpt_dir, args))
     load_tokenizer(checked.tokenizer_path or checked.converted_ckpt_dir)
+    read_certificate(checked.converted_ckpt_dir)
     for key in PATH_KEYS:
         path: Path | None = getattr(checked, key)
         settings["handler"][key] = str(path.resolve()) if path else None
@@ -126,6 +128,9 @@ def _run_archiver(scratch: Path, settings: dict[str, Any], model_name: str, vers
         folder.mkdir()
     for package in PACKAGES:
         shutil.copytree(package, packages / package.name, ignore=shutil.ignore_patterns("__pycache__"))
+    certificate = Path(settings["handler"]["converted_ckpt_dir"]) / CERTIFICATE_FILE
+    if certificate.exists():
+        shutil.copyfile(certificate, packages / CERTIFICATE_FILE)
     yaml_file = scratch / CONFIG
     yaml_file.write_text(yaml.safe_dump(settings, sort_keys=False), encoding="utf-8")
     command = [

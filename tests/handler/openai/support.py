@@ -16,6 +16,7 @@ from handler.openai.api import OpenAiApi, Served
 from llama2.engine.sequence import Output, Request, TokenLogprobs
 from llama2.engine.stats import EngineStats
 from llama2.text.tokenizer import Tokenizer
+from llama2.weights.certificate import Certificate
 from tests.handler.support import byte_tokenizer, config
 
 LOGPROB = -0.5
@@ -174,7 +175,14 @@ def usage(prompt_tokens: int, completion_tokens: int, *, cached_tokens: int = 0)
     }
 
 
-def make_server(folder: Path, *, tokenizer: Tokenizer | None = None, add_bos: bool = False, **handler: Any) -> Server:
+def make_server(
+    folder: Path,
+    *,
+    tokenizer: Tokenizer | None = None,
+    add_bos: bool = False,
+    certificate: Certificate | None = None,
+    **handler: Any,
+) -> Server:
     tokenizer = tokenizer or byte_tokenizer(folder, add_bos=add_bos)
     stats = FakeStats()
     api = OpenAiApi(
@@ -184,5 +192,6 @@ def make_server(folder: Path, *, tokenizer: Tokenizer | None = None, add_bos: bo
         served=Served(names=("smol", "llama"), system_fingerprint="fp_1"),
         grammars=FakeGrammars(),
         stats=lambda: cast(EngineStats, stats),
+        certificate=certificate,
     )
     return Server(tokenizer=tokenizer, api=api, stats=stats)

@@ -12,7 +12,10 @@ import pytest
 
 from handler.errors import RequestError
 from handler.openai import api
+from llama2.weights.certificate import CERTIFICATE_FILE, write_certificate
+from llama2.weights.manifest import Manifest
 from tests.handler.openai.support import SAID, USER, Server, make_server
+from tests.support.certificates import certificate_of
 
 
 @pytest.mark.parametrize("prefix", ["v1/", ""])
@@ -33,6 +36,20 @@ def test_another_models_description_is_a_404(server: Server) -> None:
 def test_any_other_path_is_a_404_that_names_it(server: Server, path: str) -> None:
     status, _, message = server.refused(path)
     assert (status, path in message) == (404, True)
+
+
+@pytest.mark.parametrize("prefix", ["v1/", ""])
+def test_a_certificate_is_shown_as_it_was_written(tmp_path: Path, prefix: str) -> None:
+    Manifest(tmp_path, {}).write()
+    certificate = certificate_of(tmp_path)
+    write_certificate(tmp_path, certificate)
+    shown = make_server(tmp_path, certificate=certificate).get(f"{prefix}certificate")
+    assert json.loads(json.dumps(shown)) == json.loads((tmp_path / CERTIFICATE_FILE).read_text())
+
+
+def test_without_a_certificate_a_404_says_how_one_is_made(server: Server) -> None:
+    status, _, message = server.refused("v1/certificate")
+    assert (status, "python -m benchmarks.certify makes one" in message) == (404, True)
 
 
 def test_tokenize_and_detokenize_undo_each_other(server: Server) -> None:

@@ -1,3 +1,4 @@
+import dataclasses
 import json
 import logging
 import sysconfig
@@ -10,9 +11,12 @@ import yaml
 
 from handler.torchserve.model_config import read_model_config
 from handler.torchserve.server.archive import build_archive, main
+from llama2.weights.certificate import CERTIFICATE_FILE, read_certificate, write_certificate
 from llama2.weights.formats.catalog import save_formats
 from llama2.weights.formats.q4 import Q4
+from llama2.weights.manifest import Manifest
 from tests.handler.support import ROOT, byte_tokenizer, settings
+from tests.support.certificates import certificate_of
 from tests.support.weights import tiny_args
 
 
@@ -56,6 +60,18 @@ def test_weights_are_not_copied(project: Path) -> None:
     (project / "converted_checkpoints" / "__0_0.distcp").write_bytes(bytes(10_000_000))
     archive = build(project) / "llama"
     assert sum(path.stat().st_size for path in archive.rglob("*") if path.is_file()) < 1_000_000
+
+
+def test_it_carries_the_certificate_of_the_weights_and_no_other(project: Path) -> None:
+    checkpoint = project / "converted_checkpoints"
+    assert not (build(project) / "llama" / CERTIFICATE_FILE).exists()
+    Manifest(checkpoint, {}).write()
+    certificate = certificate_of(checkpoint)
+    write_certificate(checkpoint, certificate)
+    assert read_certificate(build(project) / "llama", weights=checkpoint) == certificate
+    write_certificate(checkpoint, dataclasses.replace(certificate, weights="of another folder"))
+    with pytest.raises(ValueError, match=r"certificate.json is not about the weights in .*: remove it, or measure"):
+        build(project)
 
 
 def test_without_a_yaml_the_one_of_the_package_is_taken(
