@@ -9,13 +9,14 @@ CHAT   := $(VENV)/.chat
 TRITON := $(VENV)/.triton
 # An environment of its own: the clients need other versions of the same packages.
 CLIENTS := .venv-clients
+GPTQ := .venv-gptq
 
 # make serve TP=3 PORT=9080
 TP   ?=
 PORT ?= 8080
 
 .DEFAULT_GOAL := help
-.PHONY: help setup serve stop chat lint check test test-kernels test-sanitizers test-clients bench clean
+.PHONY: help setup serve stop chat gptq lint check test test-kernels test-sanitizers test-clients test-gptq bench clean
 
 help:  ## list the targets
 	@sed -nE 's/^([a-z-]+):.*## (.*)/\1\t\2/p' $(MAKEFILE_LIST) | expand -t 17
@@ -55,6 +56,8 @@ $(CHAT): $(READY)
 	@$(INSTALL) --editable '.[chat]'
 	@touch $(CHAT)
 
+gptq: $(GPTQ)/.ready  ## set up what the converter's --quantize gptq runs (gptqmodel, in an environment of its own)
+
 lint: $(READY)  ## format, lint and types
 	$(BIN)/ruff format --check
 	$(BIN)/ruff check
@@ -93,6 +96,9 @@ test-clients: $(CHAT) $(CLIENTS)/.ready  ## the OpenAI API, asked offline by cli
 	SERVER_PYTHON=$(BIN)/python $(CLIENTS)/bin/python -m pytest -m clients tests/clients
 	$(BIN)/python -m pytest -m clients tests/apps
 
+test-gptq: $(READY) $(GPTQ)/.ready  ## the converter's --quantize gptq, by the library itself
+	$(BIN)/python -m pytest -m slow tests/llama2/weights/test_gptqmodel.py
+
 # Clients compute nothing: the build without CUDA will do, if PyTorch's own index can be reached.
 $(CLIENTS)/.ready: requirements-clients.txt
 	@test -x $(CLIENTS)/bin/python || { echo "== set up $(CLIENTS)"; $(PYTHON) -m venv $(CLIENTS); }
@@ -100,6 +106,16 @@ $(CLIENTS)/.ready: requirements-clients.txt
 		$(CLIENTS)/bin/pip install --quiet --retries 1 --timeout 15 --index-url https://download.pytorch.org/whl/cpu \
 			$$(sed -nE 's/^(torch==[^ ]+).*/\1/p' $<) || true
 	$(CLIENTS)/bin/pip install --quiet --requirement $<
+	@touch $@
+
+# In two steps: the library is to find its torch there, and not to bring another.
+$(GPTQ)/.ready: requirements-gptq.txt
+	@test -x $(GPTQ)/bin/python || { echo "== set up $(GPTQ) (some minutes)"; $(PYTHON) -m venv $(GPTQ); }
+	@command -v nvidia-smi >/dev/null || $(GPTQ)/bin/python -c 'import torch' 2>/dev/null || \
+		$(GPTQ)/bin/pip install --quiet --retries 1 --timeout 15 --index-url https://download.pytorch.org/whl/cpu \
+			$$(sed -nE 's/^(torch==[^ ]+).*/\1/p' $<) 2>/dev/null || true
+	@$(GPTQ)/bin/pip install --quiet $$(sed -nE 's/^(torch==[^ ]+).*/\1/p' $<)
+	@$(GPTQ)/bin/pip install --quiet --requirement $<
 	@touch $@
 
 bench: $(READY)  ## speed: converter, loading, scheduler, prefix cache, engine (docs/performance.md; about 10 minutes)

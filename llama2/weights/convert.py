@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import logging
 import math
+import shutil
 from collections.abc import Callable, Iterable
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Literal, TypeVar, get_args
@@ -19,6 +21,8 @@ import torch.distributed as dist
 from llama2.config import MODEL_ARGS_FILE
 from llama2.progress import Bar, progress
 from llama2.text.tokenizer import load_tokenizer
+from llama2.weights.calibration import CALIBRATION_FILE, Gptq
+from llama2.weights.formats.q4 import Q4
 from llama2.weights.hf_writer import HuggingFaceWriter
 from llama2.weights.manifest import FileHashes, Manifest
 from llama2.weights.origin import write_origin
@@ -33,8 +37,10 @@ from llama2.weights.readers.fairscale import (
     same_bits,
     write_params,
 )
+from llama2.weights.readers.hugging_face import open_hugging_face
 from llama2.weights.readers.tensor_files import FILE_NAMES
-from llama2.weights.source import open_source
+from llama2.weights.source import Source, open_source
+from llama2.weights.spec import Spec
 from llama2.weights.staging import StagedFolder
 
 logger = logging.getLogger(__name__)
@@ -53,6 +59,7 @@ def convert(
     quantize: str | None = None,
     quantize_head: bool = True,
     requantize: bool = False,
+    calibration: Path | str | None = None,
     output_format: OutputFormat = "dcp",
     output_model_parallel_size: int | None = None,
     overwrite: bool = False,
@@ -69,6 +76,7 @@ def convert(
         quantize: see `llama2.weights.precision.target`; None: as the source is.
         quantize_head: the embedding and the head as well, in 8 bits.
         requantize: allow `quantize` for a source that is quantized otherwise.
+        calibration: a text, or a JSONL file with a "text" in each line, for `quantize="gptq"`.
         output_model_parallel_size: the number of shards to write, for `output_format="fairscale"`.
         overwrite: replace the checkpoint that `save_checkpoint_dir` holds.
         verify: read the result back and compare every weight with its source, bit for bit.
@@ -88,6 +96,11 @@ def convert(
         )
     if output_format != "dcp" and quantize not in (None, "none"):
         raise ValueError(f"output_format={output_format} holds plain values: quantize must be none, got {quantize!r}")
+    if (quantize == "gptq") != (calibration is not None):
+        raise ValueError("quantize=gptq and calibration, the file of a text, go together")
+    if calibration is not None and ranks.world_size > 1:
+        raise ValueError("quantize=gptq runs in one process, and not under torchrun")
+    gptq = None if calibration is None else Gptq.open(calibration)
 
     opened = ranks.agree(
         lambda: open_source(original_ckpt_dir, tokenizer_path=tokenizer_path, num_shards=model_parallel_size)
@@ -111,22 +124,22 @@ def convert(
     def open_target() -> None:
         staged.recover()
         _check_target(staged.target, source.path.resolve(), overwrite=overwrite)
-        staged.open(size=spec.nbytes)
+        # With the library: its source in bf16, its result, and a copy that it keeps of that.
+        staged.open(size=spec.nbytes if gptq is None else 3 * spec.nbytes + _plain(spec).nbytes)
 
     ranks.agree(open_target, only_first=True)
     try:
         ranks.agree(lambda: write_origin(staged.partial, opened.origin), only_first=True)
-        write_tokenizer = partial(opened.write_tokenizer, staged.partial)
+        ranks.agree(partial(opened.write_tokenizer, staged.partial), only_first=True)
+        if gptq is not None:
+            source = _calibrate(ranks, gptq, opened, spec, staged.partial)
         if output_model_parallel_size is not None:
             _write_shards(ranks, source, staged.partial, num_shards=output_model_parallel_size)
-            ranks.agree(write_tokenizer, only_first=True)
         elif output_format == "hf":
             writer = _write_hugging_face(ranks, source, staged.partial)
-            ranks.agree(write_tokenizer, only_first=True)
             ranks.agree(lambda: writer.write_config(load_tokenizer(staged.partial)), only_first=True)
         else:
             hashes = _write_dcp(ranks, source, staged.partial)
-            ranks.agree(write_tokenizer, only_first=True)
             ranks.agree(Manifest(staged.partial, hashes).write, only_first=True)
         if verify:
             ranks.agree(lambda: _verify(ranks, source, staged.partial))
@@ -136,6 +149,36 @@ def convert(
         raise
     if ranks.rank == 0:
         logger.info("wrote %s", staged.target)
+
+
+def _calibrate(ranks: _Ranks, gptq: Gptq, opened: Source, spec: Spec, folder: Path) -> Converted:
+    """The weights as gptqmodel quantizes them, with all else as in `spec`; `folder` has the tokenizer."""
+    work = folder / "calibration"
+    (work / "plain").mkdir(parents=True)
+    _write_hugging_face(ranks, Converted(opened.reader, _plain(spec)), work / "plain").write_config()
+    groups = {format.group for format in spec.formats.values() if isinstance(format, Q4)}
+    result = ranks.agree(
+        lambda: gptq.quantize(
+            work,
+            load_tokenizer(folder),
+            group_size=min(group for group in groups if group),
+            layers=spec.args.n_layers,
+            context=spec.args.context_length,
+        )
+    )
+    quantized = ranks.agree(lambda: open_hugging_face(result))
+    for note in quantized.notes:
+        logger.info("%s", note)
+    (work / CALIBRATION_FILE).rename(folder / CALIBRATION_FILE)
+    # What was opened is mapped, and needs no names.
+    shutil.rmtree(work)
+    heads = {name: format for name, format in spec.formats.items() if not name.startswith("layers.")}
+    return Converted(quantized, replace(spec, formats=heads | dict(quantized.spec.formats)))
+
+
+def _plain(spec: Spec) -> Spec:
+    """What gptqmodel gets."""
+    return replace(spec, dtype=torch.bfloat16, formats={})
 
 
 class _Ranks:

@@ -41,6 +41,7 @@ def options(
     quantize: str | None = None,
     quantize_head: bool = True,
     requantize: bool = False,
+    calibration: str | None = None,
     output_format: str = "dcp",
     output_model_parallel_size: int | None = None,
     overwrite: bool = False,
@@ -59,10 +60,11 @@ def options(
         tokenizer_path: tokenizer.model or tokenizer.json; by default the one in original_ckpt_dir.
         model_parallel_size: how many consolidated.NN.pth there must be; by default as many as there are.
         dtype: bfloat16 (bf16), float16 (fp16) or float32 (fp32); by default the source's.
-        quantize: int8, int4 or nf4 for the weights of all linear layers, none for values in dtype; by default as the
-            source is.
+        quantize: int8, int4, nf4 or gptq for the weights of all linear layers, none for values in dtype; by default as
+            the source is. gptq needs calibration, and gptqmodel, which make gptq installs.
         quantize_head: with it the embedding and the head get int8; --quantize_head=False leaves them in dtype.
         requantize: allow quantize where the source is quantized otherwise: errors add up.
+        calibration: with quantize gptq, a text such as the model will meet, or a JSONL file with a "text" in each line.
         output_format: dcp, fairscale for Meta's layout, or hf for Hugging Face's.
         output_model_parallel_size: how many consolidated.NN.pth to write, with output_format fairscale.
         overwrite: replace the checkpoint that save_checkpoint_dir holds, once the new one is complete.
@@ -91,6 +93,8 @@ def options(
     for name, switch in switches.items():
         if not isinstance(switch, bool):
             raise ValueError(f"--{name} is a switch and takes no value, got {switch!r}")
+    if isinstance(calibration, bool):
+        raise ValueError("--calibration needs a file")
     dtype_name = read_dtype(dtype, "--dtype")
     return {
         # str: fire reads a folder named 7 as a number.
@@ -103,6 +107,7 @@ def options(
         "quantize": None if quantize is None else str(quantize).lower(),
         "quantize_head": quantize_head,
         "requantize": requantize,
+        "calibration": None if calibration is None else str(calibration),
         "output_format": output_format,
         "output_model_parallel_size": output_model_parallel_size,
         "overwrite": overwrite,

@@ -23,6 +23,8 @@ from llama2.weights.readers import Chunk, Reader, whole
 from llama2.weights.spec import Spec, fitting
 
 PRECISIONS: Mapping[str, Format] = MappingProxyType({"int8": Q8(), "int4": Q4(), "nf4": Lut4(table="nf4")})
+# What gptqmodel is asked for.
+_GPTQ = Q4(zero=8)
 # Values that are quantized at once: as fp32, with a few intermediates, some hundred MB.
 _BLOCK = 1 << 24
 
@@ -50,7 +52,7 @@ def target(
 
     Args:
         dtype: of the plain values; None: as stored.
-        quantize: "none", "int8", "int4" or "nf4"; None: the formats stored. Norms stay plain.
+        quantize: "none", "int8", "int4", "nf4" or "gptq"; None: the formats stored. Norms stay plain.
         quantize_head: int8 for the embedding and the head, too.
         requantize: allow it where weights are quantized otherwise.
 
@@ -62,15 +64,16 @@ def target(
         return spec
     if quantize == "none":
         formats: dict[str, Format] = {}
-    elif quantize in PRECISIONS:
+    elif quantize in (*PRECISIONS, "gptq"):
         formats = {
-            name: fitting(PRECISIONS["int8" if name in _HEAD else quantize], name, spec.args)
+            name: fitting(PRECISIONS["int8"] if name in _HEAD else PRECISIONS.get(quantize, _GPTQ), name, spec.args)
             for name, axes in spec.args.weight_axes().items()
             if axes.inputs and (quantize_head or name not in _HEAD)
         }
     else:
-        raise ValueError(f"quantize must be none, {', '.join(PRECISIONS)}, got {quantize!r}")
-    if stored.formats not in ({}, formats) and formats and not requantize:
+        raise ValueError(f"quantize must be none, {', '.join(PRECISIONS)} or gptq, got {quantize!r}")
+    kept = stored.formats == formats and quantize != "gptq"
+    if stored.formats and formats and not kept and not requantize:
         raise ValueError(
             "these weights are quantized already: without quantize they keep their precision; requantize allows to "
             f"make {quantize} of what is left of them"
