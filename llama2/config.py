@@ -18,6 +18,7 @@ from llama2.names import SECOND_NAME, by_name
 from llama2.rope import PARAMS_KEYS, ScaledRope, trained_length
 
 MODEL_ARGS_FILE = "model_args.json"
+KV_CACHE_DTYPES = ("auto", "int8", "fp8")
 
 
 def _later() -> Any:
@@ -248,6 +249,10 @@ class EngineConfig:
     )
     max_step_tokens: int = _option(512, "tokens of one forward pass: longer prompts are prefilled in chunks")
     block_size: int = _option(16, "tokens in a block of the KV cache")
+    kv_cache_dtype: str = _option(
+        "auto",
+        "keys and values in the KV cache: auto, in the model's dtype; int8 or fp8 (e4m3), in half the memory of bf16",
+    )
     kv_memory_fraction: float | None = _option(
         None,
         "KV cache of this fraction of the memory that loading and, on a GPU, the steps leave; none: 0.9, on a CPU 0.25 "
@@ -277,6 +282,9 @@ class EngineConfig:
             value = getattr(self, name)
             if not isinstance(value, bool):
                 raise InvalidValue(name, f"must be true or false, got {shown(value)}")
+        if self.kv_cache_dtype not in KV_CACHE_DTYPES:
+            allowed = f"{', '.join(KV_CACHE_DTYPES[:-1])} or {KV_CACHE_DTYPES[-1]}"
+            raise InvalidValue("kv_cache_dtype", f"must be {allowed}, got {shown(self.kv_cache_dtype)}")
         fraction = self.kv_memory_fraction
         if fraction is not None:
             is_number = isinstance(fraction, (int, float)) and not isinstance(fraction, bool)

@@ -15,7 +15,7 @@ from llama2.engine.engine import Engine
 from llama2.engine.lockstep import Lockstep, agree
 from llama2.engine.runner import Runner
 from llama2.engine.sampler import warm_up
-from llama2.kv_cache import KVCache, choose_batch_size, count_blocks
+from llama2.kv_cache import KVCache, cache_dtype, choose_batch_size, count_blocks
 from llama2.machine.threads import undivided
 from llama2.model import Transformer
 from llama2.parallel.collectives import Collectives, connect
@@ -116,13 +116,14 @@ def build_engine(
         num_blocks=num_blocks,
         block_size=config.block_size,
         n_kv_heads=n_kv_heads,
-        dtype=dtype,
+        dtype=cache_dtype(config, dtype),
         device=device,
     )
     if collectives.rank == 0:
         logger.info(
-            "TP=%d on %s, %s, max_seq_len=%d, max_batch_size=%d, KV cache of %d blocks of %d tokens",
+            "TP=%d on %s, %s, max_seq_len=%d, max_batch_size=%d, KV cache of %d blocks of %d tokens in %s",
             degree, device.type, dtype, config.max_seq_len, config.max_batch_size, num_blocks, config.block_size,
+            cache_dtype(config, dtype),
         )  # fmt: skip
     engine = Engine(
         args=args,

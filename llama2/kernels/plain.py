@@ -93,13 +93,13 @@ def _attend_span(q_THD: torch.Tensor, batch: Batch, layer: int, sequence: int, o
     """Attention of one sequence's T newest positions over its L, by PyTorch's own kernel, into its rows of `out_THD`.
 
     A single query row takes the heads of a group as rows, so that a key head is read once for all of them and never
-    repeated: on a CPU, SDPA's own `enable_gqa` takes a path several times slower.
+    repeated: on a CPU, SDPA's own `enable_gqa` takes a path several times slower. Over a cache of codes in fp32.
     """
     span, heads, kv_heads = batch.spans[sequence], q_THD.shape[1], batch.cache.keys[layer].shape[2]
     rows = slice(span.row, span.row + span.length)
     k_LKD, v_LKD = batch.cache.read(layer, batch.block_tables_SN[sequence], span.seq_len)
     k_K1LD, v_K1LD = k_LKD.transpose(0, 1)[:, None], v_LKD.transpose(0, 1)[:, None]
-    q_KGTD = q_THD[rows].unflatten(1, (kv_heads, -1)).permute(1, 2, 0, 3)
+    q_KGTD = q_THD[rows].to(k_LKD.dtype).unflatten(1, (kv_heads, -1)).permute(1, 2, 0, 3)
     if span.length == 1:
         out_KGTD = functional.scaled_dot_product_attention(q_KGTD.transpose(1, 2), k_K1LD, v_K1LD).transpose(1, 2)
     else:

@@ -25,7 +25,7 @@ CUBLAS_WORKSPACE_BYTES = 32 * MIB
 # Code is loaded onto the GPU when a kernel first runs.
 KERNELS_BYTES = 256 * MIB
 NCCL_BYTES = 512 * MIB
-# The driver allocates multiples of this, for each layer's keys and for its values.
+# The driver allocates multiples of this, for each layer's keys and for its values, and for the scales of codes.
 PAGE_BYTES = 2 * MIB
 
 
@@ -47,7 +47,7 @@ def reserve(args: ModelArgs, config: EngineConfig, *, dtype: torch.dtype, degree
         "logits of prompts": config.max_step_tokens * (per_row + 4 * vocab_size),
         "cuBLAS": CUBLAS_WORKSPACE_BYTES * (2 if config.cuda_graphs else 1),
         "kernels": KERNELS_BYTES,
-        "pages of the KV cache": 2 * args.n_layers * PAGE_BYTES,
+        "pages of the KV cache": (2 if config.kv_cache_dtype == "auto" else 4) * args.n_layers * PAGE_BYTES,
     }
     if config.cuda_graphs:
         reserved["CUDA graphs"] = (

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 from llama2.config import EngineConfig, ModelArgs
-from llama2.kv_cache import bytes_per_block, choose_batch_size, fitting_blocks
+from llama2.kv_cache import bytes_per_block, cache_dtype, choose_batch_size, fitting_blocks
 from llama2.machine.memory import free_host_memory
 from llama2.machine.memory_plan import reserve
 from llama2.parallel.splits import degrees, mesh_shape, share
@@ -90,12 +90,14 @@ class Load:
 class Capacity:
     """A model on devices, by precision: AS_STORED, then those of MADE that differ from it.
 
-    `loads` are by degree, too. `refused` says which precision the model cannot have, and why.
+    `loads` are by degree, too, and `loads_int8` are these with a KV cache of 8 bits (`kv_cache_dtype`). `refused` says
+    which precision the model cannot have, and why.
     """
 
     devices: Devices
     specs: Mapping[str, Spec]
     loads: Mapping[str, Mapping[int, Load]]
+    loads_int8: Mapping[str, Mapping[int, Load]]
     refused: Mapping[str, str]
 
     @property
@@ -120,7 +122,7 @@ class Capacity:
 
 
 def count_capacity(stored: Spec, devices: Devices) -> Capacity:
-    """What fits of weights that are `stored`, in an engine with the default options."""
+    """What fits of weights that are `stored`, in an engine with the default options, but for the KV cache's dtype."""
     if devices.count is not None:
         # As load_engine does with plain values on a GPU.
         stored = replace(stored, dtype=torch.bfloat16)
@@ -134,34 +136,40 @@ def count_capacity(stored: Spec, devices: Devices) -> Capacity:
         else:
             if made != stored:
                 specs[name] = made
-    loads = {name: _loads(spec, devices) for name, spec in specs.items()}
-    return Capacity(devices=devices, specs=specs, loads=loads, refused=refused)
+    loads, loads_int8 = (
+        {name: _loads(spec, devices, EngineConfig(kv_cache_dtype=kept)) for name, spec in specs.items()}
+        for kept in ("auto", "int8")
+    )
+    return Capacity(devices=devices, specs=specs, loads=loads, loads_int8=loads_int8, refused=refused)
 
 
-def _loads(spec: Spec, devices: Devices) -> dict[int, Load]:
+def _loads(spec: Spec, devices: Devices, config: EngineConfig) -> dict[int, Load]:
     """By degree, ascending."""
     # Layers are alike.
     tensors, units = Counter(spec.tensors().values()), spec.units()
     possible = degrees(spec.args, units)
     largest = max(degree for degree in possible if degree <= devices.most_ranks)
     return {
-        degree: _load(spec, tensors, mesh_shape(spec.args, degree, units), devices)
+        degree: _load(spec, tensors, mesh_shape(spec.args, degree, units), devices, config)
         for degree in possible
         if degree <= _LARGEST_DEGREE or degree == largest
     }
 
 
-def _load(spec: Spec, tensors: Mapping[TensorSpec, int], mesh: tuple[int, int], devices: Devices) -> Load:
+def _load(
+    spec: Spec, tensors: Mapping[TensorSpec, int], mesh: tuple[int, int], devices: Devices, config: EngineConfig
+) -> Load:
     args, degree, places = spec.args, math.prod(mesh), list(product(*map(range, mesh)))
     weights = max(
         sum(count * _local_bytes(tensor, mesh, place) for tensor, count in tensors.items()) for place in places
     )
     n_kv_heads = max(share("kv_heads", args.n_kv_heads, mesh, place) for place in places)
-    kv_per_token = bytes_per_block(args, block_size=1, n_kv_heads=n_kv_heads, dtype=spec.dtype)
+    kv_per_token = bytes_per_block(args, block_size=1, n_kv_heads=n_kv_heads, dtype=cache_dtype(config, spec.dtype))
     room = None
     if degree <= devices.most_ranks:
         own = devices.nbytes if devices.count else devices.nbytes // degree
-        room = _room(spec, own - weights, n_kv_heads=n_kv_heads, degree=degree, on_gpu=devices.count is not None)
+        on_gpu = devices.count is not None
+        room = _room(spec, own - weights, config, n_kv_heads=n_kv_heads, degree=degree, on_gpu=on_gpu)
     return Load(weights=weights, kv_per_token=kv_per_token, room=room)
 
 
@@ -170,9 +178,9 @@ def _local_bytes(tensor: TensorSpec, mesh: tuple[int, int], place: tuple[int, ..
     return math.prod(sizes) * tensor.dtype.itemsize
 
 
-def _room(spec: Spec, left: int, *, n_kv_heads: int, degree: int, on_gpu: bool) -> Room:
+def _room(spec: Spec, left: int, config: EngineConfig, *, n_kv_heads: int, degree: int, on_gpu: bool) -> Room:
     """As `build_engine` shares out the memory that loading leaves."""
-    args, config = spec.args, EngineConfig().for_model(spec.args)
+    args, config = spec.args, config.for_model(spec.args)
     rotary_table = 4 * config.max_seq_len * args.head_dim
     sizes: dict[str, Any] = {
         "free": max(0, left - rotary_table),

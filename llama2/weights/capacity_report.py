@@ -1,4 +1,4 @@
-"""Owns how a person reads what fits where: two tables and a piece of advice, in lines of up to 100 characters.
+"""Owns how a person reads what fits where: three tables and a piece of advice, in lines of up to 100 characters.
 
 Counts nothing itself.
 """
@@ -22,10 +22,11 @@ def report(capacity: Capacity, path: Path | str, notes: Sequence[str] = ()) -> s
     """All that there is to say of the model at `path`, whose reader has `notes`."""
     args, loads, devices = capacity.args, capacity.loads, capacity.devices
     parameters = sum(math.prod(shape) for shape in args.parameter_shapes().values())
-    # Keys and values have the dtype of plain values: a column for each that there is.
+    # Keys and values have the dtype of plain values: a column for each that there is, and one for codes of 8 bits.
     kv: dict[str, Mapping[int, Load]] = {}
     for name, spec in capacity.specs.items():
         kv.setdefault(f"KV {_dtype(spec)}", loads[name])
+    kv["KV int8"] = capacity.loads_int8[AS_STORED]
     degrees = sorted({degree for each in loads.values() for degree in each})
     used = [degree for degree in degrees if degree <= devices.most_ranks]
     weights = _table(degrees, loads, 10, lambda load: _decimals(load.weights / 1e9))
@@ -43,6 +44,10 @@ def report(capacity: Capacity, path: Path | str, notes: Sequence[str] = ()) -> s
         f"Tokens of KV cache beside them (and sequences of {args.context_length}), on {_named(devices)}:",
         "",
         *_table(used, loads, 18, _room),
+        "",
+        "The same with kv_cache_dtype int8 or fp8:",
+        "",
+        *_table(used, capacity.loads_int8, 18, _room),
         "",
         *(f"Not possible: {name}, since {reason}" for name, reason in capacity.refused.items()),
         *_advice(capacity),

@@ -131,6 +131,8 @@ def test_a_damaged_model_args_file_is_refused_in_plain_words(tmp_path: Path, tex
         ({"max_sequence_length": 5}, "max_sequence_length is an unknown name: did you mean 'max_seq_len'"),
         ({"kv_memory_fraction": 1.5}, r"kv_memory_fraction must be in \(0, 1\], got 1.5"),
         ({"kv_memory_fraction": "much"}, r"kv_memory_fraction must be in \(0, 1\], got 'much'"),
+        ({"kv_cache_dtype": "int4"}, "kv_cache_dtype must be auto, int8 or fp8, got 'int4'"),
+        ({"kv_cache_dtype": 8}, "kv_cache_dtype must be auto, int8 or fp8, got 8"),
         ({"seed": 1.5}, "seed must be an integer, got 1.5"),
     ],
     ids=str,

@@ -6,20 +6,21 @@ import torch
 
 from llama2.batch import Batch, Span
 from llama2.config import ModelArgs
-from llama2.kv_cache import KVCache
+from llama2.kv_cache import LARGEST_CODE, KVCache
 
 NUM_BLOCKS, BLOCK_SIZE = 80, 16
 CPU = torch.device("cpu")
 
 
 def random_cache(*, kv_heads: int, head_dim: int, dtype: torch.dtype, device: torch.device = CPU) -> KVCache:
-    """Of one layer, drawn by torch's generator on the CPU so that devices can be compared."""
+    """Of one layer, drawn by torch's generator on the CPU so that devices can be compared. `dtype` may be codes'."""
     args = ModelArgs(
         dim=8, n_layers=1, n_heads=kv_heads, n_kv_heads=kv_heads, head_dim=head_dim, hidden_dim=8, vocab_size=8
     )
     cache = KVCache(args, num_blocks=NUM_BLOCKS, block_size=BLOCK_SIZE, n_kv_heads=kv_heads, dtype=dtype, device=device)
-    for tensor in (cache.keys[0], cache.values[0]):
-        tensor.copy_(torch.randn(tensor.shape))
+    drawn = torch.float32 if dtype in LARGEST_CODE else dtype
+    keys, values = (torch.randn(cache.keys[0].shape).flatten(0, 1).to(device, drawn) for _ in range(2))
+    cache.write(0, keys, values, torch.arange(len(keys), device=device))
     return cache
 
 

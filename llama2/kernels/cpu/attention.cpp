@@ -16,38 +16,55 @@ constexpr int64_t kRun = 32;      // positions whose scores are computed togethe
 constexpr int64_t kAlone = 4096;  // up to this many scores, one thread is faster than waking another
 constexpr int64_t kQueries = 12;  // at most this many queries share the reads of a key head
 
-// What the tasks of one call have in common. queries (T, H, D), caches (blocks, block size, K, D), tables (S, N).
-template <typename T>
+// The positions whose scores are computed together: the places of their scales, and of their keys and values.
+struct Run {
+  int64_t count, rows[kRun], offsets[kRun];
+};
+
+// What the tasks of one call have in common. queries (T, H, D), tables (S, N).
+template <typename T, typename C>
 struct Problem {
-  const T *queries, *keys, *values;
+  static constexpr bool kHasScales = !std::is_same_v<T, C>;
+
+  const T* queries;
+  const Cached<C>&keys, &values;
   const int32_t* tables;
   int64_t table_width, block_size, heads, kv_heads, head_dim;
 
-  // The offsets of the keys and values of `count` positions of a sequence, from `first` on.
-  void locate(int64_t sequence, int64_t first, int64_t count, int64_t kv_head, int64_t* offsets) const {
+  // The `count` positions of a sequence from `first` on.
+  void locate(int64_t sequence, int64_t first, int64_t count, int64_t kv_head, Run& run) const {
+    run.count = count;
     const auto* block = tables + sequence * table_width + first / block_size;
     int64_t slot = first % block_size;
     for (int64_t p = 0; p < count; p++) {
-      offsets[p] = ((*block * block_size + slot) * kv_heads + kv_head) * head_dim;
+      run.rows[p] = (*block * block_size + slot) * kv_heads + kv_head;
+      run.offsets[p] = run.rows[p] * head_dim;
       if (++slot == block_size) {
         slot = 0;
         block++;
       }
     }
   }
-  void prefetch(const int64_t* offsets, int64_t count) const {
-    for (int64_t p = 0; p < count; p++)
-      for (int64_t d = 0; d < head_dim; d += 64 / static_cast<int64_t>(sizeof(T))) {
-        __builtin_prefetch(keys + offsets[p] + d);
-        __builtin_prefetch(values + offsets[p] + d);
+  // The positions [begin, end) of a run, as many of them as there are. Only inlined: GCC takes a function that does
+  // nothing else for one without effect.
+  C10_ALWAYS_INLINE void prefetch(const Run& run, int64_t begin, int64_t end) const {
+    for (int64_t p = begin; p < std::min(end, run.count); p++) {
+      for (int64_t d = 0; d < head_dim; d += 64 / static_cast<int64_t>(sizeof(C))) {
+        __builtin_prefetch(keys.values + run.offsets[p] + d);
+        __builtin_prefetch(values.values + run.offsets[p] + d);
       }
+      if constexpr (kHasScales) {
+        __builtin_prefetch(keys.scales + run.rows[p]);
+        __builtin_prefetch(values.scales + run.rows[p]);
+      }
+    }
   }
 };
 
 // The unscaled scores of four keys for N queries: scores[n][p] = queries[n] · keys[p].
-template <int N, typename T>
-inline void score(const T* const (&queries)[N], const T* const (&keys)[4], int64_t dim, float (*scores)[kRun],
-                  int64_t p) {
+template <int N, typename T, typename C>
+C10_ALWAYS_INLINE void score(const T* const (&queries)[N], const C* const (&keys)[4], int64_t dim,
+                             float (*scores)[kRun], int64_t p) {
   using L = Lanes<T>;
   typename L::Sum sums[N][4];
   for (auto& row : sums)
@@ -56,26 +73,26 @@ inline void score(const T* const (&queries)[N], const T* const (&keys)[4], int64
   for (int n = 0; n < N; n++) store4(scores[n] + p, L::totals(sums[n][0], sums[n][1], sums[n][2], sums[n][3]));
 }
 
-// out[n] = out[n] * shrink[n] + the weighted sum of the values, for N queries and C registers of features.
-template <int N, int C, typename T, typename... Lanes>
-inline void add_values(const float (*weights)[kRun], const float* shrink, const T* values, const int64_t* offsets,
-                       int64_t count, int64_t dim, float* out, Lanes... lanes) {
-  Floats totals[N][C];
+// out[n] = out[n] * shrink[n] + the weighted sum of the values, for N queries and R registers of features.
+template <int N, int R, typename C, typename... Lanes>
+C10_ALWAYS_INLINE void add_values(const float (*weights)[kRun], const float* shrink, const C* values,
+                                  const int64_t* offsets, int64_t count, int64_t dim, float* out, Lanes... lanes) {
+  Floats totals[N][R];
   for (int n = 0; n < N; n++)
-    for (int c = 0; c < C; c++) totals[n][c] = load(out + n * dim + c * kFloats, lanes...) * Floats(shrink[n]);
+    for (int r = 0; r < R; r++) totals[n][r] = load(out + n * dim + r * kFloats, lanes...) * Floats(shrink[n]);
   for (int64_t p = 0; p < count; p++) {
-    Floats value[C];
-    for (int c = 0; c < C; c++) value[c] = load(values + offsets[p] + c * kFloats, lanes...);
+    Floats value[R];
+    for (int r = 0; r < R; r++) value[r] = load(values + offsets[p] + r * kFloats, lanes...);
     for (int n = 0; n < N; n++)
-      for (int c = 0; c < C; c++) totals[n][c] = at::vec::fmadd(Floats(weights[n][p]), value[c], totals[n][c]);
+      for (int r = 0; r < R; r++) totals[n][r] = at::vec::fmadd(Floats(weights[n][p]), value[r], totals[n][r]);
   }
   for (int n = 0; n < N; n++)
-    for (int c = 0; c < C; c++) store(out + n * dim + c * kFloats, totals[n][c], lanes...);
+    for (int r = 0; r < R; r++) store(out + n * dim + r * kFloats, totals[n][r], lanes...);
 }
 
-template <int N, typename T>
-inline void add_values(const float (*weights)[kRun], const float* shrink, const T* values, const int64_t* offsets,
-                       int64_t count, int64_t dim, float* out) {
+template <int N, typename C>
+C10_ALWAYS_INLINE void add_values(const float (*weights)[kRun], const float* shrink, const C* values,
+                                  const int64_t* offsets, int64_t count, int64_t dim, float* out) {
   int64_t d = 0;
   for (; d + 2 * kFloats <= dim; d += 2 * kFloats)
     add_values<N, 2>(weights, shrink, values + d, offsets, count, dim, out + d);
@@ -97,7 +114,7 @@ inline void by_four(int64_t size, const Step& step) {
 
 // The kRun scores, of which a query sees the first `visible`, become weights relative to its highest score so far;
 // returns the factor for what was summed before.
-inline float weigh(float* scores, int64_t visible, float scale, Softmax& softmax) {
+C10_ALWAYS_INLINE float weigh(float* scores, int64_t visible, float scale, Softmax& softmax) {
   if (visible == 0) {
     std::fill_n(scores, kRun, 0.f);
     return 1.f;
@@ -119,9 +136,19 @@ inline float weigh(float* scores, int64_t visible, float scale, Softmax& softmax
   return shrink;
 }
 
+// The scales of a run, 0 where it has no position.
+inline void gather(const float* scales, const Run& run, float* to) {
+  for (int64_t p = 0; p < run.count; p++) to[p] = scales[run.rows[p]];
+  std::fill(to + run.count, to + kRun, 0.f);
+}
+
+inline void multiply(float* scores, const float* scales) {
+  for (int64_t p = 0; p < kRun; p++) scores[p] *= scales[p];
+}
+
 // out (queries, D) and softmax (queries) of `part`, after which the same thread attends to `next`, if there is one.
-template <typename T>
-void attend(const Problem<T>& problem, const Part& part, const Part* next, float* out, Softmax* softmax) {
+template <typename T, typename C>
+void attend(const Problem<T, C>& problem, const Part& part, const Part* next, float* out, Softmax* softmax) {
   const int64_t dim = problem.head_dim, group = problem.heads / problem.kv_heads;
   const float scale = 1.f / std::sqrt(static_cast<float>(dim));
   const T* rows[kQueries];
@@ -131,38 +158,47 @@ void attend(const Problem<T>& problem, const Part& part, const Part* next, float
     rows[q] = problem.queries + ((part.row + row) * problem.heads + part.head + q % part.heads) * dim;
     contexts[q] = part.context + row;
   }
-  auto find = [&](const Part& of, int64_t first, int64_t* offsets) {
-    const int64_t count = std::min(kRun, of.end - first);
-    problem.locate(of.sequence, first, count, of.head / group, offsets);
-    return count;
+  auto find = [&](const Part& of, int64_t first, Run& run) {
+    problem.locate(of.sequence, first, std::min(kRun, of.end - first), of.head / group, run);
   };
-  int64_t runs[2][kRun], *offsets = runs[0], *ahead = runs[1];
+  constexpr bool kHasScales = Problem<T, C>::kHasScales;
+  Run runs[2], *run = &runs[0], *ahead = &runs[1];
   float scores[kQueries][kRun], shrink[kQueries];
+  [[maybe_unused]] float key_scales[kRun], value_scales[kRun];
   std::fill(out, out + part.queries() * dim, 0.f);
   std::fill(softmax, softmax + part.queries(), Softmax());
-  int64_t count = find(part, part.begin, offsets), count_ahead = 0;
-  for (int64_t first = part.begin; first < part.end; first += kRun, count = count_ahead, std::swap(offsets, ahead)) {
+  find(part, part.begin, *run);
+  for (int64_t first = part.begin; first < part.end; first += kRun, std::swap(run, ahead)) {
     if (first + kRun < part.end)
-      count_ahead = find(part, first + kRun, ahead);
+      find(part, first + kRun, *ahead);
+    else if (next)
+      find(*next, next->begin, *ahead);
     else
-      count_ahead = next ? find(*next, next->begin, ahead) : 0;
-    for (int64_t p = 0; p < std::max(count, count_ahead); p += 4) {
+      ahead->count = 0;
+    for (int64_t p = 0; p < std::max(run->count, ahead->count); p += 4) {
       // A head's rows are not contiguous, which hardware prefetchers do not follow: prefetch those of the next run, as
       // many at once as can be in flight.
-      problem.prefetch(ahead + p, std::clamp<int64_t>(count_ahead - p, 0, 4));
-      if (p >= count) continue;
-      const T* keys[4];  // the last one again where fewer are left: its result is not used
-      for (int i = 0; i < 4; i++) keys[i] = problem.keys + offsets[std::min(p + i, count - 1)];
+      problem.prefetch(*ahead, p, p + 4);
+      if (p >= run->count) continue;
+      const C* keys[4];  // the last one again where fewer are left: its result is not used
+      for (int i = 0; i < 4; i++) keys[i] = problem.keys.values + run->offsets[std::min(p + i, run->count - 1)];
       by_four(part.queries(), [&](int64_t q, auto n) {
         const T* queries[n];
         std::copy_n(rows + q, n, queries);
         score(queries, keys, dim, scores + q, p);
       });
     }
-    for (int64_t q = 0; q < part.queries(); q++)
-      shrink[q] = weigh(scores[q], std::clamp<int64_t>(contexts[q] - first, 0, count), scale, softmax[q]);
+    if constexpr (kHasScales) {
+      gather(problem.keys.scales, *run, key_scales);
+      gather(problem.values.scales, *run, value_scales);
+    }
+    for (int64_t q = 0; q < part.queries(); q++) {
+      if constexpr (kHasScales) multiply(scores[q], key_scales);
+      shrink[q] = weigh(scores[q], std::clamp<int64_t>(contexts[q] - first, 0, run->count), scale, softmax[q]);
+      if constexpr (kHasScales) multiply(scores[q], value_scales);
+    }
     by_four(part.queries(), [&](int64_t q, auto n) {
-      add_values<n>(scores + q, shrink + q, problem.values, offsets, count, dim, out + q * dim);
+      add_values<n>(scores + q, shrink + q, problem.values.values, run->offsets, run->count, dim, out + q * dim);
     });
   }
 }
@@ -221,10 +257,10 @@ Attention::Attention(const Heads& heads, int64_t block_size, const at::Tensor& t
 
 bool Attention::is_worth_waking() const { return scores_ >= kAlone; }
 
-template <typename T>
-void Attention::run(const Team& team, const T* queries, const T* keys, const T* values, T* result) {
+template <typename T, typename C>
+void Attention::run(const Team& team, const T* queries, const Cached<C>& keys, const Cached<C>& values, T* result) {
   const int64_t heads = heads_.heads, dim = heads_.dim;
-  const Problem<T> problem{queries, keys, values, tables_, table_width_, block_size_, heads, heads_.kv_heads, dim};
+  const Problem<T, C> problem{queries, keys, values, tables_, table_width_, block_size_, heads, heads_.kv_heads, dim};
   auto* out = outs_.mutable_data_ptr<float>();
   auto finish = [&](int64_t tile) {
     const auto& [part, first, count] = tiles_[tile];
@@ -247,21 +283,27 @@ void Attention::run(const Team& team, const T* queries, const T* keys, const T* 
     });
 }
 
-template void Attention::run(const Team&, const BFloat16*, const BFloat16*, const BFloat16*, BFloat16*);
+template void Attention::run(const Team&, const BFloat16*, const Cached<BFloat16>&, const Cached<BFloat16>&, BFloat16*);
+template void Attention::run(const Team&, const BFloat16*, const Cached<int8_t>&, const Cached<int8_t>&, BFloat16*);
+template void Attention::run(const Team&, const BFloat16*, const Cached<Fp8>&, const Cached<Fp8>&, BFloat16*);
 
 namespace {
 
 // The same for tensors, as an operator that returns the result.
 at::Tensor paged_attention_op(const at::Tensor& queries, const at::Tensor& keys, const at::Tensor& values,
-                              const at::Tensor& tables, const at::Tensor& starts, const at::Tensor& contexts) {
-  TORCH_CHECK(queries.is_contiguous() && keys.is_contiguous() && values.is_contiguous(),
-              "paged_attention takes contiguous tensors");
+                              const at::Tensor& tables, const at::Tensor& starts, const at::Tensor& contexts,
+                              const std::optional<at::Tensor>& key_scales,
+                              const std::optional<at::Tensor>& value_scales) {
+  TORCH_CHECK(queries.is_contiguous(), "paged_attention takes contiguous tensors");
   auto result = at::empty_like(queries);
   Attention attention({queries.size(1), keys.size(2), queries.size(2)}, keys.size(1), tables, starts, contexts);
   LLAMA2_DISPATCH(queries.scalar_type(), "paged_attention", [&] {
-    Team::run(attention.is_worth_waking(), [&](const Team& team) {
-      attention.run(team, queries.const_data_ptr<scalar_t>(), keys.const_data_ptr<scalar_t>(),
-                    values.const_data_ptr<scalar_t>(), result.mutable_data_ptr<scalar_t>());
+    dispatch_cached<scalar_t>(keys.scalar_type(), [&](auto element) {
+      const Cached<decltype(element)> own_keys(keys, key_scales), own_values(values, value_scales);
+      Team::run(attention.is_worth_waking(), [&](const Team& team) {
+        attention.run(team, queries.const_data_ptr<scalar_t>(), own_keys, own_values,
+                      result.mutable_data_ptr<scalar_t>());
+      });
     });
   });
   return result;
@@ -271,8 +313,8 @@ at::Tensor paged_attention_op(const at::Tensor& queries, const at::Tensor& keys,
 
 TORCH_LIBRARY_FRAGMENT(llama2_cpu, library) {
   library.def(
-      "paged_attention(Tensor queries, Tensor keys, Tensor values, Tensor tables, Tensor starts, Tensor contexts) "
-      "-> Tensor");
+      "paged_attention(Tensor queries, Tensor keys, Tensor values, Tensor tables, Tensor starts, Tensor contexts, "
+      "Tensor? key_scales=None, Tensor? value_scales=None) -> Tensor");
 }
 TORCH_LIBRARY_IMPL(llama2_cpu, CPU, library) { library.impl("paged_attention", &paged_attention_op); }
 

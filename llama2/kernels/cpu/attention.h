@@ -8,6 +8,7 @@
 #include <limits>
 #include <vector>
 
+#include "cached.h"
 #include "team.h"
 
 namespace llama2 {
@@ -47,9 +48,9 @@ class Attention {
 
   bool is_worth_waking() const;
 
-  // queries, result (T, H, D); keys, values (blocks, block size, K, D).
-  template <typename T>
-  void run(const Team& team, const T* queries, const T* keys, const T* values, T* result);
+  // queries, result (T, H, D).
+  template <typename T, typename C>
+  void run(const Team& team, const T* queries, const Cached<C>& keys, const Cached<C>& values, T* result);
 
  private:
   // The rows and heads of a part, over the whole context. Heads are innermost in the order of parts: key heads are

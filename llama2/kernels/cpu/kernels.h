@@ -48,9 +48,9 @@ template <typename T>
 void add_rms_norm(const Team& team, T* x, const T* branch, const T* weight, float eps, T* result, int64_t rows,
                   int64_t dim);
 
-template <typename T>
-void rotate_and_store(const Team& team, const T* qkv, const float* rope, const int64_t* slots, T* queries, T* keys,
-                      T* values, int64_t tokens, const Heads& heads);
+template <typename T, typename C>
+void rotate_and_store(const Team& team, const T* qkv, const float* rope, const int64_t* slots, T* queries,
+                      const Cached<C>& keys, const Cached<C>& values, int64_t tokens, const Heads& heads);
 
 template <typename T>
 void silu_mul(const Team& team, const T* gate_up, T* result, int64_t rows, int64_t width);

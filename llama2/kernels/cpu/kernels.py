@@ -56,6 +56,8 @@ class CpuKernels(PlainKernels):
                 batch.block_tables_SN,
                 batch.query_starts_S1,
                 batch.seq_lens_S,
+                batch.cache.key_scales,
+                batch.cache.value_scales,
             )
             return x_TC, branch_TC
 
@@ -71,7 +73,9 @@ class CpuKernels(PlainKernels):
 
     def rotate_and_store(self, qkv_TX: torch.Tensor, rope_TD2: torch.Tensor, batch: Batch, layer: int) -> torch.Tensor:
         cache = batch.cache
-        return self._rotate_and_store(qkv_TX, rope_TD2, batch.slot_mapping_T, cache.keys[layer], cache.values[layer])
+        return self._rotate_and_store(
+            qkv_TX, rope_TD2, batch.slot_mapping_T, cache.keys[layer], cache.values[layer], *cache.scales(layer)
+        )
 
     def attend(self, q_THD: torch.Tensor, batch: Batch, layer: int) -> torch.Tensor:
         cache = batch.cache
@@ -82,6 +86,7 @@ class CpuKernels(PlainKernels):
             batch.block_tables_SN,
             batch.query_starts_S1,
             batch.seq_lens_S,
+            *cache.scales(layer),
         )
 
     def silu_mul(self, gate_up_T2F: torch.Tensor) -> torch.Tensor:

@@ -1,14 +1,16 @@
-// Owns what the kernels know of the processor: loading values as fp32 lanes, and the dot products of bf16 rows.
+// Owns what the kernels know of the processor: loading values as fp32 lanes, and the dot products of rows in
+// bf16 and fp32 with rows in the same type or in 8 bits.
 #pragma once
 
 #include <ATen/Dispatch.h>
 #include <ATen/cpu/vec/functional.h>
 #include <ATen/cpu/vec/vec.h>
 #include <c10/util/BFloat16.h>
+#include <c10/util/Float8_e4m3fn.h>
 
 #include <algorithm>
 #include <array>
-#ifdef __AVX512BF16__
+#if defined(__AVX512BF16__) || defined(__F16C__)
 #include <immintrin.h>
 #endif
 
@@ -19,6 +21,7 @@
 namespace llama2 {
 
 using at::BFloat16;
+using Fp8 = at::Float8_e4m3fn;
 using Floats = at::vec::Vectorized<float>;
 constexpr int64_t kFloats = Floats::size();
 
@@ -33,8 +36,41 @@ inline Floats load(const BFloat16* from) {
   at::vec::load_to_float<BFloat16>(from, result);
   return result;
 }
-inline Floats load(const BFloat16* from, int64_t count) {
-  BFloat16 values[kFloats] = {};
+
+#if defined(CPU_CAPABILITY_AVX512)
+inline Floats load(const int8_t* from) {
+  return _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(from))));
+}
+// In the place of fp16's digits they are 2^-8 of their values: the exponents have another bias. The sign is moved there
+// by doubling it and clearing the lower one.
+inline Floats load(const Fp8* from) {
+  const __m256i codes = _mm256_cvtepu8_epi16(_mm_loadu_si128(reinterpret_cast<const __m128i*>(from)));
+  const __m256i moved = _mm256_srai_epi16(_mm256_slli_epi16(codes, 8), 1);
+  const Floats small = _mm512_cvtph_ps(_mm256_and_si256(moved, _mm256_set1_epi16(static_cast<short>(0xbf80))));
+  return small * Floats(256.f);
+}
+#elif defined(CPU_CAPABILITY_AVX2) && defined(__F16C__)
+inline Floats load(const int8_t* from) {
+  return _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(from))));
+}
+inline Floats load(const Fp8* from) {
+  const __m128i codes = _mm_cvtepu8_epi16(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(from)));
+  const __m128i moved = _mm_srai_epi16(_mm_slli_epi16(codes, 8), 1);
+  const Floats small = _mm256_cvtph_ps(_mm_and_si128(moved, _mm_set1_epi16(static_cast<short>(0xbf80))));
+  return small * Floats(256.f);
+}
+#else
+template <typename C>
+inline Floats load(const C* from) {
+  float values[kFloats];
+  std::copy_n(from, kFloats, values);
+  return load(values);
+}
+#endif
+
+template <typename T>
+inline Floats load(const T* from, int64_t count) {
+  T values[kFloats] = {};
   std::copy(from, from + count, values);
   return load(values);
 }
@@ -76,8 +112,10 @@ struct Lanes<float> {
   using Sum = Floats;
   static constexpr int64_t kCount = kFloats;
 
-  static Values load(const float* from) { return Floats::loadu(from); }
-  static Values load(const float* from, int64_t count) { return Floats::loadu(from, count); }
+  template <typename C, typename... Count>
+  static Values load(const C* from, Count... count) {
+    return llama2::load(from, count...);
+  }
   static Sum zero() { return Floats(0.f); }
   static Sum add_products(const Sum& sum, const Values& a, const Values& b) { return at::vec::fmadd(a, b, sum); }
   static std::array<float, 4> totals(const Sum& a, const Sum& b, const Sum& c, const Sum& d) {
@@ -96,6 +134,18 @@ struct Lanes<BFloat16> {
   static Values load(const BFloat16* from, int64_t count) {
     return (__m512bh)_mm512_maskz_loadu_epi16((__mmask32(1) << count) - 1, from);
   }
+  template <typename C>
+  static Values load(const C* from) {
+    float values[kCount];  // every code is exact in bf16
+    for (int64_t i = 0; i < kCount; i += kFloats) llama2::load(from + i).store(values + i);
+    return _mm512_cvtne2ps_pbh(_mm512_loadu_ps(values + 16), _mm512_loadu_ps(values));
+  }
+  template <typename C>
+  static Values load(const C* from, int64_t count) {
+    C values[kCount] = {};
+    std::copy(from, from + count, values);
+    return load(values);
+  }
   static Sum zero() { return _mm512_setzero_ps(); }
   static Sum add_products(Sum sum, Values a, Values b) { return _mm512_dpbf16_ps(sum, a, b); }
   static std::array<float, 4> totals(Sum a, Sum b, Sum c, Sum d) {
@@ -113,9 +163,13 @@ struct Lanes<BFloat16> {
   using Sum = Floats;
   static constexpr int64_t kCount = 2 * kFloats;
 
-  static Values load(const BFloat16* from) { return {llama2::load(from), llama2::load(from + kFloats)}; }
-  static Values load(const BFloat16* from, int64_t count) {
-    BFloat16 values[kCount] = {};
+  template <typename C>
+  static Values load(const C* from) {
+    return {llama2::load(from), llama2::load(from + kFloats)};
+  }
+  template <typename C>
+  static Values load(const C* from, int64_t count) {
+    C values[kCount] = {};
     std::copy(from, from + count, values);
     return load(values);
   }
@@ -130,11 +184,11 @@ struct Lanes<BFloat16> {
 #endif
 
 // sums[m][n] += the products of xs[m] and ys[n], rows of `size` values. `ahead` is called before each register of ys.
-template <typename T, int M, int N, typename Ahead>
-inline void dot(const T* const (&xs)[M], const T* const (&ys)[N], int64_t size, typename Lanes<T>::Sum (&sums)[M][N],
+template <typename T, typename C, int M, int N, typename Ahead>
+inline void dot(const T* const (&xs)[M], const C* const (&ys)[N], int64_t size, typename Lanes<T>::Sum (&sums)[M][N],
                 Ahead ahead) {
   using L = Lanes<T>;
-  auto step = [&](int64_t i, auto... count) {
+  auto step = [&](int64_t i, auto... count) C10_ALWAYS_INLINE_ATTRIBUTE {
     typename L::Values x[M];
     for (int m = 0; m < M; m++) x[m] = L::load(xs[m] + i, count...);
     for (int n = 0; n < N; n++) {

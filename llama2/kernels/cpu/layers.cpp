@@ -58,19 +58,25 @@ c10::intrusive_ptr<Layers> make_layers(const std::vector<at::Tensor>& norms,
   return layers;
 }
 
-// Adds every branch but the last to x (T, C); returns the last (T, C), which the next norm adds. keys and values have
-// one cache per layer.
+// Of every layer. Without scales where these are values of the model's type.
+template <typename C>
+std::vector<Cached<C>> caches(const std::vector<at::Tensor>& values, const std::vector<at::Tensor>& scales) {
+  TORCH_CHECK(scales.empty() || scales.size() == values.size(), "layers take scales of each, or none");
+  std::vector<Cached<C>> all;
+  for (size_t i = 0; i < values.size(); i++)
+    all.emplace_back(values[i], scales.empty() ? std::nullopt : std::optional(scales[i]));
+  return all;
+}
+
+// Adds every branch but the last to x (T, C); returns the last (T, C), which the next norm adds. keys and values, and
+// their scales if they have any, are one cache per layer.
 at::Tensor run_layers(const c10::intrusive_ptr<Layers>& layers, at::Tensor x, const at::Tensor& rope,
                       const at::Tensor& slots, const std::vector<at::Tensor>& keys,
                       const std::vector<at::Tensor>& values, const at::Tensor& tables, const at::Tensor& starts,
-                      const at::Tensor& contexts) {
+                      const at::Tensor& contexts, const std::vector<at::Tensor>& key_scales,
+                      const std::vector<at::Tensor>& value_scales) {
   const auto& first = layers->all[0];
   TORCH_CHECK(keys.size() == layers->all.size() && values.size() == keys.size(), "layers take keys and values of each");
-  std::vector<std::pair<BFloat16*, BFloat16*>> caches;
-  for (size_t i = 0; i < keys.size(); i++) {
-    TORCH_CHECK(keys[i].is_contiguous() && values[i].is_contiguous(), "layers take contiguous caches");
-    caches.emplace_back(keys[i].mutable_data_ptr<BFloat16>(), values[i].mutable_data_ptr<BFloat16>());
-  }
   const Heads heads{first.wo->inputs / keys[0].size(3), keys[0].size(2), keys[0].size(3)};
   const int64_t rows = x.size(0), dim = first.wqkv->inputs, qkv_dim = first.wqkv->outputs;
   const int64_t attended_dim = first.wo->inputs, hidden = first.w2->inputs;
@@ -89,26 +95,29 @@ at::Tensor run_layers(const c10::intrusive_ptr<Layers>& layers, at::Tensor x, co
   const auto* turns = rope.const_data_ptr<float>();
   const auto* places = slots.const_data_ptr<int64_t>();
   Attention attention(heads, keys[0].size(1), tables, starts, contexts);
-  Team::run(true, [&](const Team& team) {
-    auto sum_over_ranks = [&] {
-      if (layers->sum_over_ranks) team.alone([&] { layers->sum_over_ranks(result); });
-    };
-    for (size_t i = 0; i < caches.size(); i++) {
-      const auto& layer = layers->all[i];
-      const auto [own_keys, own_values] = caches[i];
-      add_rms_norm(team, stream, i == 0 ? nullptr : branch, layer.attention_norm.const_data_ptr<BFloat16>(),
-                   layers->eps, normed, rows, dim);
-      layer.wqkv->run(team, normed, qkv, rows, qkv_dim);
-      rotate_and_store(team, qkv, turns, places, queries, own_keys, own_values, rows, heads);
-      attention.run(team, queries, own_keys, own_values, attended);
-      layer.wo->run(team, attended, branch, rows, dim);
-      sum_over_ranks();
-      add_rms_norm(team, stream, branch, layer.ffn_norm.const_data_ptr<BFloat16>(), layers->eps, normed, rows, dim);
-      layer.w13->run(team, normed, gate_up, rows, 2 * hidden);
-      silu_mul(team, gate_up, gated, rows, hidden);
-      layer.w2->run(team, gated, branch, rows, dim);
-      sum_over_ranks();
-    }
+  dispatch_cached<BFloat16>(keys[0].scalar_type(), [&](auto element) {
+    const auto all_keys = caches<decltype(element)>(keys, key_scales);
+    const auto all_values = caches<decltype(element)>(values, value_scales);
+    Team::run(true, [&](const Team& team) {
+      auto sum_over_ranks = [&] {
+        if (layers->sum_over_ranks) team.alone([&] { layers->sum_over_ranks(result); });
+      };
+      for (size_t i = 0; i < all_keys.size(); i++) {
+        const auto& layer = layers->all[i];
+        add_rms_norm(team, stream, i == 0 ? nullptr : branch, layer.attention_norm.const_data_ptr<BFloat16>(),
+                     layers->eps, normed, rows, dim);
+        layer.wqkv->run(team, normed, qkv, rows, qkv_dim);
+        rotate_and_store(team, qkv, turns, places, queries, all_keys[i], all_values[i], rows, heads);
+        attention.run(team, queries, all_keys[i], all_values[i], attended);
+        layer.wo->run(team, attended, branch, rows, dim);
+        sum_over_ranks();
+        add_rms_norm(team, stream, branch, layer.ffn_norm.const_data_ptr<BFloat16>(), layers->eps, normed, rows, dim);
+        layer.w13->run(team, normed, gate_up, rows, 2 * hidden);
+        silu_mul(team, gate_up, gated, rows, hidden);
+        layer.w2->run(team, gated, branch, rows, dim);
+        sum_over_ranks();
+      }
+    });
   });
   return result;
 }

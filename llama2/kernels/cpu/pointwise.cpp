@@ -38,36 +38,54 @@ void add_rms_norm(const Team& team, T* x, const T* branch, const T* weight, floa
   });
 }
 
-// qkv (T, (H + 2 K) D): its queries go, rotated, to queries (T, H, D), rotated keys and values to `slots` (T) of the
-// caches (blocks, block size, K, D). rope (T, D / 2, 2) holds cos and sin for pairs of neighbours.
+// out (D) becomes in (D) with each pair of neighbours turned by its angle; turns (D / 2, 2) holds cos and sin.
 template <typename T>
-void rotate_and_store(const Team& team, const T* qkv, const float* rope, const int64_t* slots, T* queries, T* keys,
-                      T* values, int64_t tokens, const Heads& heads) {
+inline void rotate(const T* in, const float* turns, int64_t dim, T* out) {
+  int64_t d = 0;
+  for (; d + 2 * kFloats <= dim; d += 2 * kFloats) {
+    const auto [even, odd] = at::vec::deinterleave2(load(in + d), load(in + d + kFloats));
+    const auto [cos, sin] = at::vec::deinterleave2(load(turns + d), load(turns + d + kFloats));
+    const auto [low, high] =
+        at::vec::interleave2(at::vec::fmsub(even, cos, odd * sin), at::vec::fmadd(even, sin, odd * cos));
+    store(out + d, low);
+    store(out + d + kFloats, high);
+  }
+  for (; d < dim; d += 2) {
+    const float even = in[d], odd = in[d + 1], cos = turns[d], sin = turns[d + 1];
+    out[d] = std::fma(even, cos, -(odd * sin));
+    out[d + 1] = std::fma(even, sin, odd * cos);
+  }
+}
+
+// qkv (T, (H + 2 K) D): its queries go, rotated, to queries (T, H, D), rotated keys and values to `slots` (T) of the
+// caches. rope is (T, D / 2, 2).
+template <typename T, typename C>
+void rotate_and_store(const Team& team, const T* qkv, const float* rope, const int64_t* slots, T* queries,
+                      const Cached<C>& keys, const Cached<C>& values, int64_t tokens, const Heads& heads) {
   const int64_t dim = heads.dim, all = heads.heads + 2 * heads.kv_heads;
+  constexpr bool kEncodes = !std::is_same_v<T, C>;
   team.share(tokens * all, [&](int64_t begin, int64_t end) {
+    std::vector<T> rotated(kEncodes ? dim : 0);
     for (int64_t i = begin; i < end; i++) {
       const int64_t token = i / all, head = i % all, kv_head = head - heads.heads;
       const T* in = qkv + i * dim;
-      const int64_t slot = slots[token] * heads.kv_heads;
-      if (kv_head >= heads.kv_heads) {
-        std::copy(in, in + dim, values + (slot + kv_head - heads.kv_heads) * dim);
-        continue;
-      }
-      T* out = kv_head < 0 ? queries + (token * heads.heads + head) * dim : keys + (slot + kv_head) * dim;
-      const float* turn = rope + token * dim;
-      int64_t d = 0;
-      for (; d + 2 * kFloats <= dim; d += 2 * kFloats) {
-        const auto [even, odd] = at::vec::deinterleave2(load(in + d), load(in + d + kFloats));
-        const auto [cos, sin] = at::vec::deinterleave2(load(turn + d), load(turn + d + kFloats));
-        const auto [low, high] =
-            at::vec::interleave2(at::vec::fmsub(even, cos, odd * sin), at::vec::fmadd(even, sin, odd * cos));
-        store(out + d, low);
-        store(out + d + kFloats, high);
-      }
-      for (; d < dim; d += 2) {
-        const float even = in[d], odd = in[d + 1], cos = turn[d], sin = turn[d + 1];
-        out[d] = std::fma(even, cos, -(odd * sin));
-        out[d + 1] = std::fma(even, sin, odd * cos);
+      const float* turns = rope + token * dim;
+      const int64_t row = slots[token] * heads.kv_heads + kv_head;  // of keys
+      if (kv_head < 0) {
+        rotate(in, turns, dim, queries + (token * heads.heads + head) * dim);
+      } else if (kv_head < heads.kv_heads) {
+        if constexpr (kEncodes) {
+          rotate(in, turns, dim, rotated.data());
+          keys.scales[row] = encode(rotated.data(), dim, keys.values + row * dim);
+        } else {
+          rotate(in, turns, dim, keys.values + row * dim);
+        }
+      } else {
+        C* out = values.values + (row - heads.kv_heads) * dim;
+        if constexpr (kEncodes)
+          values.scales[row - heads.kv_heads] = encode(in, dim, out);
+        else
+          std::copy(in, in + dim, out);
       }
     }
   });
@@ -92,8 +110,12 @@ void silu_mul(const Team& team, const T* gate_up, T* result, int64_t rows, int64
 
 template void add_rms_norm(const Team&, BFloat16*, const BFloat16*, const BFloat16*, float, BFloat16*, int64_t,
                            int64_t);
-template void rotate_and_store(const Team&, const BFloat16*, const float*, const int64_t*, BFloat16*, BFloat16*,
-                               BFloat16*, int64_t, const Heads&);
+template void rotate_and_store(const Team&, const BFloat16*, const float*, const int64_t*, BFloat16*,
+                               const Cached<BFloat16>&, const Cached<BFloat16>&, int64_t, const Heads&);
+template void rotate_and_store(const Team&, const BFloat16*, const float*, const int64_t*, BFloat16*,
+                               const Cached<int8_t>&, const Cached<int8_t>&, int64_t, const Heads&);
+template void rotate_and_store(const Team&, const BFloat16*, const float*, const int64_t*, BFloat16*,
+                               const Cached<Fp8>&, const Cached<Fp8>&, int64_t, const Heads&);
 template void silu_mul(const Team&, const BFloat16*, BFloat16*, int64_t, int64_t);
 
 // The same on tensors, as operators that return their results.
@@ -113,15 +135,19 @@ at::Tensor add_rms_norm_op(at::Tensor x, const std::optional<at::Tensor>& branch
 }
 
 at::Tensor rotate_and_store_op(const at::Tensor& qkv, const at::Tensor& rope, const at::Tensor& slots, at::Tensor keys,
-                               at::Tensor values) {
+                               at::Tensor values, const std::optional<at::Tensor>& key_scales,
+                               const std::optional<at::Tensor>& value_scales) {
   const int64_t tokens = qkv.size(0), kv_heads = keys.size(2), dim = keys.size(3);
   const Heads heads{qkv.size(1) / dim - 2 * kv_heads, kv_heads, dim};
   auto queries = at::empty({tokens, heads.heads, dim}, qkv.options());
   LLAMA2_DISPATCH(qkv.scalar_type(), "rotate_and_store", [&] {
-    Team::run(qkv.numel() > kAlone, [&](const Team& team) {
-      rotate_and_store(team, qkv.const_data_ptr<scalar_t>(), rope.const_data_ptr<float>(),
-                       slots.const_data_ptr<int64_t>(), queries.mutable_data_ptr<scalar_t>(),
-                       keys.mutable_data_ptr<scalar_t>(), values.mutable_data_ptr<scalar_t>(), tokens, heads);
+    dispatch_cached<scalar_t>(keys.scalar_type(), [&](auto element) {
+      const Cached<decltype(element)> own_keys(keys, key_scales), own_values(values, value_scales);
+      Team::run(qkv.numel() > kAlone, [&](const Team& team) {
+        rotate_and_store(team, qkv.const_data_ptr<scalar_t>(), rope.const_data_ptr<float>(),
+                         slots.const_data_ptr<int64_t>(), queries.mutable_data_ptr<scalar_t>(), own_keys, own_values,
+                         tokens, heads);
+      });
     });
   });
   return queries;
@@ -142,7 +168,9 @@ at::Tensor silu_mul_op(const at::Tensor& gate_up) {
 
 TORCH_LIBRARY_FRAGMENT(llama2_cpu, library) {
   library.def("add_rms_norm(Tensor(a!) x, Tensor? branch, Tensor weight, float eps) -> Tensor");
-  library.def("rotate_and_store(Tensor qkv, Tensor rope, Tensor slots, Tensor(a!) keys, Tensor(b!) values) -> Tensor");
+  library.def(
+      "rotate_and_store(Tensor qkv, Tensor rope, Tensor slots, Tensor(a!) keys, Tensor(b!) values, "
+      "Tensor(c!)? key_scales=None, Tensor(d!)? value_scales=None) -> Tensor");
   library.def("silu_mul(Tensor gate_up) -> Tensor");
 }
 TORCH_LIBRARY_IMPL(llama2_cpu, CPU, library) {

@@ -9,6 +9,8 @@ import torch
 import triton
 import triton.language as tl
 
+from llama2.kernels.cuda.cache_codes import decode
+
 LOG2_E = 1.4426950408889634
 
 
@@ -26,10 +28,13 @@ def attend_tile(
     last_M,
     keys,
     values,
+    key_scales,
+    value_scales,
     table,
     start,
     end,
     scale,
+    KV_HEADS: tl.constexpr,
     D: tl.constexpr,
     PADDED_D: tl.constexpr,
     BLOCK_SIZE: tl.constexpr,
@@ -41,7 +46,7 @@ def attend_tile(
     """Softmax goes on over positions [start, start + L), below `end`, of which row m sees those up to last_M[m].
 
     Returns (weighted values, their weight, the largest score), the first two relative to the third. Scores are powers
-    of 2: `scale` says so. Without MASKED every row sees all of them.
+    of 2: `scale` says so. Without MASKED every row sees all of them. Scales are read where the cache holds codes.
     """
     feature_D = tl.arange(0, PADDED_D)
     position_L = start + tl.arange(0, L)
@@ -62,7 +67,11 @@ def attend_tile(
     else:
         k_LD = tl.load(keys + at_LD)
         v_LD = tl.load(values + at_LD)
-    score_ML = tl.dot(q_MD, tl.trans(k_LD), input_precision="ieee")
+    score_ML = tl.dot(q_MD, tl.trans(decode(k_LD, q_MD.dtype)), input_precision="ieee")
+    HAS_SCALES: tl.constexpr = keys.dtype.element_ty.primitive_bitwidth == 8
+    if HAS_SCALES:
+        scale_at_L = (block_L.to(tl.int64) * BLOCK_SIZE + position_L % BLOCK_SIZE) * KV_HEADS
+        score_ML *= tl.load(key_scales + scale_at_L, mask=is_inside_L, other=0.0)[None, :]
     if MASKED:
         score_ML = tl.where(position_L[None, :] <= last_M[:, None], score_ML, float("-inf"))
     new_top_M = tl.maximum(top_M, tl.max(score_ML, 1) * scale)
@@ -72,5 +81,8 @@ def attend_tile(
     p_ML = tl.exp2(score_ML * scale - base_M[:, None])
     decay_M = tl.exp2(top_M - base_M)
     weight_M = weight_M * decay_M + tl.sum(p_ML, 1)
+    if HAS_SCALES:
+        p_ML *= tl.load(value_scales + scale_at_L, mask=is_inside_L, other=0.0)[None, :]
+    v_LD = decode(v_LD, q_MD.dtype)
     sum_MD = sum_MD * decay_M[:, None] + tl.dot(p_ML.to(v_LD.dtype), v_LD, input_precision="ieee")
     return sum_MD, weight_M, new_top_M

@@ -16,7 +16,7 @@ import triton
 import triton.language as tl
 
 from llama2.kernels.cuda.attention_tile import LOG2_E, attend_tile, positions_per_tile
-from llama2.kernels.cuda.launch import announce, await_earlier, cache_strides, launch_options
+from llama2.kernels.cuda.launch import announce, await_earlier, cache_strides, cache_tensors, launch_options
 
 # Positions of one piece. Short enough that one sequence alone keeps every multiprocessor busy.
 SPLIT = 256
@@ -36,6 +36,7 @@ def attend_decode(
     arrived: torch.Tensor,
     out_THD: torch.Tensor,
     *,
+    scales: tuple[torch.Tensor | None, torch.Tensor | None] = (None, None),
     pdl: bool = False,
     axes: str = "hsl",
     **launch: int,
@@ -58,8 +59,7 @@ def attend_decode(
     sizes = {"h": kv_heads, "s": sequences, "l": min(pieces, triton.cdiv(MIN_PROGRAMS, sequences * kv_heads))}
     _attend_pieces[tuple(sizes[axis] for axis in axes)](
         q_THD,
-        keys,
-        values,
+        *cache_tensors(keys, values, scales),
         block_tables_SN,
         seq_lens_S,
         query_starts_S1,
@@ -70,6 +70,7 @@ def attend_decode(
         head_dim**-0.5 * LOG2_E,
         block_tables_SN.stride(0),
         pieces,
+        KV_HEADS=kv_heads,
         GROUP=group,
         M=max(16, triton.next_power_of_2(group)),
         D=head_dim,
@@ -81,7 +82,7 @@ def attend_decode(
         H_AXIS=axes.index("h"),
         S_AXIS=axes.index("s"),
         L_AXIS=axes.index("l"),
-        **{"L": positions_per_tile(padded_dim, keys.dtype), "num_warps": 4, "num_stages": 5, **launch},
+        **{"L": positions_per_tile(padded_dim, q_THD.dtype), "num_warps": 4, "num_stages": 5, **launch},
         **launch_options(pdl),
     )
 
@@ -94,6 +95,8 @@ def _attend_pieces(
     q,
     keys,
     values,
+    key_scales,
+    value_scales,
     tables,
     contexts,
     query_starts,
@@ -104,6 +107,7 @@ def _attend_pieces(
     scale,
     table_stride,
     pieces,
+    KV_HEADS: tl.constexpr,
     GROUP: tl.constexpr,
     M: tl.constexpr,
     D: tl.constexpr,
@@ -126,7 +130,7 @@ def _attend_pieces(
     """
     tl.static_assert(SPLIT % L == 0)  # no tile reaches into the next piece
     announce(PDL)
-    head, kv_heads = tl.program_id(H_AXIS), tl.num_programs(H_AXIS)
+    head = tl.program_id(H_AXIS)
     sequence = tl.program_id(S_AXIS).to(tl.int64)
     lane, lanes = tl.program_id(L_AXIS), tl.num_programs(L_AXIS)
     token = tl.load(query_starts + sequence).to(tl.int64)
@@ -139,7 +143,7 @@ def _attend_pieces(
     row_M = tl.arange(0, M)
     feature_D = tl.arange(0, PADDED_D)
     first_head = head * GROUP
-    all_heads = kv_heads * GROUP
+    all_heads = KV_HEADS * GROUP
     mask_MD = (row_M < GROUP)[:, None] & (feature_D < D)[None, :]
     at_MD = (token * all_heads + first_head + row_M)[:, None] * D + feature_D[None, :]
     q_MD = tl.load(q + at_MD, mask=mask_MD, other=0.0)
@@ -147,6 +151,8 @@ def _attend_pieces(
     partial_M = (sequence * all_heads + first_head + row_M) * pieces
     keys += head * HEAD_STRIDE
     values += head * HEAD_STRIDE
+    key_scales += head
+    value_scales += head
     table = tables + sequence * table_stride
     for piece in range(lane, count, lanes):
         top_M = tl.full((M,), float("-inf"), tl.float32)
@@ -155,8 +161,8 @@ def _attend_pieces(
         end = tl.minimum(piece * SPLIT + SPLIT, context)
         for start in range(piece * SPLIT, end, L):
             sum_MD, weight_M, top_M = attend_tile(
-                sum_MD, weight_M, top_M, q_MD, last_M, keys, values, table, start, end, scale,
-                D, PADDED_D, BLOCK_SIZE, BLOCK_STRIDE, POSITION_STRIDE, L, True,
+                sum_MD, weight_M, top_M, q_MD, last_M, keys, values, key_scales, value_scales, table, start, end, scale,
+                KV_HEADS, D, PADDED_D, BLOCK_SIZE, BLOCK_STRIDE, POSITION_STRIDE, L, True,
             )  # fmt: skip
         if count == 1:
             tl.store(out + at_MD, (sum_MD / weight_M[:, None]).to(out.dtype.element_ty), mask=mask_MD)
@@ -166,7 +172,7 @@ def _attend_pieces(
             tl.store(shares + 2 * at_M, weight_M, mask=row_M < GROUP)
             tl.store(shares + 2 * at_M + 1, top_M, mask=row_M < GROUP)
     if count > 1:
-        counter = arrived + sequence * kv_heads + head
+        counter = arrived + sequence * KV_HEADS + head
         tl.debug_barrier()  # all threads' stores come before the one thread's count
         if tl.atomic_add(counter, 1, sem="acq_rel") == tl.minimum(count, lanes) - 1:
             tl.store(counter, 0)

@@ -44,13 +44,15 @@ class CudaKernels(PlainKernels):
         return x_TC, pointwise.add_rms_norm(x_TC, branch_TC, weight_C, eps, pdl=self._pdl)
 
     def rotate_and_store(self, qkv_TX: torch.Tensor, rope_TD2: torch.Tensor, batch: Batch, layer: int) -> torch.Tensor:
-        keys, values = batch.cache.keys[layer], batch.cache.values[layer]
-        return pointwise.rotate_and_store(qkv_TX, rope_TD2, batch.slot_mapping_T, keys, values, pdl=self._pdl)
+        keys, values, scales = batch.cache.keys[layer], batch.cache.values[layer], batch.cache.scales(layer)
+        return pointwise.rotate_and_store(
+            qkv_TX, rope_TD2, batch.slot_mapping_T, keys, values, scales=scales, pdl=self._pdl
+        )
 
     def attend(self, q_THD: torch.Tensor, batch: Batch, layer: int) -> torch.Tensor:
         keys, values, single = batch.cache.keys[layer], batch.cache.values[layer], batch.num_single
         block_tables_SN, seq_lens_S, starts_S1 = batch.block_tables_SN, batch.seq_lens_S, batch.query_starts_S1
-        out_THD = torch.empty_like(q_THD)
+        scales, out_THD = batch.cache.scales(layer), torch.empty_like(q_THD)
         if single != 0:
             decode_attention.attend_decode(
                 q_THD,
@@ -61,6 +63,7 @@ class CudaKernels(PlainKernels):
                 starts_S1 if single is None else starts_S1[: single + 1],
                 self._arrived,
                 out_THD,
+                scales=scales,
                 pdl=self._pdl,
             )
         if single is None or single < len(seq_lens_S):
@@ -73,6 +76,7 @@ class CudaKernels(PlainKernels):
                 starts_S1[single:],
                 single or 0,
                 out_THD,
+                scales=scales,
                 wgmma=self._wgmma,
                 pdl=self._pdl,
             )

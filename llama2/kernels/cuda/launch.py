@@ -1,4 +1,4 @@
-"""Owns what all launches share: programmatic dependent launch, and where the cache's values lie.
+"""Owns what all launches share: programmatic dependent launch, and how the cache's values lie.
 
 With programmatic dependent launch (compute capability 9.0; CUDA C++ Programming Guide, 4.5) a kernel starts while the
 one before it on the stream still runs. Every program of it must call `await_earlier` before it reads what an earlier
@@ -24,6 +24,19 @@ def cache_strides(keys: torch.Tensor, values: torch.Tensor) -> dict[str, int]:
     assert keys.stride() == values.stride()
     assert keys.stride(3) == 1
     return dict(zip(("BLOCK_STRIDE", "POSITION_STRIDE", "HEAD_STRIDE"), keys.stride(), strict=False))
+
+
+def cache_tensors(
+    keys: torch.Tensor, values: torch.Tensor, scales: tuple[torch.Tensor | None, torch.Tensor | None]
+) -> tuple[torch.Tensor, ...]:
+    """Keys, values and their scales as kernels take them: codes of fp8 as bytes, and where there are no scales anything
+    in their place."""
+    key_scales, value_scales = scales
+    if key_scales is None or value_scales is None:
+        return keys, values, keys, values
+    if keys.dtype == torch.float8_e4m3fn:
+        keys, values = keys.view(torch.uint8), values.view(torch.uint8)
+    return keys, values, key_scales, value_scales
 
 
 @triton.jit

@@ -11,7 +11,8 @@ import torch
 import triton
 import triton.language as tl
 
-from llama2.kernels.cuda.launch import announce, await_earlier, cache_strides, launch_options
+from llama2.kernels.cuda.cache_codes import encode
+from llama2.kernels.cuda.launch import announce, await_earlier, cache_strides, cache_tensors, launch_options
 
 # Heads that one program rotates.
 HEADS = 8
@@ -46,9 +47,10 @@ def rotate_and_store(
     keys: torch.Tensor,
     values: torch.Tensor,
     *,
+    scales: tuple[torch.Tensor | None, torch.Tensor | None] = (None, None),
     pdl: bool = False,
 ) -> torch.Tensor:
-    """Rotated queries (T, H, D); rotated keys, and values, go into their slots."""
+    """Rotated queries (T, H, D); rotated keys, and values, go into their slots, as codes where these have scales."""
     tokens, (block_size, kv_heads, head_dim) = len(qkv_TX), keys.shape[1:]
     heads = qkv_TX.shape[1] // head_dim - 2 * kv_heads
     q_THD = qkv_TX.new_empty(tokens, heads, head_dim)
@@ -56,8 +58,7 @@ def rotate_and_store(
         qkv_TX,
         rope_TD2,
         slot_mapping_T,
-        keys,
-        values,
+        *cache_tensors(keys, values, scales),
         q_THD,
         QUERY_HEADS=heads,
         KV_HEADS=kv_heads,
@@ -121,6 +122,8 @@ def _rotate_and_store(
     slots,
     keys,
     values,
+    key_scales,
+    value_scales,
     q,
     QUERY_HEADS: tl.constexpr,
     KV_HEADS: tl.constexpr,
@@ -154,15 +157,41 @@ def _rotate_and_store(
     at_HD = q + (token * QUERY_HEADS + head_H[:, None]) * D + feature_D[None, :]
     tl.store(at_HD, turned_HD, mask=(head_H < QUERY_HEADS)[:, None] & is_feature_D[None, :])
     slot = tl.load(slots + token)
-    at_slot = (slot // BLOCK_SIZE) * BLOCK_STRIDE + (slot % BLOCK_SIZE) * POSITION_STRIDE
     key_H = head_H - QUERY_HEADS
-    at_HD = keys + at_slot + (key_H * HEAD_STRIDE)[:, None] + feature_D[None, :]
-    is_key_H = (key_H >= 0) & (key_H < KV_HEADS)
-    tl.store(at_HD, turned_HD, mask=is_key_H[:, None] & is_feature_D[None, :])
-    value_H = key_H - KV_HEADS
-    at_HD = values + at_slot + (value_H * HEAD_STRIDE)[:, None] + feature_D[None, :]
-    is_value_H = (value_H >= 0) & (value_H < KV_HEADS)
-    tl.store(at_HD, x_HD, mask=is_value_H[:, None] & is_feature_D[None, :])
+    _store(
+        keys, key_scales, turned_HD, slot, key_H, KV_HEADS, D, PADDED_D, BLOCK_SIZE, BLOCK_STRIDE, POSITION_STRIDE,
+        HEAD_STRIDE,
+    )  # fmt: skip
+    _store(
+        values, value_scales, x_HD, slot, key_H - KV_HEADS, KV_HEADS, D, PADDED_D, BLOCK_SIZE, BLOCK_STRIDE,
+        POSITION_STRIDE, HEAD_STRIDE,
+    )  # fmt: skip
+
+
+@triton.jit
+def _store(
+    cache,
+    scales,
+    x_HD,
+    slot,
+    head_H,
+    KV_HEADS: tl.constexpr,
+    D: tl.constexpr,
+    PADDED_D: tl.constexpr,
+    BLOCK_SIZE: tl.constexpr,
+    BLOCK_STRIDE: tl.constexpr,
+    POSITION_STRIDE: tl.constexpr,
+    HEAD_STRIDE: tl.constexpr,
+):
+    """Those of the heads that there are, into a slot."""
+    feature_D = tl.arange(0, PADDED_D)
+    is_head_H = (head_H >= 0) & (head_H < KV_HEADS)
+    at_slot = (slot // BLOCK_SIZE) * BLOCK_STRIDE + (slot % BLOCK_SIZE) * POSITION_STRIDE
+    at_HD = cache + at_slot + (head_H * HEAD_STRIDE)[:, None] + feature_D[None, :]
+    if cache.dtype.element_ty.primitive_bitwidth == 8:
+        x_HD, scale_H = encode(x_HD, cache.dtype.element_ty)
+        tl.store(scales + slot * KV_HEADS + head_H, scale_H, mask=is_head_H)
+    tl.store(at_HD, x_HD, mask=is_head_H[:, None] & (feature_D < D)[None, :])
 
 
 @triton.jit

@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 
 from llama2.kernels.cuda.attention_tile import LOG2_E, attend_tile, positions_per_tile
-from llama2.kernels.cuda.launch import announce, await_earlier, cache_strides, launch_options
+from llama2.kernels.cuda.launch import announce, await_earlier, cache_strides, cache_tensors, launch_options
 
 
 def attend_prefill(
@@ -26,6 +26,7 @@ def attend_prefill(
     first_row: int,
     out_THD: torch.Tensor,
     *,
+    scales: tuple[torch.Tensor | None, torch.Tensor | None] = (None, None),
     wgmma: bool = False,
     pdl: bool = False,
     **launch: int,
@@ -38,12 +39,11 @@ def attend_prefill(
     block_size, kv_heads = keys.shape[1:3]
     sequences, group = len(seq_lens_S), heads // kv_heads
     padded_dim = max(16, triton.next_power_of_2(head_dim))
-    shape = {**prefill_tiles(padded_dim, group, keys.dtype, wgmma), **launch}
+    shape = {**prefill_tiles(padded_dim, group, q_THD.dtype, wgmma), **launch}
     tile = shape["M"] // group
     _attend_prefill[((tokens - first_row) // tile + sequences, kv_heads)](
         q_THD,
-        keys,
-        values,
+        *cache_tensors(keys, values, scales),
         block_tables_SN,
         seq_lens_S,
         query_starts_S1,
@@ -81,6 +81,8 @@ def _attend_prefill(
     q,
     keys,
     values,
+    key_scales,
+    value_scales,
     tables,
     contexts,
     query_starts,
@@ -138,18 +140,20 @@ def _attend_prefill(
     end = tl.minimum(first_token + TILE, stop) + earlier
     keys += head * HEAD_STRIDE
     values += head * HEAD_STRIDE
+    key_scales += head
+    value_scales += head
     top_M = tl.full((M,), float("-inf"), tl.float32)
     weight_M = tl.zeros((M,), tl.float32)
     sum_MD = tl.zeros((M, PADDED_D), tl.float32)
     last_M = token_M + earlier
     for position in range(0, seen_by_all, L):
         sum_MD, weight_M, top_M = attend_tile(
-            sum_MD, weight_M, top_M, q_MD, last_M, keys, values, table, position, end, scale,
-            D, PADDED_D, BLOCK_SIZE, BLOCK_STRIDE, POSITION_STRIDE, L, False,
+            sum_MD, weight_M, top_M, q_MD, last_M, keys, values, key_scales, value_scales, table, position, end, scale,
+            KV_HEADS, D, PADDED_D, BLOCK_SIZE, BLOCK_STRIDE, POSITION_STRIDE, L, False,
         )  # fmt: skip
     for position in range(seen_by_all, end, L):
         sum_MD, weight_M, top_M = attend_tile(
-            sum_MD, weight_M, top_M, q_MD, last_M, keys, values, table, position, end, scale,
-            D, PADDED_D, BLOCK_SIZE, BLOCK_STRIDE, POSITION_STRIDE, L, True,
+            sum_MD, weight_M, top_M, q_MD, last_M, keys, values, key_scales, value_scales, table, position, end, scale,
+            KV_HEADS, D, PADDED_D, BLOCK_SIZE, BLOCK_STRIDE, POSITION_STRIDE, L, True,
         )  # fmt: skip
     tl.store(out + at_MD, (sum_MD / weight_M[:, None]).to(out.dtype.element_ty), mask=mask_MD)

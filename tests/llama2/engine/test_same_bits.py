@@ -1,4 +1,5 @@
-"""A reply's bits depend on its own tokens alone: not on its company, its cuts, the prefix cache or a preemption.
+"""A reply's bits depend on its own tokens alone: not on its company, its cuts, the prefix cache or a preemption, with
+every `kv_cache_dtype`.
 
 Log-probabilities are compared beside the ids, since two ids may be equal by chance. This holds in bf16, whose products
 are our own. Where weights are not packed, these take up to `MAX_STREAMED_ROWS` rows; oneDNN's take more and sum in
@@ -8,6 +9,7 @@ another order, so steps stay below that here.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +17,7 @@ import pytest
 import torch
 
 from llama2 import LLM, SamplingParams
+from llama2.config import KV_CACHE_DTYPES
 from llama2.engine import loading
 from llama2.kernels.cpu import library
 from tests.support.checkpoints import write_checkpoint
@@ -38,19 +41,21 @@ class Model:
 
     folder: Path
     max_step_tokens: int
+    kv_cache_dtype: str
 
     def engine(self, **changes: Any) -> LLM:
         settings = {"max_seq_len": 512, "max_batch_size": 9, "prefix_cache": False, "max_step_tokens": 512, **changes}
         settings["max_step_tokens"] = min(settings["max_step_tokens"], self.max_step_tokens)
-        return LLM(self.folder, dtype=torch.bfloat16, device="cpu", **settings)
+        return LLM(self.folder, dtype=torch.bfloat16, device="cpu", kv_cache_dtype=self.kv_cache_dtype, **settings)
 
 
-@pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> Model:
+@pytest.fixture(scope="module", params=KV_CACHE_DTYPES)
+def model(tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureRequest) -> Model:
     assert library.load_library(), "the test needs a C++ compiler"
     folder = tmp_path_factory.mktemp("same-bits")
     write_checkpoint(folder / "model", ARGS, random_weights(ARGS), tiny_sentencepiece(folder, vocab_size=1024))
-    return Model(folder / "model", 512 if torch.ops.llama2_cpu.packs_weights() else MAX_STREAMED_ROWS)
+    rows = 512 if torch.ops.llama2_cpu.packs_weights() else MAX_STREAMED_ROWS
+    return Model(folder / "model", rows, request.param)
 
 
 @pytest.fixture(scope="module")
@@ -95,3 +100,14 @@ def test_after_a_preemption(
     with caplog.at_level("DEBUG", logger="llama2.engine.scheduler"):
         assert llm.generate(PROMPTS, GREEDY) == alone
     assert "preempted" in caplog.text
+
+
+def test_after_all_were_preempted_again_and_again(
+    model: Model, alone: list[Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As a server does that is suspended."""
+    engine = (llm := model.engine(prefix_cache=True))._engine
+    step, calls = engine.step, count(1)
+    monkeypatch.setattr(engine, "step", lambda: step() if next(calls) % 11 else engine.preempt_all())
+    assert llm.generate(PROMPTS, GREEDY) == alone
+    assert next(calls) > 44

@@ -198,26 +198,21 @@ def rope_of(model: Transformer, batch: Batch) -> torch.Tensor:
     return rotary_table(model.args, 400, CPU)[batch.positions_T]
 
 
-def empty_cache(args: ModelArgs) -> KVCache:
-    return KVCache(
-        args,
-        num_blocks=NUM_BLOCKS,
-        block_size=BLOCK_SIZE,
-        n_kv_heads=args.n_kv_heads,
-        dtype=torch.bfloat16,
-        device=CPU,
-    )
+def empty_cache(args: ModelArgs, dtype: torch.dtype = torch.bfloat16) -> KVCache:
+    heads = args.n_kv_heads
+    return KVCache(args, num_blocks=NUM_BLOCKS, block_size=BLOCK_SIZE, n_kv_heads=heads, dtype=dtype, device=CPU)
 
 
 @pytest.mark.parametrize("threads", [1, 2, 3])
 @pytest.mark.parametrize(
     "spans", [[(1, 33)], [(1, 5), (1, 300), (1, 40)], [(1, 20), (5, 5), (30, 300)], [(100, 300), (1, 5)]]
 )
+@pytest.mark.parametrize("kept", [torch.bfloat16, torch.int8, torch.float8_e4m3fn], ids=["bf16", "int8", "fp8"])
 def test_all_layers_as_one_operator_give_the_bits_of_the_steps_one_by_one(
-    spans: list[tuple[int, int]], threads: int, set_threads: Callable[[int], None]
+    kept: torch.dtype, spans: list[tuple[int, int]], threads: int, set_threads: Callable[[int], None]
 ) -> None:
     model = small_model()
-    caches = [empty_cache(model.args), empty_cache(model.args)]
+    caches = [empty_cache(model.args, kept), empty_cache(model.args, kept)]
     batch = ragged_batch(spans, caches[0])
     x, rope = torch.randn(len(batch.positions_T), model.args.dim).bfloat16(), rope_of(model, batch)
     one_by_one = PLAIN.chain(model.layers)(x.clone(), rope, replace(batch, cache=caches[1]))
@@ -225,8 +220,9 @@ def test_all_layers_as_one_operator_give_the_bits_of_the_steps_one_by_one(
     at_once = model.kernels.chain(model.layers)(x.clone(), rope, batch)
     for actual, expected in zip(at_once, one_by_one, strict=True):
         assert torch.equal(actual, expected)
-    for actual, expected in zip(caches[0].keys + caches[0].values, caches[1].keys + caches[1].values, strict=True):
-        assert torch.equal(actual, expected)
+    held = ([*one.keys, *one.values, *one.key_scales, *one.value_scales] for one in caches)
+    for actual, expected in zip(*held, strict=True):
+        assert torch.equal(actual.view(torch.uint8), expected.view(torch.uint8))
 
 
 def test_a_rank_that_does_not_come_ends_the_layers_on_every_thread(set_threads: Callable[[int], None]) -> None:
@@ -261,6 +257,16 @@ x, weight = torch.randn(6, 70).bfloat16(), torch.randn(9, 70).bfloat16()
 expected = x @ weight.t()
 linear = torch.ops.llama2_cpu.prepare_bf16(weight)
 torch.testing.assert_close(linear.product(x), expected, atol=0.1, rtol=0.02)
+attend = torch.ops.llama2_cpu.paged_attention
+table, starts, context = torch.zeros(1, 1, dtype=torch.int32), torch.tensor([0, 1]).int(), torch.tensor([33]).int()
+scales = torch.rand(2, 1, 40, 2)
+for dtype in (torch.int8, torch.float8_e4m3fn):
+    codes = (100 * torch.randn(2, 1, 40, 2, 24)).clamp(-127, 127).to(dtype)
+    for q in (torch.randn(1, 4, 24) / 100, torch.randn(1, 4, 24).bfloat16() / 100):
+        plain = attend(q, *(codes.float() * scales[..., None]).to(q.dtype), table, starts, context)
+        actual = attend(q, *codes, table, starts, context, *scales)
+        tolerance = 1e-4 if q.dtype == torch.float32 else 0.05
+        torch.testing.assert_close(actual, plain, atol=100 * tolerance, rtol=tolerance)
 """
 
 

@@ -20,6 +20,7 @@ import torch.nn.functional as functional
 from llama2 import LLM, Completion, SamplingParams
 from llama2.kernels import choose_kernels
 from llama2.kernels.plain import PlainKernels
+from llama2.kv_cache import LARGEST_CODE
 from llama2.machine import memory_plan
 from tests.support.batches import BLOCK_SIZE, ragged_batch, random_cache
 from tests.support.checkpoints import write_checkpoint
@@ -42,6 +43,7 @@ HALF = torch.bfloat16 if torch.cuda.is_available() else torch.float16
 DTYPES = [torch.float32, HALF]
 # Relative to values near 1: fp32 sums in another order, bf16 rounds to 8 bits and fp16 to 11.
 TOLERANCE = {torch.float32: 2e-5, torch.bfloat16: 2e-2, torch.float16: 3e-3}
+CODES = pytest.mark.parametrize("codes", [torch.int8, torch.float8_e4m3fn], ids=["int8", "fp8"])
 PLAIN = PlainKernels()
 
 
@@ -140,6 +142,49 @@ def test_attend(
     kernels: CudaKernels, dtype: torch.dtype, heads: int, kv_heads: int, head_dim: int, spans: list[tuple[int, int]]
 ) -> None:
     steps = ragged_batch(spans, random_cache(kv_heads=kv_heads, head_dim=head_dim, dtype=dtype, device=DEVICE))
+    q = randn(sum(length for length, _ in spans), heads, head_dim, dtype=dtype)
+    assert_near(kernels.attend(q, steps, 0), PLAIN.attend(q, steps, 0))
+
+
+@CODES
+@pytest.mark.parametrize(("heads", "kv_heads", "head_dim"), [(8, 8, 16), (9, 3, 64), (4, 1, 24)])
+def test_codes_in_the_cache_are_those_of_plain_pytorch(
+    kernels: CudaKernels, codes: torch.dtype, heads: int, kv_heads: int, head_dim: int
+) -> None:
+    """To the bit, where no angle rounds: zeros, tiny and huge values, and values halfway between two codes."""
+    mine, theirs = (random_cache(kv_heads=kv_heads, head_dim=head_dim, dtype=codes, device=DEVICE) for _ in range(2))
+    steps = ragged_batch([(1, 5), (1, 40), (17, 30)], mine)
+    qkv = randn(19, heads + 2 * kv_heads, head_dim) * torch.logspace(-30, 30, 19, device=DEVICE)[:, None, None]
+    qkv[0] = 0
+    qkv[1] = torch.arange(head_dim, device=DEVICE) + 0.5
+    qkv[1, :, 0] = LARGEST_CODE[codes]
+    rope = torch.stack((torch.ones(19, head_dim // 2), torch.zeros(19, head_dim // 2)), dim=-1).to(DEVICE)
+    kernels.rotate_and_store(qkv.flatten(1), rope, steps, 0)
+    PLAIN.rotate_and_store(qkv.flatten(1), rope, replace(steps, cache=theirs), 0)
+    slots = steps.slot_mapping_T
+    for ours, others in zip(*([*one.keys, *one.values, *one.scales(0)] for one in (mine, theirs)), strict=True):
+        assert torch.equal(*(one.view(torch.uint8).flatten(0, 1)[slots] for one in (ours, others)))
+
+
+@CODES
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("heads", "kv_heads", "head_dim"), [(4, 4, 16), (9, 3, 64), (8, 1, 24)])
+@pytest.mark.parametrize("spans", [[(1, 17), (1, 600)], [(1, 30), (5, 5), (70, 160)]], ids=["decode", "mixed"])
+def test_attend_to_codes(
+    kernels: CudaKernels,
+    codes: torch.dtype,
+    dtype: torch.dtype,
+    heads: int,
+    kv_heads: int,
+    head_dim: int,
+    spans: list[tuple[int, int]],
+) -> None:
+    """Of every code, those of the smallest values included."""
+    cache = random_cache(kv_heads=kv_heads, head_dim=head_dim, dtype=codes, device=DEVICE)
+    every = torch.arange(256, dtype=torch.uint8).view(codes).float()
+    every = every[every.abs() <= LARGEST_CODE[codes]].to(DEVICE)
+    cache.values[0].flatten()[-len(every) :] = every.to(codes)
+    steps = ragged_batch(spans, cache)
     q = randn(sum(length for length, _ in spans), heads, head_dim, dtype=dtype)
     assert_near(kernels.attend(q, steps, 0), PLAIN.attend(q, steps, 0))
 

@@ -56,16 +56,20 @@ def converted(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathF
     return source, quantize or AS_STORED, folder / "out"
 
 
-def allocated(folder: str) -> tuple[int, int]:
-    """This rank's bytes of weights, and of keys and values for 100 blocks of 16 tokens."""
+def allocated(folder: str) -> tuple[int, int, int]:
+    """This rank's bytes of weights, and of a KV cache of 100 blocks of 16 tokens: as the weights are, and in int8."""
     init_process_group(CPU)
     spec = DcpFolder(folder).spec
     mesh = build_mesh(spec, "cpu")
     weights, _ = allocate(spec, mesh, device=CPU)
     parts = [part for several in weights.values() for weight in several for part in weight.parts.values()]
     heads = local_size("kv_heads", spec.args.n_kv_heads, mesh)
-    cache = KVCache(spec.args, num_blocks=99, block_size=16, n_kv_heads=heads, dtype=spec.dtype, device=CPU)
-    return sum(part.nbytes for part in parts), sum(one.nbytes for one in (*cache.keys, *cache.values))
+    kv = []
+    for dtype in (spec.dtype, torch.int8):
+        cache = KVCache(spec.args, num_blocks=99, block_size=16, n_kv_heads=heads, dtype=dtype, device=CPU)
+        held = (*cache.keys, *cache.values, *cache.key_scales, *cache.value_scales)
+        kv.append(sum(one.nbytes for one in held))
+    return sum(part.nbytes for part in parts), kv[0], kv[1]
 
 
 @pytest.mark.integration
@@ -75,40 +79,43 @@ def test_a_plan_of_the_source_has_the_bytes_that_a_load_of_the_result_takes(
 ) -> None:
     """To the byte: of the rank that has the most. The result itself has the same plan."""
     source, precision, folder = converted
-    planned = count_capacity(open_source(source).reader.spec, HOST).loads[precision]
-    again = count_capacity(DcpFolder(folder).spec, HOST).loads[AS_STORED]
-    assert planned == again
+    found = count_capacity(open_source(source).reader.spec, HOST)
+    again = count_capacity(DcpFolder(folder).spec, HOST)
+    planned, in_int8 = found.loads[precision], found.loads_int8[precision]
+    assert (planned, in_int8) == (again.loads[AS_STORED], again.loads_int8[AS_STORED])
     if degree not in planned:
         with pytest.raises(RuntimeError, match=f"cannot run at tensor-parallel degree {degree}"):
             run_ranks(degree, allocated, str(folder))
         return
-    weights, kv = (max(each) for each in zip(*run_ranks(degree, allocated, str(folder)), strict=True))
-    assert (planned[degree].weights, planned[degree].kv_per_token * 1600) == (weights, kv)
+    held = tuple(max(each) for each in zip(*run_ranks(degree, allocated, str(folder)), strict=True))
+    load = planned[degree]
+    assert (load.weights, load.kv_per_token * 1600, in_int8[degree].kv_per_token * 1600) == held
 
 
-def loaded_tokens(folder: str, sizes: list[int]) -> list[int]:
+def loaded_tokens(folder: str, sizes: list[int], kept: str) -> list[int]:
     """Tokens of KV cache that engines with the default options have, where so many bytes are free after loading."""
     tokens = []
     for free in sizes:
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(kv_cache, "free_memory", lambda device, free=free: free)
-            engine = load_engine(folder, device="cpu", config=EngineConfig())
+            engine = load_engine(folder, device="cpu", config=EngineConfig(kv_cache_dtype=kept))
         tokens.append(engine.stats().total_blocks * engine.config.block_size)
     return tokens
 
 
 @pytest.mark.integration
-@pytest.mark.parametrize("degree", [1, 2])
-def test_a_plan_has_the_tokens_that_an_engine_has(converted: tuple[Path, str, Path], degree: int) -> None:
+@pytest.mark.parametrize(("degree", "kept"), [(1, "auto"), (2, "auto"), (1, "int8"), (2, "int8")])
+def test_a_plan_has_the_tokens_that_an_engine_has(converted: tuple[Path, str, Path], degree: int, kept: str) -> None:
     spec = DcpFolder(converted[2]).spec
     table = rotary_table(spec.args, spec.args.context_length, CPU).nbytes
     planned, left = [], []
     for nbytes in (60_000_000, 100_000_000, 4_000_000_000):
-        load = count_capacity(spec, Devices(count=None, nbytes=nbytes)).loads[AS_STORED][degree]
+        found = count_capacity(spec, Devices(count=None, nbytes=nbytes))
+        load = (found.loads if kept == "auto" else found.loads_int8)[AS_STORED][degree]
         assert load.room is not None
         planned.append(load.room.tokens)
         left.append(nbytes // degree - load.weights - table)
-    tokens = run_ranks(degree, loaded_tokens, str(converted[2]), left)[0]
+    tokens = run_ranks(degree, loaded_tokens, str(converted[2]), left, kept)[0]
     assert planned == tokens
 
 
