@@ -39,6 +39,7 @@ OPTIONAL = (
 GPU_TESTS = (
     "tests/llama2/test_gpu.py",
     "tests/llama2/kernels/test_cuda.py",
+    "tests/llama2/kernels/test_cuda_quantized.py",
     "tests/llama2/engine/test_graphs.py::test_a_gpu_replies_the_same_with_graphs_and_without",
 )
 

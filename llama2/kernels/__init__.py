@@ -79,7 +79,7 @@ def choose_kernels(device: torch.device, dtype: torch.dtype) -> Kernels:
     if device.type == "cuda":
         from llama2.kernels.cuda.kernels import CudaKernels
 
-        return CudaKernels(device, hopper=is_hopper(device))
+        return CudaKernels(device, dtype, hopper=is_hopper(device))
     from llama2.kernels.plain import PlainKernels
 
     return PlainKernels()

@@ -25,6 +25,8 @@ CUBLAS_WORKSPACE_BYTES = 32 * MIB
 # Code is loaded onto the GPU when a kernel first runs.
 KERNELS_BYTES = 256 * MIB
 NCCL_BYTES = 512 * MIB
+# Values of quantized weights, one slice after the other, for products with many rows. Set up with the weights.
+DEQUANTIZED_BYTES = 64 * MIB
 # The driver allocates multiples of this, for each layer's keys and for its values, and for the scales of codes.
 PAGE_BYTES = 2 * MIB
 

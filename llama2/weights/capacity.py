@@ -18,7 +18,7 @@ import torch
 from llama2.config import EngineConfig, ModelArgs
 from llama2.kv_cache import bytes_per_block, cache_dtype, choose_batch_size, fitting_blocks
 from llama2.machine.memory import free_host_memory
-from llama2.machine.memory_plan import reserve
+from llama2.machine.memory_plan import DEQUANTIZED_BYTES, reserve
 from llama2.parallel.splits import degrees, mesh_shape, share
 from llama2.weights.precision import target
 from llama2.weights.spec import Spec, TensorSpec
@@ -182,8 +182,9 @@ def _room(spec: Spec, left: int, config: EngineConfig, *, n_kv_heads: int, degre
     """As `build_engine` shares out the memory that loading leaves."""
     args, config = spec.args, config.for_model(spec.args)
     rotary_table = 4 * config.max_seq_len * args.head_dim
+    set_up = {"values of quantized weights": DEQUANTIZED_BYTES} if on_gpu and spec.formats else {}
     sizes: dict[str, Any] = {
-        "free": max(0, left - rotary_table),
+        "free": max(0, left - rotary_table - sum(set_up.values())),
         "n_kv_heads": n_kv_heads,
         "dtype": spec.dtype,
         "device": torch.device("cuda" if on_gpu else "cpu"),
@@ -194,5 +195,5 @@ def _room(spec: Spec, left: int, config: EngineConfig, *, n_kv_heads: int, degre
     return Room(
         tokens=blocks * config.block_size,
         sequences=blocks // config.blocks_per_sequence,
-        reserved=reserve(args, config, dtype=spec.dtype, degree=degree) if on_gpu else {},
+        reserved={**set_up, **reserve(args, config, dtype=spec.dtype, degree=degree)} if on_gpu else {},
     )

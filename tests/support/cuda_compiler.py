@@ -117,13 +117,13 @@ def compile_for(launch: Launch, capability: int) -> MachineCode:
 
 
 def _launch_of(kernel: JITFunction, args: tuple[Any, ...], kwargs: Any, options: Any) -> Launch:
-    """Specialized as Triton's own launcher does: a 1 is a constant, and what 16 divides counts as aligned."""
+    """Specialized as Triton's own launcher does: a 1 and None are constants, and what 16 divides counts as aligned."""
     given = inspect.signature(kernel.fn).bind(*args, **kwargs).arguments
     types, constants, aligned = [], [], []
     for index, parameter in enumerate(kernel.params):
         value = given[parameter.name]
         may_specialize = not parameter.do_not_specialize
-        if parameter.is_constexpr or (may_specialize and type(value) is int and value == 1):
+        if parameter.is_constexpr or value is None or (may_specialize and type(value) is int and value == 1):
             types.append((parameter.name, "constexpr"))
             constants.append((parameter.name, value))
             continue

@@ -14,6 +14,7 @@ from llama2.parallel.collectives import Collectives, SingleRank
 from llama2.parallel.plan import build_mesh
 from llama2.parallel.process_group import init_process_group
 from llama2.weights.loader import build_model
+from llama2.weights.precision import target
 from llama2.weights.spec import Spec
 
 CPU = torch.device("cpu")
@@ -34,10 +35,11 @@ def make_model(
     max_seq_len: int,
     collectives: Collectives | None = None,
     fill: Callable[[Mapping[str, DTensor]], None] = draw,
+    quantize: str | None = None,
 ) -> Transformer:
-    """A group of one."""
+    """A group of one. `quantize` as in the converter."""
     init_process_group(CPU)
-    spec = Spec(args=args, dtype=dtype)
+    spec = target(Spec(args=args, dtype=dtype), quantize=quantize)
     return build_model(
         spec,
         build_mesh(spec, "cpu"),

@@ -61,7 +61,7 @@ def kernels() -> CudaKernels:
 
     if DEVICE.type == "cuda":
         return cast("CudaKernels", choose_kernels(DEVICE, torch.bfloat16))
-    return CudaKernels(DEVICE)
+    return CudaKernels(DEVICE, HALF)
 
 
 def randn(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
@@ -297,6 +297,6 @@ def test_a_model_on_these_kernels_replies_as_on_others(tmp_path: Path, monkeypat
     if DEVICE.type == "cpu":
         from llama2.kernels.cuda.kernels import CudaKernels
 
-        monkeypatch.setattr("llama2.weights.loader.choose_kernels", lambda device, dtype: CudaKernels(device))
+        monkeypatch.setattr("llama2.weights.loader.choose_kernels", lambda device, dtype: CudaKernels(device, dtype))
         monkeypatch.setattr("llama2.engine.runner.choose_record", lambda device: Rerun)
     assert reply() == expected

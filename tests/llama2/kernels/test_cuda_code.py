@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import importlib.util
 import os
+from collections.abc import Collection
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from functools import cache
@@ -61,6 +62,16 @@ TARGETS = [
     for name in ("7b TP 1", "70b TP 8", "SmolLM2")
     if (name, cap) != ("SmolLM2", 80)
 ]
+# Their widest and their narrowest products, and one with fewer inputs than many threads.
+QUANTIZED = [
+    (name, quantize, cap)
+    for cap in (90, 80)
+    for name, quantize in (
+        *(("7b TP 1", each) for each in ("int8", "int4", "nf4")),
+        ("70b TP 8", "int4"),
+        ("SmolLM2", "int4"),
+    )
+]
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,8 +91,10 @@ class Built:
 
 
 @cache
-def launches_of(name: str, dtype: torch.dtype, kept: torch.dtype, hopper: bool) -> frozenset[Launch]:
-    """Those of a layer and the head, in passes that decode 1, 2 and 8 rows and in some that hold a prompt too.
+def launches_of(
+    name: str, dtype: torch.dtype, kept: torch.dtype, hopper: bool, quantize: str | None = None
+) -> frozenset[Launch]:
+    """Those of a layer and the head, in passes that decode 1 to 32 rows and in some that hold a prompt too.
 
     `kept` is the dtype of the KV cache.
     """
@@ -89,7 +102,15 @@ def launches_of(name: str, dtype: torch.dtype, kept: torch.dtype, hopper: bool) 
     from tests.support.cuda_compiler import noted_launches
 
     args = replace(MODELS[name], n_layers=1)
-    model = make_model(args, CudaKernels(META, hopper=hopper), dtype=dtype, device=META, max_seq_len=4096)
+    model = make_model(
+        args,
+        CudaKernels(META, dtype, hopper=hopper),
+        dtype=dtype,
+        device=META,
+        max_seq_len=4096,
+        fill=lambda weights: None,
+        quantize=quantize,
+    )
     kv_cache = KVCache(args, num_blocks=256, block_size=16, n_kv_heads=args.n_kv_heads, dtype=kept, device=META)
 
     def batch(lengths: list[int], num_single: int | None) -> Batch:
@@ -106,7 +127,8 @@ def launches_of(name: str, dtype: torch.dtype, kept: torch.dtype, hopper: bool) 
         )
 
     with noted_launches() as launches, torch.inference_mode():
-        for steps in (batch([1], 1), batch([1, 1], 2), batch([1] * 8, 8), batch([1, 511], 1), batch([1, 511], None)):
+        decoding = [batch([1] * rows, rows) for rows in (1, 2, 8, 16, 32)]
+        for steps in (*decoding, batch([1, 511], 1), batch([1, 511], None)):
             tokens_T = torch.empty(len(steps.positions_T), dtype=torch.int64, device=META)
             rows_R = torch.empty(len(steps.seq_lens_S), dtype=torch.int64, device=META)
             model(tokens_T, steps, rows_R)
@@ -120,12 +142,25 @@ def build(launch: Launch, capability: int) -> Built:
     return Built(launch, compile_for(launch, capability), capability)
 
 
+def build_all(launches: Collection[Launch], capability: int) -> list[Built]:
+    with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:
+        return list(pool.map(build, launches, [capability] * len(launches)))
+
+
 @pytest.fixture(scope="module", params=TARGETS, ids=lambda target: ", ".join(map(str, target)))
 def kernels(request: pytest.FixtureRequest) -> list[Built]:
     name, dtype, kept, capability = request.param
-    launches = launches_of(name, dtype, kept, capability >= 90)
-    with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:
-        return list(pool.map(build, launches, [capability] * len(launches)))
+    return build_all(launches_of(name, dtype, kept, capability >= 90), capability)
+
+
+@pytest.fixture(scope="module", params=QUANTIZED, ids=lambda target: f"{target[0]}, {target[1]}, sm_{target[2]}")
+def quantized(request: pytest.FixtureRequest) -> list[Built]:
+    """The kernels that take quantized weights."""
+    name, quantize, capability = request.param
+    launches = launches_of(name, torch.bfloat16, torch.bfloat16, capability >= 90, quantize)
+    found = build_all([one for one in launches if one.name in ("_linear_quantized", "_dequantize")], capability)
+    assert {one.launch.name for one in found} == {"_linear_quantized", "_dequantize"}
+    return found
 
 
 def of(kernels: list[Built], name: str) -> list[Built]:
@@ -134,9 +169,25 @@ def of(kernels: list[Built], name: str) -> list[Built]:
     return found
 
 
-def test_registers_suffice(kernels: list[Built]) -> None:
+def assert_registers_suffice(kernels: list[Built]) -> None:
     for one in kernels:
         assert one.code.stack_bytes == one.code.count("LDL", "STL") == 0, f"{one} needs more"
+
+
+def test_registers_suffice(kernels: list[Built]) -> None:
+    assert_registers_suffice(kernels)
+
+
+def test_registers_suffice_for_quantized_weights(quantized: list[Built]) -> None:
+    assert_registers_suffice(quantized)
+
+
+def test_codes_go_from_memory_to_tensor_cores_in_registers(quantized: list[Built]) -> None:
+    """Where they become values and meet x: nothing of it goes through shared memory, or to another thread."""
+    for one in of(quantized, "_linear_quantized"):
+        last = len(one.code.operations) - one.code.operations[::-1].index("HMMA")
+        moved = {"LDS", "LDSM", "STS", "STSM", "LDGSTS", "SHFL", "BAR"} & set(one.code.operations[:last])
+        assert not moved, one
 
 
 def test_weights_go_from_memory_to_registers(kernels: list[Built]) -> None:
@@ -159,7 +210,7 @@ def test_attention_of_decoding_fetches_keys_ahead(kernels: list[Built]) -> None:
         assert one.code.count("LDGSTS") > 0, one
 
 
-def test_nothing_is_written_before_earlier_kernels_have_ended(kernels: list[Built]) -> None:
+def assert_nothing_is_written_early(kernels: list[Built]) -> None:
     """ACQBULK is griddepcontrol.wait; what is read before it are weights and the inputs of the pass."""
     for one in kernels:
         if one.capability < 90:
@@ -169,6 +220,25 @@ def test_nothing_is_written_before_earlier_kernels_have_ended(kernels: list[Buil
         assert one.code.count("ACQBULK") == 1, one
         early = one.code.before("ACQBULK")
         assert not {"STG", "ATOMG", "RED", "LDGSTS"} & set(early), one
+
+
+def test_nothing_is_written_before_earlier_kernels_have_ended(kernels: list[Built]) -> None:
+    assert_nothing_is_written_early(kernels)
+
+
+def test_no_product_of_quantized_weights_is_written_before_earlier_kernels_have_ended(quantized: list[Built]) -> None:
+    assert_nothing_is_written_early(quantized)
+
+
+def test_codes_of_two_steps_are_on_their_way_before_earlier_kernels_have_ended(quantized: list[Built]) -> None:
+    for one in of(quantized, "_linear_quantized"):
+        if one.capability >= 90:
+            constant, given = one.launch.constant, dict(one.launch.types)
+            tables = 8 if given["table"] != "constexpr" else 0
+            per_group = sum(given[name] != "constexpr" for name in ("scales", "zeros", "mins"))
+            # A block's codes are one load for each thread, 16 bytes wide; of a group it has the values of two outputs.
+            loads = 1 + constant("BLOCK") // constant("CHUNK") * 2 * per_group
+            assert one.code.before("ACQBULK").count("LDG") == tables + 2 * constant("TILES") * loads, one
 
 
 def test_weights_are_on_their_way_before_earlier_kernels_have_ended(kernels: list[Built]) -> None:

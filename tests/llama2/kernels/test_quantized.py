@@ -11,27 +11,12 @@ import torch
 from llama2.kernels import choose_kernels
 from llama2.kernels.cpu.kernels import CpuKernels
 from llama2.weights.formats import Format, Weight
-from llama2.weights.formats.lut4 import Lut4
 from llama2.weights.formats.plain import Plain
 from llama2.weights.formats.q4 import Q4
-from llama2.weights.formats.q4k import Q4K
 from llama2.weights.formats.q8 import Q8
+from tests.support.formats import FORMATS, copy_of, random_weight
 
 CPU = torch.device("cpu")
-FORMATS: dict[str, Format] = {
-    "q8": Q8(),
-    "q8 of small groups": Q8(group=16, scales=torch.float32),
-    "q8 per row": Q8(group=None),
-    "q4": Q4(group=32),
-    "q4 of large groups": Q4(group=96),
-    "q4 per row": Q4(group=None),
-    "q4 around 8": Q4(group=32, zero=8),
-    "q4k": Q4K(),
-    "q4k of two levels": Q4K(group=32, super_group=96),
-    "q4k of small groups": Q4K(group=16, super_group=96),
-    "nf4": Lut4(table="nf4", group=32),
-    "iq4_nl": Lut4(table="iq4_nl", group=32, scales=torch.float16),
-}
 
 
 def kernels() -> CpuKernels:
@@ -40,23 +25,8 @@ def kernels() -> CpuKernels:
     return chosen
 
 
-def random_weight(format: Format, outputs: int, inputs: int) -> Weight:
-    parts = {}
-    for name, (shape, dtype) in format.parts((outputs,), (inputs,)).items():
-        if dtype in (torch.float16, torch.float32):
-            size = -0.1 if name.endswith("mins") else 0.02
-            parts[name] = (size * torch.rand(shape)).to(dtype)
-        else:
-            low, high = (-128, 128) if dtype == torch.int8 else (0, 17 if name == "zeros" else 256)
-            parts[name] = torch.randint(low, high, shape, dtype=dtype)
-    return Weight(format=format, parts=parts)
-
-
 def prepared(*weights: Weight) -> Any:
-    copies = [
-        Weight(format=one.format, parts={name: part.clone() for name, part in one.parts.items()}) for one in weights
-    ]
-    linear = kernels().prepare({"weight": copies}, threads=1)["weight"]
+    linear = kernels().prepare({"weight": [copy_of(one) for one in weights]}, threads=1)["weight"]
     assert isinstance(linear, torch.ScriptObject)
     return linear
 

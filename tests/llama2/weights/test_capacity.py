@@ -16,7 +16,7 @@ from llama2 import kv_cache
 from llama2.config import EngineConfig
 from llama2.engine.loading import load_engine
 from llama2.kv_cache import KVCache
-from llama2.machine.memory_plan import reserve
+from llama2.machine.memory_plan import DEQUANTIZED_BYTES, reserve
 from llama2.model import rotary_table
 from llama2.parallel.plan import allocate, build_mesh, local_size
 from llama2.parallel.process_group import init_process_group
@@ -152,6 +152,16 @@ def test_what_the_steps_need_is_left_free() -> None:
     assert room.reserved == reserve(SHAPES["7b"], config, dtype=torch.bfloat16, degree=1)
     left = (24 << 30) - 2 * 6_738_415_616 - sum(room.reserved.values())
     assert room.tokens * 512 * 1024 == pytest.approx(0.9 * left, rel=2e-3)
+
+
+def test_values_of_quantized_weights_have_room_beside_them() -> None:
+    """What `CudaKernels.prepare` sets up for them, and nothing where none is quantized."""
+    rooms = {name: loads[1].room for name, loads in llama("7b", "24GiB").loads.items()}
+    for name, room in rooms.items():
+        assert room is not None
+        values = room.reserved.get("values of quantized weights", 0)
+        assert values == (0 if name == AS_STORED else DEQUANTIZED_BYTES), name
+        assert room.tokens > 0
 
 
 @pytest.mark.parametrize(
