@@ -25,7 +25,7 @@ from benchmarks.gpu_report import GpuReport
 from benchmarks.limits import Rates
 from benchmarks.results import RESULTS
 from benchmarks.shapes import SHAPES
-from benchmarks.sweeps import attention, products, sampling, steps
+from benchmarks.sweeps import attention, products, quantized, sampling, steps
 from benchmarks.sweeps.bench import Bench
 from llama2.dtypes import read_dtype
 from llama2.flags import argument
@@ -35,6 +35,7 @@ from llama2.parallel.process_group import choose_device, init_process_group
 PARTS = (
     products.measure,
     attention.measure,
+    quantized.measure,
     steps.measure,
     sampling.measure,
     products.sweep,
