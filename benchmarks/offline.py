@@ -57,8 +57,10 @@ def benchmark(
     threads: int | None = None,
     max_step_tokens: int | None = None,
     max_seq_len: int | None = None,
+    activation_dtype: str = ENGINE.activation_dtype,
     cuda_graphs: bool = ENGINE.cuda_graphs,
     symm_mem_all_reduce: bool = ENGINE.symm_mem_all_reduce,
+    gguf: str | None = None,
     gpt_fast: str | None = None,
     name: str | None = None,
     out: str | None = None,
@@ -81,6 +83,8 @@ def benchmark(
         threads: of each rank on a CPU, by default OMP_NUM_THREADS, else all cores; a peer gets those of all ranks.
         max_step_tokens: of one forward pass; by default the engine's own, or more where the largest batch needs it.
         max_seq_len: positions that a sequence may take; by default as many as the longest work needs.
+        gguf: the GGUF file that the checkpoint was converted from, for llama.cpp: without it, the weights are written
+            to one in `dtype`, also if the checkpoint has them quantized.
         gpt_fast: the clone of gpt-fast's repository; by default .venv-peers/gpt-fast.
         name: what the model is called in tables and file names; by default its shape, or its folder's name.
         out: the JSON file; by default build/results/offline-DEVICE-NAME.json. The plot is the same, but .png.
@@ -88,6 +92,8 @@ def benchmark(
     """
     if (checkpoint is None) == (shape is None):
         raise ValueError("give either --checkpoint DIR or --shape NAME")
+    if gguf is not None and not (checkpoint and Path(gguf).is_file()):
+        raise ValueError(f"gguf must be the file that --checkpoint was converted from, got {gguf}")
     dtype = read_dtype(dtype) or "bfloat16"
     torch_dtype = getattr(torch, dtype)
     check_counts(new_tokens=new_tokens, rounds=rounds, batches=several(batches), contexts=several(contexts))
@@ -116,6 +122,7 @@ def benchmark(
         max_seq_len=max_seq_len or max(cell.length(new_tokens, max_step_tokens) for cell in cells),
         max_batch_size=largest,
         max_step_tokens=max_step_tokens,
+        activation_dtype=activation_dtype,
         prefix_cache=False,  # a run sees its prompts twice, and computes them twice
         cuda_graphs=cuda_graphs,
         symm_mem_all_reduce=symm_mem_all_reduce,
@@ -143,6 +150,7 @@ def benchmark(
         device=where,
         seed=seed,
         source=source,
+        gguf=gguf,
         gpt_fast=clone,
     )
     figures = {"ready_seconds": ready_seconds, **run.measure(cells, peers, missing)}
@@ -158,6 +166,7 @@ def benchmark(
         "device": where.type,
         "device_name": torch.cuda.get_device_name(where) if where.type == "cuda" else None,
         "dtype": dtype,
+        "formats": source.formats,
         "ranks": ranks,
         "threads_per_rank": cores,
         "batches": several(batches),
@@ -211,6 +220,7 @@ class _Run:
     device: torch.device
     seed: int
     source: Source
+    gguf: str | None
     gpt_fast: Path
 
     def measure(
@@ -267,6 +277,7 @@ class _Run:
             context=cell.context,
             new_tokens=self.new_tokens,
             itemsize=self.dtype.itemsize,
+            weight_bytes=self.source.read_bytes,
             rounds=rounds,
         )
 
@@ -276,7 +287,7 @@ class _Run:
     def _start(self, name: str, kind: PeerKind, cells: list[Cell]) -> Peer:
         export: dict[str, Callable[[], object]] = {
             "hf": lambda: write_hf(self.source, CACHE, self.dtype),
-            "gguf": lambda: write_gguf(self.source, CACHE, self.dtype),
+            "gguf": lambda: self.gguf or write_gguf(self.source, CACHE, self.dtype),
             "none": lambda: "",
         }
         setup = Setup(

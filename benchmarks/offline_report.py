@@ -18,19 +18,30 @@ from llama2.config import ModelArgs
 
 
 def measured_row(
-    args: ModelArgs, *, batch: int, context: int, new_tokens: int, itemsize: int, rounds: Sequence[tuple[Done, Rates]]
+    args: ModelArgs,
+    *,
+    batch: int,
+    context: int,
+    new_tokens: int,
+    itemsize: int,
+    weight_bytes: int | None,
+    rounds: Sequence[tuple[Done, Rates]],
 ) -> dict[str, Any]:
     """Rates of one cell, medians over the rounds, with the limits; and every round. Seconds, tokens per second.
 
-    A round comes with the hardware's rates at its time. The decode limit is that of the mean length while decoding,
-    `context` + `new_tokens` / 2.
+    `weight_bytes` is what a decoding step reads of quantized weights, None where each has `itemsize`. A round comes
+    with the hardware's rates at its time. The decode limit is that of the mean length while decoding, `context` +
+    `new_tokens` / 2.
     """
     prefill = statistics.median(done.prefill_seconds for done, _ in rounds)
     decode = statistics.median(done.decode_seconds for done, _ in rounds)
-    sizes = {"batch": batch, "itemsize": itemsize}
-    prefill_limit = statistics.median(prefill_seconds(args, rates, context=context, **sizes) for _, rates in rounds)
     length = context + new_tokens / 2
-    step_limit = statistics.median(decode_seconds(args, rates, context=length, **sizes) for _, rates in rounds)
+
+    def limit(seconds: Callable[..., float], length: float) -> float:
+        sizes = {"batch": batch, "context": length, "itemsize": itemsize, "weight_bytes": weight_bytes}
+        return statistics.median(seconds(args, rates, **sizes) for _, rates in rounds)
+
+    prefill_limit, step_limit = limit(prefill_seconds, context), limit(decode_seconds, length)
     return {
         "batch": batch,
         "context": context,

@@ -36,19 +36,31 @@ class Source:
 
     `read` gives a parameter by Meta's name, its shape at rest (see `ModelArgs.parameter_shapes`). None where values do
     not matter: a Hugging Face folder then has only a config, and its reader makes random weights on its own device.
+    `formats` names the formats of quantized weights. `read_bytes` is what a decoding step reads of the weights: all but
+    the embedding table, where it looks up one row per token; None: each is as long as the engine's dtype.
     """
 
     key: str
     args: ModelArgs
     read: Callable[[str], torch.Tensor] | None
+    formats: tuple[str, ...] = ()
+    read_bytes: int | None = None
 
     @classmethod
     def of_checkpoint(cls, folder: Path) -> Source:
         checkpoint = DcpFolder(folder)
         state = f"{folder.resolve()} {(folder / METADATA_FILE).stat().st_mtime_ns}"
         digest = hashlib.sha256(state.encode()).hexdigest()[:8]
-        values = Converted(checkpoint, target(checkpoint.spec, quantize="none"))
-        return cls(key=f"{folder.resolve().name}-{digest}", args=values.spec.args, read=values.read)
+        spec = checkpoint.spec
+        values = Converted(checkpoint, target(spec, quantize="none"))
+        read_bytes = sum(part.nbytes for name, part in spec.tensors().items() if not name.startswith("tok_embeddings"))
+        return cls(
+            key=f"{folder.resolve().name}-{digest}",
+            args=values.spec.args,
+            read=values.read,
+            formats=tuple(sorted({str(format) for format in spec.formats.values()})),
+            read_bytes=read_bytes if spec.formats else None,
+        )
 
     @classmethod
     def of_shape(cls, name: str, args: ModelArgs) -> Source:
