@@ -76,6 +76,7 @@ def load_engine(
             device=device,
             max_seq_len=config.max_seq_len,
             threads=threads,
+            activation_dtype=config.activation_dtype,
         )
         return build_engine(model, mesh, collectives, tokenizer=tokenizer, config=config)
 

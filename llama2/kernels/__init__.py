@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 import torch
 
 from llama2.batch import Batch
+from llama2.errors import InvalidValue
 from llama2.weights.formats import Weight
 
 if TYPE_CHECKING:
@@ -68,14 +69,26 @@ def is_hopper(device: torch.device) -> bool:
     return device.type == "cuda" and torch.cuda.get_device_capability(device)[0] == 9
 
 
-def choose_kernels(device: torch.device, dtype: torch.dtype) -> Kernels:
-    """The fastest arithmetic for models of `dtype` on `device`; the first call on a machine may compile it."""
+def choose_kernels(device: torch.device, dtype: torch.dtype, activation_dtype: str = "auto") -> Kernels:
+    """The fastest arithmetic for models of `dtype` on `device`; the first call on a machine may compile it.
+
+    `activation_dtype` is what quantized weights are multiplied by: "auto" is `dtype`, "int8" rounds it.
+
+    Raises:
+        InvalidValue: it is int8, which only the operators on a CPU have, for models of bf16.
+    """
     if device.type == "cpu" and dtype in (torch.bfloat16, torch.float32):
         from llama2.kernels.cpu.kernels import CpuKernels
         from llama2.kernels.cpu.library import load_library
 
-        if load_library():
-            return CpuKernels(dtype)
+        if load_library() and (activation_dtype == "auto" or dtype == torch.bfloat16):
+            return CpuKernels(dtype, activation_dtype)
+    if activation_dtype != "auto":
+        raise InvalidValue(
+            "activation_dtype",
+            f"{activation_dtype} is for models of bfloat16 on a CPU with a C++ compiler: this one is of "
+            f"{str(dtype).removeprefix('torch.')} on {device.type}; leave it out or set it to auto",
+        )
     if device.type == "cuda":
         from llama2.kernels.cuda.kernels import CudaKernels
 

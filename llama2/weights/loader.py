@@ -14,6 +14,7 @@ import torch
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
 
+from llama2.errors import InvalidValue
 from llama2.kernels import Kernels, choose_kernels
 from llama2.model import Transformer
 from llama2.parallel.collectives import Collectives
@@ -71,13 +72,20 @@ def load_model(
     device: torch.device,
     max_seq_len: int,
     threads: int,
+    activation_dtype: str = "auto",
 ) -> Transformer:
     """`build_model` with a checkpoint's weights, read by `threads` threads on a CPU.
 
     Raises:
         ValueError: a file of the checkpoint is damaged.
+        InvalidValue: `activation_dtype` is for quantized weights, or not for this device.
     """
     started = time.monotonic()
+    if activation_dtype != "auto" and not checkpoint.spec.formats:
+        raise InvalidValue(
+            "activation_dtype", f"{activation_dtype} is for quantized weights, and those of {checkpoint.path} are not"
+        )
+    kernels = choose_kernels(device, dtype, activation_dtype)
     if collectives.rank == 0 and not checkpoint.has_hashes:
         logger.warning(
             "%s has no %s: damage to it would go unnoticed; convert it again to have one",
@@ -100,6 +108,7 @@ def load_model(
         max_seq_len=max_seq_len,
         threads=threads,
         fill=fill,
+        kernels=kernels,
     )
     if collectives.rank == 0:
         logger.info("loaded %.2f GB on rank 0 in %.1f s", sum(sizes) / 1e9, time.monotonic() - started)

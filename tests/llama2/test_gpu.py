@@ -52,7 +52,7 @@ def on_cpu(monkeypatch: pytest.MonkeyPatch) -> Callable[..., LLM]:
 
     def make(folder: Path, **settings: Any) -> LLM:
         with monkeypatch.context() as patch:
-            patch.setattr("llama2.weights.loader.choose_kernels", lambda device, dtype: PlainKernels())
+            patch.setattr("llama2.weights.loader.choose_kernels", lambda *_: PlainKernels())
             return LLM(folder, dtype=torch.float32, device="cpu", **settings)
 
     return make
@@ -93,7 +93,7 @@ def test_our_kernels_and_plain_pytorch_reply_the_same_in_fp32(folder: Path, monk
     params = SamplingParams(temperature=0, max_new_tokens=20, ignore_eos=True)
     settings: dict[str, Any] = {"dtype": torch.float32, "device": "cuda", "max_seq_len": 1024}
     ours = LLM(folder, **settings).generate(prompts, params)
-    monkeypatch.setattr("llama2.weights.loader.choose_kernels", lambda device, dtype: PlainKernels())
+    monkeypatch.setattr("llama2.weights.loader.choose_kernels", lambda *_: PlainKernels())
     assert LLM(folder, **settings, cuda_graphs=False).generate(prompts, params) == ours
 
 

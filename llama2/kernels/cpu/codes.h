@@ -1,5 +1,5 @@
-// Owns what the product with a quantized weight knows of the processor: numbers for all outputs of a block at once, and
-// the way to them from packed codes and scales. `packing.h` says how these are packed.
+// Owns what products with a quantized weight share: fp32 numbers for all outputs of a block at once, and the kinds of
+// codes. `packing.h` says how codes and scales are packed, `bf16_codes.h` and `int8_codes.h` how codes are decoded.
 #pragma once
 
 #include <ATen/ATen.h>
@@ -14,6 +14,14 @@ namespace llama2 {
 
 constexpr int kBlock = 32;       // outputs of a block
 constexpr int64_t kPage = 4096;  // where hardware prefetchers stop
+
+// What a code stands for, before it is scaled.
+enum class Codes {
+  kTable4,  // a value of a table of 16
+  kZeros4,  // code - zero: every group has a code that stands for 0, of 0 to kMaxZero
+  kInt8,    // itself, with a sign
+};
+constexpr int kMaxZero = 16;
 
 #ifdef __AVX512BF16__
 
@@ -55,71 +63,17 @@ inline Outputs multiply_add(const Outputs& a, const Outputs& b, const Outputs& c
   return {_mm512_fmadd_ps(a.low, b.low, c.low), _mm512_fmadd_ps(a.high, b.high, c.high)};
 }
 
-// The values of two inputs for each output of a block.
-struct Weights {
-  __m512bh low, high;
-};
+// For each output of a block kMaxZero less the zero of its codes, in every place where a code is to be shifted by it.
+struct Shifts {
+  __m512i low = _mm512_setzero_si512(), high = _mm512_setzero_si512();
 
-// sum += the products of two inputs.
-inline void add_products(Outputs& sum, const Weights& weights, const BFloat16* x) {
-  int pair;
-  std::memcpy(&pair, x, sizeof pair);
-  const auto both = (__m512bh)_mm512_set1_epi32(pair);
-  sum.low = _mm512_dpbf16_ps(sum.low, both, weights.low);
-  sum.high = _mm512_dpbf16_ps(sum.high, both, weights.high);
-}
-
-inline float sum_of(const BFloat16* x, int count) {
-  const auto mask = count == 32 ? __mmask32(-1) : (__mmask32(1) << count) - 1;
-  const auto ones = (__m512bh)_mm512_set1_epi16(BFloat16(1.f).x);
-  return _mm512_reduce_add_ps(_mm512_dpbf16_ps(_mm512_setzero_ps(), (__m512bh)_mm512_maskz_loadu_epi16(mask, x), ones));
-}
-
-template <int Bits>
-struct Decoder;
-
-template <>
-struct Decoder<4> {
-  static constexpr int kInputs = 8;  // of a unit
-  __m512i values;
-
-  // A place in a register of 32 has five bits, of which one belongs to the next code.
-  explicit Decoder(const float* table) {
-    alignas(64) BFloat16 twice[32];
-    for (int i = 0; i < 32; i++) twice[i] = table[i % 16];
-    values = _mm512_load_si512(twice);
-  }
-
-  // Calls `use(i, weights)` for the inputs i and i + 1 of a unit.
-  template <typename Use>
-  C10_ALWAYS_INLINE void decode(const char* codes, const Width& width, const Use& use) const {
-    const auto low = _mm512_maskz_loadu_epi32(width.low, codes),
-               high = _mm512_maskz_loadu_epi32(width.high, codes + 64);
-    __builtin_prefetch(codes + kPage);
-    __builtin_prefetch(codes + kPage + 64);
-    auto look_up = [&](__m512i places) { return (__m512bh)_mm512_permutexvar_epi16(places, values); };
-    use(0, Weights{look_up(low), look_up(high)});
-    use(2, Weights{look_up(_mm512_srli_epi16(low, 4)), look_up(_mm512_srli_epi16(high, 4))});
-    use(4, Weights{look_up(_mm512_srli_epi16(low, 8)), look_up(_mm512_srli_epi16(high, 8))});
-    use(6, Weights{look_up(_mm512_srli_epi16(low, 12)), look_up(_mm512_srli_epi16(high, 12))});
-  }
-};
-
-template <>
-struct Decoder<8> {
-  static constexpr int kInputs = 2;
-
-  explicit Decoder(const float*) {}
-
-  template <typename Use>
-  C10_ALWAYS_INLINE void decode(const char* codes, const Width& width, const Use& use) const {
-    __builtin_prefetch(codes + kPage);
-    auto half = [](__m128i codes) { return _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(codes)); };
-    auto widen = [&](__m256i codes) {
-      return _mm512_cvtne2ps_pbh(half(_mm256_extracti128_si256(codes, 1)), half(_mm256_castsi256_si128(codes)));
+  // `places` has a 1 at each.
+  static Shifts load(const uint8_t* zeros, const Width& width, int places) {
+    auto shifts = [&](__m128i bytes) {
+      const auto shift = _mm512_sub_epi32(_mm512_set1_epi32(kMaxZero), _mm512_cvtepu8_epi32(bytes));
+      return _mm512_mullo_epi32(shift, _mm512_set1_epi32(places));
     };
-    use(0, Weights{widen(_mm256_maskz_loadu_epi16(width.low, codes)),
-                   widen(_mm256_maskz_loadu_epi16(width.high, codes + 32))});
+    return {shifts(_mm_maskz_loadu_epi8(width.low, zeros)), shifts(_mm_maskz_loadu_epi8(width.high, zeros + 16))};
   }
 };
 
@@ -163,47 +117,23 @@ inline Outputs multiply_add(const Outputs& a, const Outputs& b, const Outputs& c
 }
 inline Outputs operator*(const Outputs& a, const Outputs& b) { return multiply_add(a, b, Outputs()); }
 
-struct Weights {
-  Outputs first, second;
-};
+struct Shifts {
+  std::array<int, kBlock> values{};
 
-inline void add_products(Outputs& sum, const Weights& weights, const BFloat16* x) {
-  sum = multiply_add(Outputs::same(x[0]), weights.first, sum);
-  sum = multiply_add(Outputs::same(x[1]), weights.second, sum);
-}
-
-inline float sum_of(const BFloat16* x, int count) {
-  float sum = 0;
-  for (int i = 0; i < count; i++) sum += float(x[i]);
-  return sum;
-}
-
-template <int Bits>
-struct Decoder {
-  static constexpr int kInputs = Bits == 4 ? 8 : 2;
-  const float* table;
-
-  explicit Decoder(const float* table) : table(table) {}
-
-  template <typename Use>
-  void decode(const char* codes, const Width& width, const Use& use) const {
-    auto values = [&](int input) {
-      float values[kBlock] = {};
-      for (int o = 0; o < width.width; o++) {
-        if constexpr (Bits == 4) {
-          uint32_t unit;
-          std::memcpy(&unit, codes + 4 * o, sizeof unit);
-          values[o] = table[unit >> (input % 2 * 16 + input / 2 * 4) & 15];
-        } else {
-          values[o] = static_cast<int8_t>(codes[2 * o + input]);
-        }
-      }
-      return Outputs::of(values);
-    };
-    for (int i = 0; i < kInputs; i += 2) use(i, Weights{values(i), values(i + 1)});
+  static Shifts load(const uint8_t* zeros, const Width& width, int) {
+    Shifts result;
+    for (int o = 0; o < width.width; o++) result.values[o] = kMaxZero - zeros[o];
+    return result;
   }
 };
 
 #endif
+
+// What a step of a row is, beside its inputs: their sum, by which minima are multiplied; for inputs that are whole
+// numbers, what these are multiplied by, and where their products' sum begins.
+struct StepOfRow {
+  float sum, scale;
+  int32_t start;
+};
 
 }  // namespace llama2

@@ -26,8 +26,10 @@ _SMALLEST_GROUP = 16  # kSmallestStep of quantized_linear.cpp
 class CpuKernels(PlainKernels):
     """See `llama2.kernels.Kernels`. `library.load_library` must have succeeded."""
 
-    def __init__(self, dtype: torch.dtype) -> None:
+    def __init__(self, dtype: torch.dtype, activation_dtype: str = "auto") -> None:
+        """`activation_dtype` "int8": products with quantized weights round their inputs to int8, see `int8_codes.h`."""
         self._dtype = dtype
+        self._rounds = activation_dtype == "int8"
         operators = torch.ops.llama2_cpu
         # `.default` skips overload resolution at every call.
         self._add_rms_norm = operators.add_rms_norm.default
@@ -99,7 +101,7 @@ class CpuKernels(PlainKernels):
             parts = {name: part.view(len(part), -1) for name, part in weight.parts.items()}
             others = (parts.get(name) for name in ("zeros", "mins", "super_scales", "super_mins"))
             return torch.ops.llama2_cpu.prepare_quantized(
-                parts["codes"], parts["scales"], *others, _table(weight.format)
+                parts["codes"], parts["scales"], *others, _table(weight.format), self._rounds
             )
         return super()._prepare_one(weight)
 
