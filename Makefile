@@ -11,7 +11,8 @@ TRITON := $(VENV)/.triton
 CLIENTS := .venv-clients
 GPTQ := .venv-gptq
 
-# make serve TP=3 PORT=9080
+# make serve QUANTIZE=none TP=3 PORT=9080
+QUANTIZE ?=
 TP   ?=
 PORT ?= 8080
 
@@ -42,8 +43,8 @@ $(READY): pyproject.toml
 	@$(BIN)/python -m handler.torchserve.server.java || $(INSTALL) --editable '.[java]'
 	@touch $(READY)
 
-serve: $(READY)  ## convert, archive and serve a real model, and ask it two things (TP=2 PORT=8080)
-	@$(BIN)/python -m scripts.serve serve $(if $(TP),--tp $(TP)) --port $(PORT)
+serve: $(READY)  ## convert, archive and serve a real model, and ask it two things (QUANTIZE=none TP=2 PORT=8080)
+	@$(BIN)/python -m scripts.serve serve $(if $(QUANTIZE),--quantize $(QUANTIZE)) $(if $(TP),--tp $(TP)) --port $(PORT)
 
 stop:  ## stop what `make serve` started
 	@if test -e $(READY); then $(BIN)/python -m scripts.serve stop; else echo "nothing to stop: nothing is set up yet"; fi

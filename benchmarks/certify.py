@@ -12,9 +12,9 @@ from __future__ import annotations
 
 import hashlib
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +25,7 @@ from benchmarks.divergence import Divergence
 from benchmarks.results import commit, machine, sources
 from benchmarks.tables import table
 from llama2 import LLM
-from llama2.config import ModelArgs
+from llama2.config import EngineConfig, ModelArgs
 from llama2.dtypes import read_dtype
 from llama2.flags import check_counts, run, several
 from llama2.kernels import choose_kernels
@@ -52,6 +52,7 @@ logger = logging.getLogger(__name__)
 LEAST_WINDOWS = 8
 GREEDY_PROMPTS = 32
 GREEDY_TOKENS = 128
+ENGINE = EngineConfig()
 
 
 def certify(
@@ -63,6 +64,8 @@ def certify(
     context: int = 1024,
     stride: int = 512,
     dtype: str = "bf16",
+    activation_dtype: str = ENGINE.activation_dtype,
+    kv_cache_dtype: str = ENGINE.kv_cache_dtype,
     device: str | None = None,
 ) -> None:
     """Compare converted folders with another over a text, print figures, and write a certificate.json into each.
@@ -74,7 +77,9 @@ def certify(
         tokens: how many of its tokens count, at most.
         context: tokens of a window.
         stride: windows begin so many tokens apart, and so many count at the end of each.
-        dtype: bfloat16 (bf16), float16 (fp16) or float32 (fp32); of activations and KV cache.
+        dtype: bfloat16 (bf16), float16 (fp16) or float32 (fp32); of activations, and of the reference's KV cache.
+        activation_dtype: int8 rounds what the checkpoint's quantized weights are multiplied by, as it may be served.
+        kv_cache_dtype: int8 or fp8 for the checkpoint's keys and values, as it may be served.
         device: cpu or cuda; by default a GPU where each rank has one.
     """
     check_counts(tokens=tokens, context=context, stride=stride)
@@ -84,14 +89,19 @@ def certify(
     for folder in folders:
         check_alike(folder, other)
     windows = Windows.of(Path(str(text)), load_tokenizer(other), tokens=tokens, context=context, stride=stride)
+    EngineConfig(activation_dtype=activation_dtype, kv_cache_dtype=kv_cache_dtype)  # refuses what is none
+    served = {"activation_dtype": activation_dtype, "kv_cache_dtype": kv_cache_dtype}
     where = choose_device(device)
-    floor = None if dtype == "float32" else _compare(windows, (other, dtype), (other, "float32"), where)
+    reference_model = _Model(folder=other, dtype=dtype)
+    floor = None
+    if dtype != "float32":
+        floor = _compare(windows, reference_model, _Model(folder=other, dtype="float32"), where)
     for folder in folders:
-        figures = _compare(windows, (folder, dtype), (other, dtype), where)
+        figures = _compare(windows, _Model(folder=folder, dtype=dtype, options=served), reference_model, where)
         if figures is None:
             continue
         measured = Measurement(
-            **_configuration(where, dtype),
+            **_configuration(where, dtype, **served),
             torch=torch.__version__,
             commit=commit(),
             sources=sources(),
@@ -151,11 +161,11 @@ class Windows:
 def check_alike(folder: Path, other: Path) -> None:
     """Raises ValueError if the two are not of one architecture with one tokenizer."""
     own, theirs = DcpFolder(folder).spec.args, DcpFolder(other).spec.args
-    for field in fields(ModelArgs):
-        mine, its = getattr(own, field.name), getattr(theirs, field.name)
+    for one in fields(ModelArgs):
+        mine, its = getattr(own, one.name), getattr(theirs, one.name)
         if mine != its:
             raise ValueError(
-                f"--checkpoint and --reference must be of one architecture, but {field.name} is {mine} in {folder} "
+                f"--checkpoint and --reference must be of one architecture, but {one.name} is {mine} in {folder} "
                 f"and {its} in {other}"
             )
     tokenizer, another = load_tokenizer(folder), load_tokenizer(other)
@@ -172,10 +182,17 @@ def check_alike(folder: Path, other: Path) -> None:
     Identity.of(folder), Identity.of(other)
 
 
-def _compare(
-    windows: Windows, checkpoint: tuple[Path, str], reference: tuple[Path, str], device: torch.device
-) -> Figures | None:
-    """A folder in a dtype against another. Called on every rank; None on all but rank 0."""
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Model:
+    """A folder as it is run: `options` are the engine's."""
+
+    folder: Path
+    dtype: str
+    options: Mapping[str, Any] = field(default_factory=dict)
+
+
+def _compare(windows: Windows, checkpoint: _Model, reference: _Model, device: torch.device) -> Figures | None:
+    """One model against another. Called on every rank; None on all but rank 0."""
     stride = windows.text.stride
     openings = list(windows.openings())
     room = min(GREEDY_TOKENS, windows.text.context - len(openings[0]))
@@ -185,16 +202,17 @@ def _compare(
         own, theirs = (
             models.enter_context(
                 LLM(
-                    folder,
-                    dtype=dtype,
+                    one.folder,
+                    dtype=one.dtype,
                     device=device,
                     max_seq_len=windows.text.context,
                     max_batch_size=8,
                     kv_memory_fraction=0.25,
                     cuda_graphs=False,
+                    **one.options,
                 )
             )
-            for folder, dtype in (checkpoint, reference)
+            for one in (checkpoint, reference)
         )
         first = dist.get_rank() == 0
         for prompt in progress(windows.prompts, desc="scoring", unit="window", disable=not first):
@@ -209,16 +227,18 @@ def _compare(
     return found.figures(list(zip(own_ids, theirs_ids, strict=True))) if first else None
 
 
-def _configuration(device: torch.device, dtype: str) -> dict[str, Any]:
+def _configuration(device: torch.device, dtype: str, *, activation_dtype: str, kv_cache_dtype: str) -> dict[str, Any]:
     there = machine()
+    bits = 8 if activation_dtype == "int8" else 32 if dtype == "float32" else 16
     return {
         "device": device.type,
         "processor": torch.cuda.get_device_name(device)
         if device.type == "cuda"
         else f"{there['cpu']} (family {there['cpu_family']}, model {there['cpu_model']})",
-        "kernel": "A32" if dtype == "float32" else "A16",
+        "kernel": f"A{bits}",
         "implementation": type(choose_kernels(device, getattr(torch, dtype))).__name__,
         "dtype": dtype,
+        "kv_cache_dtype": kv_cache_dtype,
         "tensor_parallel_size": dist.get_world_size(),
     }
 
@@ -253,7 +273,7 @@ def _write(folder: Path, other: Path, text: Text, measured: Measurement) -> None
 def _print(measured: Measurement) -> None:
     columns = {"checkpoint": measured.figures, "noise floor": measured.noise_floor}
     shown = {title: one for title, one in columns.items() if one is not None}
-    rows = [[field.name, *(f"{getattr(one, field.name):.6g}" for one in shown.values())] for field in fields(Figures)]
+    rows = [[each.name, *(f"{getattr(one, each.name):.6g}" for one in shown.values())] for each in fields(Figures)]
     print(table(["", *shown], rows))
 
 

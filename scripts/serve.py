@@ -1,4 +1,4 @@
-"""Owns `make serve` and `make stop`: a real model from Meta's shard format to its first replies over HTTP.
+"""Owns `make serve` and `make stop`: a real model from its file to its first replies over HTTP.
 
 It skips a step whose result exists, and writes into build/ alone.
 """
@@ -25,34 +25,38 @@ from handler.torchserve.gpu_mask import entries, requested
 from handler.torchserve.server.archive import PACKAGES, build_archive
 from handler.torchserve.server.command import wait
 from handler.torchserve.server.process import Ports, ServerError, TorchServe
+from llama2.weights.precision import PRECISIONS
+from scripts.smollm2 import gguf_file
 
 ROOT = Path(__file__).resolve().parent.parent
 BUILD = ROOT / "build"
 MODEL = "llama"
-SHARDS = 3
 CONVERTERS = 2
 READY_SECONDS = 600
 
 
-def serve(*, tp: int | None = None, port: int = 8080) -> None:
+def serve(*, quantize: str | None = None, tp: int | None = None, port: int = 8080) -> None:
     """Convert, archive and serve SmolLM2-135M-Instruct, and ask it two things.
 
     Args:
+        quantize: int8, int4 or nf4, or none for bf16; by default the file's own precision, 4 bits with groups' minima.
         tp: ranks; by default 2, or as many GPUs as there are up to 2. On GPUs where each rank has one, else on the CPU.
         port: of the inference API; the management, metrics and gRPC APIs have the next four.
     """
+    if quantize is not None and quantize not in ("none", *PRECISIONS):
+        raise ServerError(f"QUANTIZE must be none, {', '.join(PRECISIONS)}, got {quantize!r}")
     if tp is not None and (type(tp) is not int or not 1 <= tp <= 1024):
         raise ServerError(f"TP must be a whole number from 1 to 1024, got {tp!r}")
     server = TorchServe(folder=BUILD / "server", ports=Ports.counted_from(port))
-    meta, converted, store = BUILD / "smollm2-meta", BUILD / "converted_checkpoints", BUILD / "model_store"
-    if not (meta / "params.json").exists():
-        _run("write SmolLM2-135M-Instruct as Meta would, in 3 shards", "-m", "scripts.smollm2",
-             "--output_dir", meta, "--num_shards", SHARDS)  # fmt: skip
+    converted, store = BUILD / "converted_checkpoints", BUILD / "model_store"
+    precision: list[str] = []
+    if quantize is not None:
+        converted = converted.with_name(f"{converted.name}-{quantize}")
+        precision = ["--quantize", quantize, "--requantize"]
     if not (converted / ".metadata").exists():
-        _run(f"convert {SHARDS} shards with {CONVERTERS} processes", "-m", "torch.distributed.run",
+        _run(f"convert SmolLM2-135M-Instruct with {CONVERTERS} processes", "-m", "torch.distributed.run",
              "--standalone", "--nproc_per_node", CONVERTERS, "convert_checkpoints.py",
-             "--original_ckpt_dir", meta, "--tokenizer_path", meta,
-             "--model_parallel_size", SHARDS, "--save_checkpoint_dir", converted)  # fmt: skip
+             "--original_ckpt_dir", gguf_file(), "--save_checkpoint_dir", converted, *precision)  # fmt: skip
     config = _write_config(tp, converted)
     state_file, state = BUILD / "server" / "serving", _fingerprint(config, port)
     if server.running and state_file.exists() and state_file.read_text() == state:

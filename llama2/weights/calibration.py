@@ -19,9 +19,8 @@ from typing import Any
 
 from llama2.progress import progress
 from llama2.text.tokenizer import Tokenizer
+from llama2.weights.kinds import CALIBRATION_FILE
 
-# In a converted folder: what its weights were calibrated with.
-CALIBRATION_FILE = "calibration.json"
 # Where `make gptq` installs the library: it needs other versions of the same packages.
 ENVIRONMENT = Path(".venv-gptq")
 

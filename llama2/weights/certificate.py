@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 from llama2.config import MODEL_ARGS_FILE
-from llama2.weights.kinds import FORMATS_FILE, METADATA_FILE
+from llama2.weights.kinds import CALIBRATION_FILE, FORMATS_FILE, METADATA_FILE
 from llama2.weights.manifest import MANIFEST_FILE, Manifest
 from llama2.weights.origin import ORIGIN_FILE
 
@@ -65,9 +65,9 @@ class Measurement:
 
     Attributes:
         device: cpu or cuda; `processor` is its name.
-        kernel: A16 or A32: bits of the activations that weights are multiplied by.
+        kernel: A8, A16 or A32: bits of the activations that weights are multiplied by.
         implementation: the class in llama2/kernels that computed it.
-        dtype: of activations and KV cache.
+        dtype: of activations. `kv_cache_dtype` is that of the KV cache, or auto, which is the same.
         commit, sources: the code's, of which the second is a hash over llama2/.
         figures: the weights against the reference.
         noise_floor: the reference in `dtype` against itself in fp32; none where it was not measured.
@@ -80,6 +80,7 @@ class Measurement:
     kernel: str
     implementation: str
     dtype: str
+    kv_cache_dtype: str
     tensor_parallel_size: int
     torch: str
     commit: str
@@ -96,6 +97,7 @@ class Measurement:
             self.kernel,
             self.implementation,
             self.dtype,
+            self.kv_cache_dtype,
             self.tensor_parallel_size,
         )
 
@@ -170,7 +172,7 @@ class Identity:
             ValueError: it has no hashes, or they are damaged.
         """
         manifest = _manifest(folder)
-        others = (CERTIFICATE_FILE, ORIGIN_FILE)
+        others = (CERTIFICATE_FILE, ORIGIN_FILE, CALIBRATION_FILE)
         return cls(
             weights=manifest.digest(_describes_weights),
             tokenizer=manifest.digest(lambda name: not _describes_weights(name) and name not in others),

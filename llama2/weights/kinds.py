@@ -12,6 +12,7 @@ from llama2.errors import InvalidValue
 
 METADATA_FILE = ".metadata"
 FORMATS_FILE = "formats.json"
+CALIBRATION_FILE = "calibration.json"  # what the weights were calibrated with
 _USUAL_NAME = "converted_checkpoints"  # of README and its examples
 _CONVERT = f"python convert_checkpoints.py --original_ckpt_dir {{}} --save_checkpoint_dir {_USUAL_NAME}"
 

@@ -85,6 +85,18 @@ def test_the_certificate_says_what_was_measured(converted: Converted, text: Path
     assert (measured.torch, measured.noise_floor is None) == (torch.__version__, False)
 
 
+def test_each_way_to_serve_the_weights_has_an_entry_and_its_own_figures(converted: Converted, text: Path) -> None:
+    folder, reference = converted("int8"), converted("none")
+    for activations, kv_cache in (("auto", "auto"), ("int8", "auto"), ("auto", "int8")):
+        served = {"activation_dtype": activations, "kv_cache_dtype": kv_cache}
+        certify(checkpoint=str(folder), reference=str(reference), text=str(text), **{**SIZES, **served})
+    certificate = read_certificate(folder)
+    assert certificate is not None
+    found = {(one.kernel, one.kv_cache_dtype): one.figures.kl_mean for one in certificate.measurements}
+    assert found.keys() == {("A16", "auto"), ("A8", "auto"), ("A16", "int8")}
+    assert min(found.values()) == found["A16", "auto"] < found["A8", "auto"]
+
+
 def test_the_coarser_the_weights_the_larger_the_figures(converted: Converted, text: Path) -> None:
     reference, folders = converted("none"), [converted("int8"), converted("int4")]
     certify(checkpoint=list(map(str, folders)), reference=str(reference), text=str(text), dtype="fp32", **SIZES)

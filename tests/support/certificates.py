@@ -30,6 +30,7 @@ MEASUREMENT = Measurement(
     kernel="A16",
     implementation="CpuKernels",
     dtype="bfloat16",
+    kv_cache_dtype="auto",
     tensor_parallel_size=1,
     torch="2.13.0",
     commit="0123456789ab",
