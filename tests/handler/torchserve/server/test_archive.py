@@ -59,7 +59,7 @@ def test_the_archive_holds_the_packages_and_a_yaml_that_finds_the_weights_from_a
 def test_weights_are_not_copied(project: Path) -> None:
     (project / "converted_checkpoints" / "__0_0.distcp").write_bytes(bytes(10_000_000))
     archive = build(project) / "llama"
-    assert sum(path.stat().st_size for path in archive.rglob("*") if path.is_file()) < 1_000_000
+    assert sum(path.stat().st_size for path in archive.rglob("*") if path.is_file()) < 2_000_000
 
 
 def test_it_carries_the_certificate_of_the_weights_and_no_other(project: Path) -> None:
