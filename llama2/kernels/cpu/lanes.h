@@ -61,11 +61,14 @@ inline Floats load(const Fp8* from) {
 }
 #else
 template <typename C>
-inline Floats load(const C* from) {
+inline Floats load_codes(const C* from) {
   float values[kFloats];
   std::copy_n(from, kFloats, values);
   return load(values);
 }
+// No templates: c10 has one of the same name.
+inline Floats load(const int8_t* from) { return load_codes(from); }
+inline Floats load(const Fp8* from) { return load_codes(from); }
 #endif
 
 template <typename T>

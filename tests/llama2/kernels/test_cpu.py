@@ -267,6 +267,23 @@ for dtype in (torch.int8, torch.float8_e4m3fn):
         actual = attend(q, *codes, table, starts, context, *scales)
         tolerance = 1e-4 if q.dtype == torch.float32 else 0.05
         torch.testing.assert_close(actual, plain, atol=100 * tolerance, rtol=tolerance)
+x, scales = torch.randn(9, 64).bfloat16(), torch.rand(40, 2)
+make = torch.ops.llama2_cpu.prepare_quantized
+for int8_rows in (False, True):
+    codes = torch.randint(-127, 128, (40, 64), dtype=torch.int8)
+    nibbles = torch.randint(0, 16, (40, 64), dtype=torch.uint8)
+    packed = nibbles[:, ::2] | nibbles[:, 1::2] << 4
+    zeros = torch.randint(0, 17, (40, 2), dtype=torch.uint8)
+    table, none = [float(code) for code in range(16)], (None, None, None)
+    for values, linear in (
+        (codes.float(), make(codes.clone(), scales.clone(), None, *none, [], int8_rows)),
+        (nibbles - 8.0, make(packed.clone(), scales.clone(), None, *none, [code - 8 for code in table], int8_rows)),
+        (nibbles - zeros.float().repeat_interleave(32, 1),
+         make(packed, scales.clone(), zeros.clone(), *none, table, int8_rows)),
+    ):
+        expected = x.float() @ (values * scales.repeat_interleave(32, 1)).T
+        error = (linear.product(x) - expected).norm() / expected.norm()
+        assert error < (0.02 if int8_rows else 0.005), error
 """
 
 
