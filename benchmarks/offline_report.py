@@ -24,7 +24,7 @@ def measured_row(
     context: int,
     new_tokens: int,
     itemsize: int,
-    weight_bytes: int | None,
+    weight_bytes: int | None = None,
     rounds: Sequence[tuple[Done, Rates]],
 ) -> dict[str, Any]:
     """Rates of one cell, medians over the rounds, with the limits; and every round. Seconds, tokens per second.
