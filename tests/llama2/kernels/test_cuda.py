@@ -289,7 +289,7 @@ def test_a_model_on_these_kernels_replies_as_on_others(tmp_path: Path, monkeypat
         settings: dict[str, Any] = {"max_seq_len": 64, "max_batch_size": 3, "max_step_tokens": 24}
         return LLM(folder, dtype=torch.float32, device=DEVICE, **settings).generate(prompts, params)
 
-    monkeypatch.setattr("llama2.weights.loader.choose_kernels", lambda device, dtype: PLAIN)
+    monkeypatch.setattr("llama2.weights.loader.choose_kernels", lambda *_: PLAIN)
     monkeypatch.setattr("llama2.engine.runner.choose_record", lambda device: None)
     expected = reply()
     monkeypatch.undo()
@@ -297,6 +297,6 @@ def test_a_model_on_these_kernels_replies_as_on_others(tmp_path: Path, monkeypat
     if DEVICE.type == "cpu":
         from llama2.kernels.cuda.kernels import CudaKernels
 
-        monkeypatch.setattr("llama2.weights.loader.choose_kernels", lambda device, dtype: CudaKernels(device, dtype))
+        monkeypatch.setattr("llama2.weights.loader.choose_kernels", lambda device, dtype, _: CudaKernels(device, dtype))
         monkeypatch.setattr("llama2.engine.runner.choose_record", lambda device: Rerun)
     assert reply() == expected
