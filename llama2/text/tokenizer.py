@@ -51,7 +51,9 @@ def load_tokenizer(path: Path | str) -> Tokenizer:
             raise ValueError(f"{path} has no tokenizer: expected {SENTENCEPIECE_FILE} or {BPE_FILE} in it")
         path = found[-1] if len(found) == 2 and adds_tokens(found[1]) else found[0]
     if not path.is_file():
-        raise ValueError(f"tokenizer {path} does not exist: expected a {SENTENCEPIECE_FILE} or {BPE_FILE}")
+        there = [name for name in (SENTENCEPIECE_FILE, BPE_FILE) if path.with_name(name).exists()]
+        hint = f"there is a {there[0]}" if there else f"expected a {SENTENCEPIECE_FILE} or {BPE_FILE}"
+        raise ValueError(f"tokenizer {path} does not exist: {hint}")
     if path.suffix == ".json":
         return BpeTokenizer(path)
     if path.suffix == ".model":

@@ -40,7 +40,9 @@ def serve(*, config: str | None = None, checkpoint: str | None = None, port: int
     folder = Path.cwd() / f"llama2-serve-{port}"
     server = TorchServe(folder=folder, ports=Ports.counted_from(port))
     if stop:
-        print("the server has stopped" if server.stop() else f"no server of {folder} is running")
+        if not server.stop():
+            raise ServerError(f"no server of {folder} is running: --stop goes where llama2-serve was started")
+        print("the server has stopped")
         return
     if server.running:
         raise ServerError(f"the server of {folder} runs already; llama2-serve --stop --port {port} ends it")
@@ -62,7 +64,9 @@ def serve(*, config: str | None = None, checkpoint: str | None = None, port: int
         _show(server)
         while server.running:
             time.sleep(2)
-        raise ServerError(f"TorchServe has ended; its last words are in {folder}/logs/ts_log.log")
+        raise ServerError(
+            f"TorchServe has ended, unless by --stop then with its last words in {folder}/logs/ts_log.log"
+        )
     finally:
         if server.stop():
             print("the server has stopped")

@@ -157,5 +157,8 @@ def test_a_config_that_does_not_fit_is_refused(sp: Tokenizer, tmp_path: Path, co
 def test_a_missing_tokenizer_is_refused_by_its_path(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"has no tokenizer: expected tokenizer\.model or tokenizer\.json"):
         load_tokenizer(tmp_path)
-    with pytest.raises(ValueError, match=r"tokenizer .*nothing\.model does not exist"):
+    with pytest.raises(ValueError, match=r"tokenizer .*nothing\.model does not exist: expected a tokenizer\.model or"):
         load_tokenizer(tmp_path / "nothing.model")
+    (tmp_path / "tokenizer.json").touch()
+    with pytest.raises(ValueError, match=r"tokenizer .*tokenizer\.model does not exist: there is a tokenizer\.json"):
+        load_tokenizer(tmp_path / "tokenizer.model")

@@ -68,12 +68,10 @@ def test_a_taken_port_among_the_five_is_named(tmp_path: Path, monkeypatch: pytes
             serve(port=port - 4)
 
 
-def test_nothing_is_stopped_where_nothing_runs(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_nothing_is_stopped_where_nothing_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    serve(stop=True)
-    assert capsys.readouterr().out == f"no server of {tmp_path}/llama2-serve-8080 is running\n"
+    with pytest.raises(ServerError, match=f"no server of {tmp_path}/llama2-serve-8080 is running: --stop goes where"):
+        serve(stop=True)
 
 
 def test_a_folder_too_deep_for_sockets_is_refused(tmp_path: Path) -> None:
