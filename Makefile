@@ -87,11 +87,13 @@ $(TRITON): $(READY)
 # report goes to the file descriptor of stderr, which pytest must not capture, since the process ends with it.
 SANITIZED = LLAMA_CPU_SANITIZE=address,undefined ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 \
 	LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-file-name=libubsan.so)" \
-	$(BIN)/python -m pytest --quiet --capture=sys
+	$(BIN)/python
 
+# They are compiled first, which takes longer than a test may.
 test-sanitizers: $(READY)  ## the C++ operators under AddressSanitizer and UndefinedBehaviorSanitizer
-	$(SANITIZED) -m 'not integration' tests/llama2/kernels tests/llama2/test_model.py
-	$(SANITIZED) tests/distributed/test_collectives.py
+	$(SANITIZED) -c 'from llama2.kernels.cpu.library import load_library; assert load_library()'
+	$(SANITIZED) -m pytest --quiet --capture=sys -m 'not integration' tests/llama2/kernels tests/llama2/test_model.py
+	$(SANITIZED) -m pytest --quiet --capture=sys tests/distributed/test_collectives.py
 
 test-clients: $(CHAT) $(CLIENTS)/.ready  ## the OpenAI API, asked offline by clients that others wrote; the chat page
 	SERVER_PYTHON=$(BIN)/python $(CLIENTS)/bin/python -m pytest -m clients tests/clients
