@@ -64,9 +64,7 @@ def serve(*, config: str | None = None, checkpoint: str | None = None, port: int
         _show(server)
         while server.running:
             time.sleep(2)
-        raise ServerError(
-            f"TorchServe has ended, unless by --stop then with its last words in {folder}/logs/ts_log.log"
-        )
+        raise ServerError(f"TorchServe has ended: --stop was used elsewhere, or {folder}/logs/ts_log.log says why")
     finally:
         if server.stop():
             print("the server has stopped")
