@@ -61,10 +61,13 @@ def installed(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_the_installed_commands_and_operators_work_in_any_folder(installed: Path, tmp_path: Path) -> None:
-    def run(*command: str | Path) -> str:
+    def ended(*command: str | Path) -> subprocess.CompletedProcess[str]:
         environ = {**os.environ, "OMP_NUM_THREADS": "1"}
         environ.pop("PYTHONPATH", None)
-        done = subprocess.run([*map(str, command)], cwd=tmp_path, env=environ, capture_output=True, text=True)
+        return subprocess.run([*map(str, command)], cwd=tmp_path, env=environ, capture_output=True, text=True)
+
+    def run(*command: str | Path) -> str:
+        done = ended(*command)
         assert done.returncode == 0, done.stderr
         return done.stdout
 
@@ -84,4 +87,6 @@ def test_the_installed_commands_and_operators_work_in_any_folder(installed: Path
     made = run(installed / "llama2-archive", "--config", config, "--checkpoint", "converted", "--model_store", "store")
     assert made.startswith("store/llama is ready")
     assert (tmp_path / "store" / "llama" / "llama2" / "kernels" / "cpu" / "linear.cpp").is_file()
-    assert "llama2-serve-8080 is running" in run(installed / "llama2-serve", "--stop")
+    stopped = ended(installed / "llama2-serve", "--stop")
+    assert stopped.returncode == 1
+    assert "llama2-serve-8080 is running" in stopped.stderr
