@@ -18,14 +18,14 @@ import torch
 import torch.distributed as dist
 from torch.distributed.tensor import DTensor
 
-from benchmarks.limits import kv_bytes_per_token, read_parameters
+from benchmarks.limits import Sizes, read_parameters
 from benchmarks.peers.protocol import Done, Work
 from llama2.config import EngineConfig, ModelArgs
 from llama2.engine.engine import Engine
 from llama2.engine.loading import build_engine
 from llama2.engine.sampling_params import SamplingParams
 from llama2.engine.sequence import Request
-from llama2.kv_cache import KV_FRACTION
+from llama2.kv_cache import KV_FRACTION, bytes_per_block, cache_dtype
 from llama2.machine.memory import free_memory
 from llama2.machine.threads import undivided
 from llama2.parallel.collectives import connect
@@ -134,11 +134,20 @@ def fit_memory(
     ranks = dist.get_world_size()
     weights = (read_parameters(args) + args.vocab_size * args.dim) * dtype.itemsize / ranks
     tokens = config.max_batch_size * config.blocks_per_sequence * config.block_size
-    kv = tokens * kv_bytes_per_token(args, itemsize=dtype.itemsize) / min(ranks, args.n_kv_heads)
+    kv = tokens * read_sizes(args, config, dtype).kv_per_token / min(ranks, args.n_kv_heads)
     free = free_memory(device)
     usual = KV_FRACTION[device.type] * (free - weights)
     fits = kv <= min(usual, memory_share * free - weights)
     return config if fits else replace(config, kv_memory_fraction=memory_share)
+
+
+def read_sizes(args: ModelArgs, config: EngineConfig, dtype: torch.dtype, *, weight_bytes: int | None = None) -> Sizes:
+    """What an engine with plain values of `dtype` reads; `weight_bytes` in a decoding step where weights are not."""
+    kept = cache_dtype(config, dtype)
+    return Sizes(
+        weights=read_parameters(args) * dtype.itemsize if weight_bytes is None else weight_bytes,
+        kv_per_token=bytes_per_block(args, block_size=1, n_kv_heads=args.n_kv_heads, dtype=kept),
+    )
 
 
 def random_engine(args: ModelArgs, config: EngineConfig, *, dtype: torch.dtype, device: torch.device) -> Engine:

@@ -18,7 +18,7 @@ import torch
 import torch.distributed as dist
 
 from benchmarks.ceilings import measure_ceilings
-from benchmarks.engines import Cell, MeasuredEngine, RandomModel, fit_memory
+from benchmarks.engines import Cell, MeasuredEngine, RandomModel, fit_memory, read_sizes
 from benchmarks.gpu_report import GpuReport
 from benchmarks.offline_report import measured_row, measured_table
 from benchmarks.profiles import profile
@@ -140,7 +140,7 @@ class _Run:
                 self._args,
                 **row,
                 new_tokens=settings.new_tokens,
-                itemsize=self._dtype.itemsize,
+                sizes=read_sizes(self._args, self._config, self._dtype),
                 rounds=[(one, self._ceilings.rates) for one in done],
             )
             self._figures["rows"].append(row)

@@ -20,6 +20,14 @@ class Rates:
     flops_per_second: float
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Sizes:
+    """Bytes of `weights` that a decoding step reads, and of one position's keys and values over all layers."""
+
+    weights: float
+    kv_per_token: float
+
+
 def layer_parameters(args: ModelArgs) -> int:
     """Parameters of all layers: those that every token is multiplied by."""
     return sum(math.prod(shape) for name, shape in args.parameter_shapes().items() if name.startswith("layers."))
@@ -34,37 +42,25 @@ def read_parameters(args: ModelArgs) -> int:
     return sum(math.prod(shape) for name, shape in shapes.items() if name != "tok_embeddings.weight")
 
 
-def kv_bytes_per_token(args: ModelArgs, *, itemsize: int) -> int:
-    """Bytes of one position's keys and values, over all layers."""
-    return 2 * args.n_layers * args.n_kv_heads * args.head_dim * itemsize
-
-
-def decode_seconds(
-    args: ModelArgs, rates: Rates, *, batch: int, context: float, itemsize: int, weight_bytes: float | None = None
-) -> float:
+def decode_seconds(args: ModelArgs, rates: Rates, sizes: Sizes, *, batch: int, context: float) -> float:
     """The least time of one decoding step: max((weights + B·L·kv) / BW, FLOP / F).
 
     Args:
         batch: sequences, B, each of which gains a token.
         context: positions that each of them attends to, L.
-        itemsize: bytes of a number in the KV cache, and of a weight unless `weight_bytes` says what all of them take.
     """
-    weights = read_parameters(args) * itemsize if weight_bytes is None else weight_bytes
-    moved = weights + batch * context * kv_bytes_per_token(args, itemsize=itemsize)
+    moved = sizes.weights + batch * context * sizes.kv_per_token
     attention = 4 * args.n_layers * context * args.n_heads * args.head_dim
     operations = batch * (2 * read_parameters(args) + attention)
     return max(moved / rates.bytes_per_second, operations / rates.flops_per_second)
 
 
-def prefill_seconds(
-    args: ModelArgs, rates: Rates, *, batch: int, context: int, itemsize: int, weight_bytes: float | None = None
-) -> float:
+def prefill_seconds(args: ModelArgs, rates: Rates, sizes: Sizes, *, batch: int, context: float) -> float:
     """The least time to compute `batch` prompts of `context` tokens, T: B·(2·N·T + 2·layers·T²·d) / F.
 
     N is the layers' parameters: the head sees one position of a prompt. Causal attention is half of T². The weights
     are read at least once, which bounds a short prompt.
     """
-    weights = read_parameters(args) * itemsize if weight_bytes is None else weight_bytes
     attention = 2 * args.n_layers * context**2 * args.n_heads * args.head_dim
     operations = batch * (2 * layer_parameters(args) * context + attention)
-    return max(weights / rates.bytes_per_second, operations / rates.flops_per_second)
+    return max(sizes.weights / rates.bytes_per_second, operations / rates.flops_per_second)

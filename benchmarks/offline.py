@@ -22,8 +22,8 @@ import torch
 import torch.distributed as dist
 
 from benchmarks.ceilings import Ceilings, ReadRate, measure_ceilings
-from benchmarks.engines import Cell, MeasuredEngine, fit_memory, random_engine
-from benchmarks.limits import Rates, kv_bytes_per_token
+from benchmarks.engines import Cell, MeasuredEngine, fit_memory, random_engine, read_sizes
+from benchmarks.limits import Rates, Sizes
 from benchmarks.offline_report import measured_row, peer_row, plot, print_tables
 from benchmarks.peers.export import Source, write_gguf, write_hf
 from benchmarks.peers.protocol import Done, Peer, PeerError, Setup, Work
@@ -58,6 +58,7 @@ def benchmark(
     max_step_tokens: int | None = None,
     max_seq_len: int | None = None,
     activation_dtype: str = ENGINE.activation_dtype,
+    kv_cache_dtype: str = ENGINE.kv_cache_dtype,
     cuda_graphs: bool = ENGINE.cuda_graphs,
     symm_mem_all_reduce: bool = ENGINE.symm_mem_all_reduce,
     gguf: str | None = None,
@@ -123,6 +124,7 @@ def benchmark(
         max_batch_size=largest,
         max_step_tokens=max_step_tokens,
         activation_dtype=activation_dtype,
+        kv_cache_dtype=kv_cache_dtype,
         prefix_cache=False,  # a run sees its prompts twice, and computes them twice
         cuda_graphs=cuda_graphs,
         symm_mem_all_reduce=symm_mem_all_reduce,
@@ -150,6 +152,7 @@ def benchmark(
         device=where,
         seed=seed,
         source=source,
+        sizes=read_sizes(args, config, torch_dtype, weight_bytes=source.read_bytes),
         gguf=gguf,
         gpt_fast=clone,
     )
@@ -220,6 +223,7 @@ class _Run:
     device: torch.device
     seed: int
     source: Source
+    sizes: Sizes
     gguf: str | None
     gpt_fast: Path
 
@@ -276,8 +280,7 @@ class _Run:
             batch=cell.batch,
             context=cell.context,
             new_tokens=self.new_tokens,
-            itemsize=self.dtype.itemsize,
-            weight_bytes=self.source.read_bytes,
+            sizes=self.sizes,
             rounds=rounds,
         )
 
@@ -300,7 +303,7 @@ class _Run:
             options={
                 **kind.options,
                 "random_weights": self.source.read is None,
-                "kv_bytes_per_token": kv_bytes_per_token(self.args, itemsize=self.dtype.itemsize),
+                "kv_bytes_per_token": read_sizes(self.args, ENGINE, self.dtype).kv_per_token,
                 "memory_fraction": 0.45,
                 "model_args": dataclasses.asdict(self.args),
                 "clone": str(self.gpt_fast),

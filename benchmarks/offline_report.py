@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks.limits import Rates, decode_seconds, prefill_seconds
+from benchmarks.limits import Rates, Sizes, decode_seconds, prefill_seconds
 from benchmarks.peers.protocol import Done
 from benchmarks.plots import Line, Panel, draw
 from benchmarks.tables import table
@@ -23,23 +23,20 @@ def measured_row(
     batch: int,
     context: int,
     new_tokens: int,
-    itemsize: int,
-    weight_bytes: int | None = None,
+    sizes: Sizes,
     rounds: Sequence[tuple[Done, Rates]],
 ) -> dict[str, Any]:
     """Rates of one cell, medians over the rounds, with the limits; and every round. Seconds, tokens per second.
 
-    `weight_bytes` is what a decoding step reads of quantized weights, None where each has `itemsize`. A round comes
-    with the hardware's rates at its time. The decode limit is that of the mean length while decoding, `context` +
-    `new_tokens` / 2.
+    A round comes with the hardware's rates at its time. The decode limit is that of the mean length while decoding,
+    `context` + `new_tokens` / 2.
     """
     prefill = statistics.median(done.prefill_seconds for done, _ in rounds)
     decode = statistics.median(done.decode_seconds for done, _ in rounds)
     length = context + new_tokens / 2
 
     def limit(seconds: Callable[..., float], length: float) -> float:
-        sizes = {"batch": batch, "context": length, "itemsize": itemsize, "weight_bytes": weight_bytes}
-        return statistics.median(seconds(args, rates, **sizes) for _, rates in rounds)
+        return statistics.median(seconds(args, rates, sizes, batch=batch, context=length) for _, rates in rounds)
 
     prefill_limit, step_limit = limit(prefill_seconds, context), limit(decode_seconds, length)
     return {

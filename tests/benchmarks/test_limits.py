@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import pytest
+import torch
 
+from benchmarks.engines import read_sizes
 from benchmarks.limits import (
     Rates,
     decode_seconds,
-    kv_bytes_per_token,
     layer_parameters,
     prefill_seconds,
     read_parameters,
 )
 from benchmarks.shapes import SHAPES, find_shape
+from llama2.config import EngineConfig
 
 H200 = Rates(bytes_per_second=4.3e12, flops_per_second=790e12)
 BF16 = 2
@@ -20,11 +22,17 @@ BF16 = 2
 INT4_BITS = 4 + 2 * 16 / 128
 
 
-def weight_bytes(name: str) -> float:
+def weight_bytes(name: str) -> int:
     args = SHAPES[name]
     if name != "70b":
         return read_parameters(args) * BF16
-    return layer_parameters(args) * INT4_BITS / 8 + args.vocab_size * args.dim * BF16
+    return int(layer_parameters(args) * INT4_BITS / 8) + args.vocab_size * args.dim * BF16
+
+
+@pytest.mark.parametrize(("dtype", "kib"), [("auto", 512), ("int8", 264), ("fp8", 264)])
+def test_a_cache_of_codes_is_read_with_a_scale_for_each_head(dtype: str, kib: int) -> None:
+    sizes = read_sizes(SHAPES["7b"], EngineConfig(kv_cache_dtype=dtype), torch.bfloat16)
+    assert sizes.kv_per_token == kib * 1024
 
 
 @pytest.mark.parametrize(
@@ -39,17 +47,18 @@ def test_llama_2_on_one_gpu(
     name: str, gigabytes: float, kv_kib: int, alone: int, at_4096: int, batch_64: int, prefill_ms: int
 ) -> None:
     args, weights = SHAPES[name], weight_bytes(name)
+    sizes = read_sizes(args, EngineConfig(), torch.bfloat16, weight_bytes=weights)
 
     def rate(batch: int, context: int) -> float:
-        step = decode_seconds(args, H200, batch=batch, context=context, itemsize=BF16, weight_bytes=weights)
+        step = decode_seconds(args, H200, sizes, batch=batch, context=context)
         return batch / step
 
     assert weights / 1e9 == pytest.approx(gigabytes, abs=0.06)
-    assert kv_bytes_per_token(args, itemsize=BF16) == kv_kib * 1024
+    assert sizes.kv_per_token == kv_kib * 1024
     assert rate(1, 0) == pytest.approx(alone, abs=0.6)
     assert rate(1, 4096) == pytest.approx(at_4096, abs=0.6)
     assert rate(64, 1024) == pytest.approx(batch_64, rel=0.001)
-    prefill = prefill_seconds(args, H200, batch=1, context=2048, itemsize=BF16, weight_bytes=weights)
+    prefill = prefill_seconds(args, H200, sizes, batch=1, context=2048)
     assert prefill * 1e3 == pytest.approx(prefill_ms, abs=0.5)
 
 
@@ -57,20 +66,21 @@ def test_a_large_batch_waits_for_operations_and_a_small_one_for_bytes() -> None:
     args = SHAPES["7b"]
     slow_bytes = Rates(bytes_per_second=1e9, flops_per_second=1e18)
     slow_operations = Rates(bytes_per_second=1e18, flops_per_second=1e9)
-    sizes = {"context": 100, "itemsize": BF16}
-    assert decode_seconds(args, slow_bytes, batch=1, **sizes) == pytest.approx(
+    sizes = read_sizes(args, EngineConfig(), torch.bfloat16)
+    assert decode_seconds(args, slow_bytes, sizes, batch=1, context=100) == pytest.approx(
         (read_parameters(args) * BF16 + 100 * 512 * 1024) / 1e9
     )
-    assert decode_seconds(args, slow_operations, batch=8, **sizes) == pytest.approx(
+    assert decode_seconds(args, slow_operations, sizes, batch=8, context=100) == pytest.approx(
         8 * (2 * read_parameters(args) + 4 * 32 * 100 * 4096) / 1e9
     )
 
 
 def test_a_short_prompt_waits_for_the_weights_and_n_prompts_take_n_times_as_long() -> None:
     args = SHAPES["7b"]
-    one_token = prefill_seconds(args, H200, batch=1, context=1, itemsize=BF16)
+    sizes = read_sizes(args, EngineConfig(), torch.bfloat16)
+    one_token = prefill_seconds(args, H200, sizes, batch=1, context=1)
     assert one_token == pytest.approx(read_parameters(args) * BF16 / 4.3e12)
-    one, eight = (prefill_seconds(args, H200, batch=batch, context=2048, itemsize=BF16) for batch in (1, 8))
+    one, eight = (prefill_seconds(args, H200, sizes, batch=batch, context=2048) for batch in (1, 8))
     assert eight == pytest.approx(8 * one)
 
 
