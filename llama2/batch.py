@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 import torch
 
+from llama2.adapters.products import BatchAdapters
 from llama2.kv_cache import KVCache
 
 
@@ -27,7 +28,7 @@ class Batch:
     [query_starts_S1[s], query_starts_S1[s + 1]), is seq_lens_S[s] positions long after the pass, and its block table is
     block_tables_SN[s] (int32, padded with 0). positions_T says where each token is in its sequence, and
     slot_mapping_T in the cache (int64). A recorded pass has no `spans`, and may have tokens and sequences that are
-    nobody's.
+    nobody's. Without `adapters` no row has one.
     """
 
     positions_T: torch.Tensor
@@ -38,3 +39,4 @@ class Batch:
     spans: tuple[Span, ...]
     num_single: int | None
     cache: KVCache
+    adapters: BatchAdapters | None = None

@@ -100,11 +100,23 @@ class Layer:
     ) -> tuple[torch.Tensor, torch.Tensor]:
         kernels, all_reduce = self.kernels, self.collectives.all_reduce
         x_TC, normed_TC = kernels.add_rms_norm(x_TC, branch_TC, self.attention_norm, self.eps)
-        q_THD = kernels.rotate_and_store(kernels.linear(normed_TC, self.wqkv), rope_TD2, batch, self.index)
+        qkv_TX = self._linear("attention.wqkv", normed_TC, self.wqkv, batch)
+        q_THD = kernels.rotate_and_store(qkv_TX, rope_TD2, batch, self.index)
         attended_THD = kernels.attend(q_THD, batch, self.index)
-        branch_TC = all_reduce(kernels.linear(attended_THD.flatten(1), self.wo))
+        branch_TC = all_reduce(self._linear("attention.wo", attended_THD.flatten(1), self.wo, batch))
         x_TC, normed_TC = kernels.add_rms_norm(x_TC, branch_TC, self.ffn_norm, self.eps)
-        return x_TC, all_reduce(kernels.linear(kernels.gated_linear(normed_TC, self.w13), self.w2))
+        if batch.adapters is None:
+            gated_TF = kernels.gated_linear(normed_TC, self.w13)
+        else:
+            gated_TF = kernels.silu_mul(self._linear("feed_forward.w13", normed_TC, self.w13, batch))
+        return x_TC, all_reduce(self._linear("feed_forward.w2", gated_TF, self.w2, batch))
+
+    def _linear(self, name: str, x: torch.Tensor, weight: Any, batch: Batch) -> torch.Tensor:
+        """The product `name` of `adapters.products.PRODUCTS`, with what the rows' adapters add to it."""
+        y = self.kernels.linear(x, weight)
+        if batch.adapters is None:
+            return y
+        return self.kernels.add_lora(y, x, batch.adapters.layers[self.index][name], batch.adapters.slots_T)
 
 
 def rotary_table(args: ModelArgs, max_seq_len: int, device: torch.device) -> torch.Tensor:

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 
+from llama2.adapters.products import LoraProduct
 from llama2.batch import Batch
 from llama2.errors import InvalidValue
 from llama2.weights.formats import Weight
@@ -43,8 +44,17 @@ class Kernels(Protocol):
     def linear(self, x: torch.Tensor, weight: Any) -> torch.Tensor:
         """x (T, C) times a prepared weight (F, C), transposed: (T, F)."""
 
+    def add_lora(self, y: torch.Tensor, x: torch.Tensor, lora: LoraProduct, slots_T: torch.Tensor) -> torch.Tensor:
+        """y (T, F), the product of x (T, C), and what the adapter in each row's slot adds to it. May overwrite y.
+
+        slots_T (int32) is -1 where a row has none: its y stays as it is. Added in fp32, and rounded once.
+        """
+
     def gated_linear(self, x: torch.Tensor, weight: Any) -> torch.Tensor:
         """x (T, C) times a prepared weight (2 F, C), transposed: silu of the first half, times the second: (T, F)."""
+
+    def silu_mul(self, gate_up_T2F: torch.Tensor) -> torch.Tensor:
+        """The second step of `gated_linear` alone."""
 
     def add_rms_norm(
         self, x_TC: torch.Tensor, branch_TC: torch.Tensor | None, weight_C: torch.Tensor, eps: float

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 import torch.nn.functional as functional
 
+from llama2.adapters.products import LoraProduct
 from llama2.batch import Batch
 from llama2.weights.formats import Weight
 from llama2.weights.formats.plain import Plain
@@ -46,6 +47,18 @@ class PlainKernels:
         if isinstance(weight, tuple):
             return torch.cat([self.linear(x, one) for one in weight], dim=-1)
         return functional.linear(x, weight.dequantize().to(x.dtype) if isinstance(weight, Weight) else weight)
+
+    def add_lora(self, y: torch.Tensor, x: torch.Tensor, lora: LoraProduct, slots_T: torch.Tensor) -> torch.Tensor:
+        for slot in slots_T[slots_T >= 0].unique().tolist():
+            rows = (slots_T == slot).nonzero()[:, 0]
+            shrunk_PTR = torch.matmul(x[rows].float(), lora.a_SPRC[slot].float().mT)
+            columns_RF = lora.b_SRF[slot].float().split(lora.outputs, dim=1)
+            added = []
+            for part, (h_TR, b_RF) in enumerate(zip(shrunk_PTR, columns_RF, strict=True)):
+                rank = int(lora.ranks_SP[slot, part])
+                added.append(h_TR[:, :rank] * lora.scales_SP[slot, part] @ b_RF[:rank])
+            y[rows] = (y[rows].float() + torch.cat(added, dim=1)).to(y.dtype)
+        return y
 
     def gated_linear(self, x: torch.Tensor, weight: Any) -> torch.Tensor:
         return self.silu_mul(self.linear(x, weight))

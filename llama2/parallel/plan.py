@@ -16,7 +16,7 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.tensor import DTensor, Placement, Replicate, Shard
 
 from llama2.machine.memory import empty
-from llama2.parallel.splits import PLAN, mesh_shape, share
+from llama2.parallel.splits import PLAN, mesh_shape, portion, share
 from llama2.weights.formats import Format, Weight
 from llama2.weights.spec import Spec
 
@@ -39,7 +39,17 @@ def build_mesh(spec: Spec, device_type: str) -> DeviceMesh:
 
 def local_size(axis: str, size: int, mesh: DeviceMesh) -> int:
     """This rank's share of an axis of `size`."""
-    return share(axis, size, mesh.shape, [mesh.get_local_rank(cut) for cut in ("kv", "rep")])
+    return share(axis, size, mesh.shape, _place(mesh))
+
+
+def local_portion(axis: str, size: int, mesh: DeviceMesh, unit: int = 1) -> slice:
+    """What this rank has of an axis of `size`, which is cut between units of it."""
+    own = portion(axis, size // unit, mesh.shape, _place(mesh))
+    return slice(own.start * unit, own.stop * unit)
+
+
+def _place(mesh: DeviceMesh) -> list[int]:
+    return [mesh.get_local_rank(cut) for cut in ("kv", "rep")]
 
 
 def allocate(

@@ -65,12 +65,20 @@ def split(size: int, *parts: int) -> list[int]:
 
 def share(axis: str, size: int, mesh: Sequence[int], place: Sequence[int]) -> int:
     """How much of an axis of `size` the rank at `place`, its coordinates, of a (kv, rep) mesh of that shape has."""
+    own = portion(axis, size, mesh, place)
+    return own.stop - own.start
+
+
+def portion(axis: str, size: int, mesh: Sequence[int], place: Sequence[int]) -> slice:
+    """What of an axis it has."""
     index, parts = 0, []
     for cut, ranks, at in zip(("kv", "rep"), mesh, place, strict=True):
         if cut in PLAN.get(axis, ()):
             index = index * ranks + at
             parts.append(ranks)
-    return split(size, *parts)[index]
+    sizes = split(size, *parts)
+    start = sum(sizes[:index])
+    return slice(start, start + sizes[index])
 
 
 def _mesh_shape(args: ModelArgs, degree: int) -> tuple[int, int]:

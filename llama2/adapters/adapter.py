@@ -1,0 +1,43 @@
+"""Owns what an adapter is, once it is read: for each weight that it changes, two small matrices and a factor.
+
+Knows no file, no device and no rank.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LoraPair:
+    """What is added to a weight (F, C): `scaling` times B (F, R) times A (R, C), with Meta's order of outputs."""
+
+    a_RC: torch.Tensor
+    b_FR: torch.Tensor
+    scaling: float
+
+    @property
+    def rank(self) -> int:
+        return len(self.a_RC)
+
+    def delta(self) -> torch.Tensor:
+        """What is added to the weight (F, C), in fp32."""
+        return self.scaling * (self.b_FR.float() @ self.a_RC.float())
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Adapter:
+    """`pairs` are by the weight's name, such as `layers.0.attention.wq`. `identity` is the hash of its config and its
+    weights: two adapters of one identity compute the same.
+    """
+
+    identity: bytes
+    pairs: Mapping[str, LoraPair]
+
+    @property
+    def rank(self) -> int:
+        """The largest of its pairs."""
+        return max(pair.rank for pair in self.pairs.values())
