@@ -31,6 +31,7 @@ TORCH_FREE = (
         "llama2.text.text_stream",
         "llama2.text.chat",
         "llama2.engine.sequence",
+        "llama2.adapters.config",
     ),
     *("llama2.text.dialog", "llama2.text.tools", "llama2.text.tool_prompt", "llama2.text.json_schema"),
     *("llama2.engine.scheduler", "llama2.engine.block_manager", "build_archive", "handler.torchserve.server.command"),

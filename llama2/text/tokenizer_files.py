@@ -23,6 +23,8 @@ GENERATION_FILE = "generation_config.json"
 TEMPLATE_FILES = ("chat_template.jinja", "chat_template.json")
 ADDED_FILE = "added_tokens.json"
 
+_LARGEST_JSON = 16 << 20
+
 WORD_START = "▁"
 _BYTE_PIECE = re.compile(r"<0x([0-9A-F]{2})>")
 _WORD_DECODERS = {"Replace", "ByteFallback", "Fuse", "Strip"}
@@ -181,6 +183,17 @@ def read_json(path: Path) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise ValueError(f"{path} must hold a JSON object, got {type(value).__name__}")
     return value
+
+
+def read_small_json(path: Path) -> dict[str, Any]:
+    """The JSON object in a file that has no reason to be large.
+
+    Raises:
+        ValueError: it cannot be read, is large, or holds something else.
+    """
+    if path.is_file() and path.stat().st_size > _LARGEST_JSON:
+        raise ValueError(f"{path} has {path.stat().st_size} bytes, which is no file of that name")
+    return read_json(path)
 
 
 def _read_text(path: Path) -> str:

@@ -13,7 +13,7 @@ from typing import Any
 
 from llama2.config import ModelArgs
 from llama2.rope import ScaledRope
-from llama2.weights.readers.tensor_files import read_small_json
+from llama2.text.tokenizer_files import read_small_json
 
 CONFIG_FILE = "config.json"
 

@@ -10,11 +10,10 @@ import struct
 import zipfile
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
 
-from llama2.text.tokenizer_files import read_json
+from llama2.text.tokenizer_files import read_small_json
 
 # In the order in which they are looked for: one file, then the index of several.
 _KINDS = (
@@ -25,7 +24,6 @@ FILE_NAMES = tuple(name for names in _KINDS for name in names)
 
 # Far more than the list of any model's tensors needs: a damaged file must not cost memory.
 _LARGEST_HEADER = 2 << 20
-_LARGEST_JSON = 16 << 20
 
 
 class TensorFiles(Mapping[str, torch.Tensor]):
@@ -101,17 +99,6 @@ def own_storage(tensor: torch.Tensor) -> torch.Tensor:
     start = tensor.storage_offset() * tensor.itemsize
     storage = tensor.untyped_storage()[start : start + tensor.nbytes]
     return torch.empty(0, dtype=tensor.dtype).set_(storage, 0, tensor.shape, tensor.stride())
-
-
-def read_small_json(path: Path) -> dict[str, Any]:
-    """The JSON object in a file that has no reason to be large.
-
-    Raises:
-        ValueError: it cannot be read, is large, or holds something else.
-    """
-    if path.is_file() and path.stat().st_size > _LARGEST_JSON:
-        raise ValueError(f"{path} has {path.stat().st_size} bytes, which is no file of that name")
-    return read_json(path)
 
 
 def _listed(folder: Path) -> tuple[dict[str, str] | None, set[str]]:
