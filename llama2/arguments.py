@@ -9,10 +9,12 @@ import json
 import numbers
 import operator
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from itertools import count
+from pathlib import Path
 from typing import Any
 
+from llama2.adapters.reference import AdapterRef
 from llama2.engine.limits import Limits
 from llama2.engine.sampling_params import SamplingParams, with_completion_tokens
 from llama2.engine.sequence import Grammar, Request
@@ -26,6 +28,16 @@ Message = Mapping[str, Any]
 Dialog = Sequence[Message]
 Prompt = str | Sequence[int]
 Parameters = SamplingParams | Sequence[SamplingParams] | None
+Adapters = Path | str | Sequence[Path | str | None] | None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Given:
+    """What a call says of each of its prompts, and of all."""
+
+    params: list[SamplingParams]
+    adapters: list[AdapterRef | None]
+    grammar: Grammar | None = None
 
 
 class ArgumentReader:
@@ -85,7 +97,7 @@ class ArgumentReader:
         (request,) = read([prompt], *parameters, **options)
         return request
 
-    def score(self, token_ids: Sequence[int]) -> Request:
+    def score(self, token_ids: Sequence[int], adapter: Path | str | None = None) -> Request:
         """The request for the logits of a prompt."""
         if isinstance(token_ids, str):
             raise InvalidValue(
@@ -93,7 +105,7 @@ class ArgumentReader:
             )
         (request,) = self._requests(
             [_token_ids("token_ids", token_ids, "one flat list of token ids")],
-            ([SamplingParams()], None),
+            _Given(params=[SamplingParams()], adapters=_adapters(adapter, 1)),
             continues_prompt=True,
         )
         (request,) = self._checked("token_ids", [replace(request, score=True, generate=False)])
@@ -112,23 +124,22 @@ class ArgumentReader:
     def _requests(
         self,
         prompts: list[list[int]],
-        parameters: tuple[list[SamplingParams], Grammar | None],
+        given: _Given,
         *,
         continues_prompt: bool,
     ) -> list[Request]:
         call = next(self._calls)
-        every, grammar = parameters
-        if continues_prompt:
-            every = [with_completion_tokens(params) for params in every]
+        every = [with_completion_tokens(params) for params in given.params] if continues_prompt else given.params
         return [
             Request(
                 request_id=f"{call}-{index}",
                 prompt_ids=tuple(ids),
                 params=params,
                 continues_prompt=continues_prompt,
-                grammar=grammar,
+                grammar=given.grammar,
+                adapter=adapter,
             )
-            for index, (ids, params) in enumerate(zip(prompts, every, strict=True))
+            for index, (ids, params, adapter) in enumerate(zip(prompts, every, given.adapters, strict=True))
         ]
 
     def _prompt_ids(self, place: str, prompt: Any) -> list[int]:
@@ -154,10 +165,13 @@ class ArgumentReader:
         count: int,
         params: Parameters = None,
         sampling_params: Parameters = None,
+        *,
+        adapter: Adapters = None,
         **options: Any,
-    ) -> tuple[list[SamplingParams], Grammar | None]:
-        """The parameters of `count` prompts: one for all, or one each. `options` are fields of `SamplingParams`, which
-        win over these, and a constraint for all: at most one of grammar, json_schema, regex and choice."""
+    ) -> _Given:
+        """The parameters and adapters of `count` prompts: one for all, or one each. `options` are fields of
+        `SamplingParams`, which win over the parameters, and a constraint for all: at most one of grammar, json_schema,
+        regex and choice."""
         if params is not None and sampling_params is not None:
             raise InvalidValue("sampling_params", "is a second name of params: give one of them")
         given = sampling_params if params is None else params
@@ -172,11 +186,12 @@ class ArgumentReader:
             )
         if len(every) != count:
             raise InvalidValue("params", f"must be one or as many as there are prompts ({count}), got {len(every)}")
-        fields = first_names(options, SamplingParams, *self._makers)
+        fields = first_names(options, SamplingParams, *self._makers, "adapter")
         asked = {name: value for name in self._makers if (value := fields.pop(name, None)) is not None}
         if fields:
             every = [replace(one, **fields) for one in every]
-        return every, self._grammar(asked, ignore_eos=any(one.ignore_eos for one in every))
+        grammar = self._grammar(asked, ignore_eos=any(one.ignore_eos for one in every))
+        return _Given(params=every, adapters=_adapters(adapter, count), grammar=grammar)
 
     def _grammar(self, asked: Mapping[str, Any], *, ignore_eos: bool) -> Grammar | None:
         if not asked:
@@ -192,6 +207,17 @@ class ArgumentReader:
             return make(value)
         except ValueError as error:
             raise InvalidValue(name, f"cannot be followed: {error}") from None
+
+
+def _adapters(given: Adapters, count: int) -> list[AdapterRef | None]:
+    """One for all prompts, or one each."""
+    if given is None or isinstance(given, (str, Path)):
+        return [None if given is None else AdapterRef.of(given)] * count
+    folders = _items("adapter", given, "the folder of an adapter, or a list with one or None for each prompt")
+    if len(folders) != count:
+        raise InvalidValue("adapter", f"must be one or as many as there are prompts ({count}), got {len(folders)}")
+    known = {folder: AdapterRef.of(folder) for folder in folders if folder is not None}
+    return [known.get(folder) for folder in folders]
 
 
 def _items(place: str, value: Any, allowed: str) -> list[Any]:

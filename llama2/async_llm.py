@@ -20,7 +20,7 @@ import torch
 from llama2.arguments import Dialog, Parameters, Prompt
 from llama2.engine.sequence import Completion, Output, Request
 from llama2.engine.service_loop import ServiceLoop
-from llama2.llm import completion
+from llama2.llm import check_adapters, completion
 from llama2.opening import open_model
 
 # How long a close may have to wait for the thread that fetches outputs.
@@ -127,6 +127,7 @@ class AsyncLLM:
             while unfinished:
                 output = await box.get()
                 unfinished -= output.finish_reason is not None
+                check_adapters([output])
                 yield output
         finally:
             for request in requests:

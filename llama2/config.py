@@ -264,6 +264,13 @@ class EngineConfig:
         "KV cache of this fraction of the memory that loading and, on a GPU, the steps leave; none: 0.9, on a CPU 0.25 "
         "and no more than max_batch_size sequences of max_seq_len can use",
     )
+    max_loras: int = _option(
+        0, "adapters (LoRA) that one step can compute with, each in memory of the device; 0: the base model alone"
+    )
+    max_lora_rank: int = _option(16, "the highest rank that an adapter may have; each slot has room for it")
+    max_cpu_loras: int | None = _option(
+        None, "adapters that are kept in host memory, the least recently used goes first; none: 64, at least max_loras"
+    )
     prefix_cache: bool = _option(True, "prompts reuse the blocks of earlier ones that begin alike")
     cuda_graphs: bool = _option(
         True, "GPUs: steps of up to 512 tokens are recorded at the start and replayed, for some memory and seconds"
@@ -274,15 +281,28 @@ class EngineConfig:
     )
 
     def __post_init__(self) -> None:
-        for name in ("max_seq_len", "max_batch_size", "block_size", "max_step_tokens"):
+        for name in (
+            "max_seq_len",
+            "max_batch_size",
+            "block_size",
+            "max_step_tokens",
+            "max_lora_rank",
+            "max_cpu_loras",
+        ):
             value = getattr(self, name)
-            if value is None and name in ("max_seq_len", "max_batch_size"):
+            if value is None and name in ("max_seq_len", "max_batch_size", "max_cpu_loras"):
                 continue
             if not isinstance(value, int) or isinstance(value, bool) or value < 1:
                 raise InvalidValue(name, f"must be a positive integer, got {shown(value)}")
         if self.max_batch_size is not None and self.max_step_tokens < self.max_batch_size:
             raise InvalidValue(
                 "max_step_tokens", f"must be at least max_batch_size={self.max_batch_size}, got {self.max_step_tokens}"
+            )
+        if not isinstance(self.max_loras, int) or isinstance(self.max_loras, bool) or self.max_loras < 0:
+            raise InvalidValue("max_loras", f"must be a whole number of at least 0, got {shown(self.max_loras)}")
+        if self.max_cpu_loras is not None and self.max_cpu_loras < self.max_loras:
+            raise InvalidValue(
+                "max_cpu_loras", f"must be at least max_loras={self.max_loras}, got {self.max_cpu_loras}"
             )
         for name in ("prefix_cache", "cuda_graphs", "symm_mem_all_reduce"):
             value = getattr(self, name)
@@ -320,6 +340,11 @@ class EngineConfig:
                 f"{enough} would stretch its positions to that, at some loss of quality",
             )
         return self
+
+    @property
+    def held_loras(self) -> int:
+        """Adapters that are kept in host memory."""
+        return self.max_cpu_loras or max(64, self.max_loras)
 
     @property
     def recorded_tokens(self) -> int:

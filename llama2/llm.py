@@ -8,7 +8,8 @@ One process, or every rank under torchrun, with the same lines. `AsyncLLM` is th
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import itertools
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any, cast
@@ -19,6 +20,7 @@ from llama2.arguments import Dialog, Parameters, Prompt
 from llama2.engine.engine import Engine
 from llama2.engine.sequence import Completion, Output, Reply, Request
 from llama2.engine.turns import Gains, Turns
+from llama2.errors import InvalidValue
 from llama2.opening import open_model
 from llama2.progress import progress
 
@@ -71,10 +73,12 @@ class LLM:
             options: fields of `SamplingParams`, which win over `params`; and what all replies are held to, one of
                 `json_schema` (a dict, JSON text, or a pydantic model), `regex`, `choice` (a list of texts) and
                 `grammar` (llguidance's Lark syntax). A reply that could not be held to it has the finish_reason
-                "error".
+                "error". And `adapter`, a folder in PEFT's format for all prompts, or a list with one or None for each;
+                it needs `LLM(…, max_loras=8)`.
 
         Raises:
-            ValueError: an argument is wrong, or a prompt is empty or too long; nothing has run then.
+            ValueError: an argument is wrong, or a prompt is empty or too long; nothing has run then. Or an adapter is
+                not one of this model.
         """
         return self._complete(self._arguments.completions(prompts, params, sampling_params, **options), use_tqdm)
 
@@ -117,13 +121,15 @@ class LLM:
         self._engine.check(request)  # a closed one says so now, and not at the first piece
         return self._pieces(request)
 
-    def score(self, token_ids: Sequence[int], *, use_tqdm: bool = True) -> torch.Tensor:
+    def score(
+        self, token_ids: Sequence[int], *, adapter: Path | str | None = None, use_tqdm: bool = True
+    ) -> torch.Tensor:
         """The logits (T, V), fp32 on the CPU, that the model gives after each of T ids.
 
         Raises:
             ValueError: there are none or too many, or one is outside the vocabulary.
         """
-        ((output,),) = self._run([self._arguments.score(token_ids)], use_tqdm)
+        ((output,),) = self._run([self._arguments.score(token_ids, adapter)], use_tqdm)
         return cast(torch.Tensor, output.prompt_logits)
 
     def close(self) -> None:
@@ -157,6 +163,7 @@ class LLM:
                 self._turns.advance(lambda: not gains.unfinished)
             finally:
                 self._turns.drop(gains)
+        check_adapters(itertools.chain.from_iterable(gains.outputs.values()))
         return list(gains.outputs.values())
 
     def _pieces(self, request: Request) -> Iterator[Output]:
@@ -166,9 +173,17 @@ class LLM:
         try:
             while outputs or gains.unfinished:
                 self._turns.advance(lambda: bool(outputs))
+                check_adapters(outputs)
                 yield outputs.pop(0)
         finally:
             self._turns.drop(gains)
+
+
+def check_adapters(outputs: Iterable[Output]) -> None:
+    """Raises InvalidValue: some adapter cannot be had."""
+    for output in outputs:
+        if output.problem:
+            raise InvalidValue("adapter", f"cannot be had: {output.problem}")
 
 
 def completion(request: Request, outputs: Sequence[Output]) -> Completion:

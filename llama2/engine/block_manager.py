@@ -6,8 +6,8 @@ A block is a number: the manager knows no tensors, no scheduling order and no mo
 Sequences that share a block may only read it. A sequence about to write into one gets a copy first: `grow` puts
 another block in its place and notes the pair, and the next step first copies what `take_copies` returns.
 
-A full block is named by a digest of all tokens up to its end. It keeps its name and content while it is free, until it
-is taken for something else: least recently freed blocks go first.
+A full block is named by a digest of all tokens up to its end, and of the adapter that computed it. It keeps its name
+and content while it is free, until it is taken for something else: least recently freed blocks go first.
 """
 
 from __future__ import annotations
@@ -158,7 +158,7 @@ class BlockManager:
             start = len(digests) * self.block_size
             tokens = array("q", sequence.token_ids[start : start + self.block_size])
             # A cryptographic hash: after a collision, by chance or on purpose, two prompts would share their replies.
-            parent = digests[-1] if digests else b""
+            parent = digests[-1] if digests else sequence.adapter
             digests.append(hashlib.blake2b(parent + tokens.tobytes(), digest_size=32).digest())
         return digests[place]
 

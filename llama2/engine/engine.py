@@ -12,18 +12,23 @@ from typing import Any
 import torch
 
 from llama2.config import EngineConfig, ModelArgs
+from llama2.engine.adapter_loads import AdapterLoads
 from llama2.engine.block_manager import BlockManager
 from llama2.engine.detokenizer import Detokenizer
 from llama2.engine.limits import Limits
 from llama2.engine.lockstep import Lockstep
 from llama2.engine.prompt_scores import PromptScores
+from llama2.engine.residents import Residents
 from llama2.engine.runner import Runner
 from llama2.engine.sampler import Choice, Sampler
 from llama2.engine.scheduler import Plan, Scheduler
-from llama2.engine.sequence import Output, Request, Sequence
+from llama2.engine.sequence import Errand, Output, Request, Sequence
 from llama2.engine.stats import EngineStats
 from llama2.engine.transfer import row_index, select
 from llama2.text.tokenizer import Tokenizer
+
+# Between two looks whether an adapter has been read, where there is nothing else to do.
+WAIT_SECONDS = 0.001
 
 
 class Engine:
@@ -43,13 +48,18 @@ class Engine:
         self.args = args
         self.config = config
         self.limits = Limits(
-            vocab_size=args.vocab_size, max_seq_len=config.max_seq_len, max_batch_size=config.max_batch_size
+            vocab_size=args.vocab_size,
+            max_seq_len=config.max_seq_len,
+            max_batch_size=config.max_batch_size,
+            max_loras=config.max_loras,
         )
         self.tokenizer = tokenizer
         self.rank, self.world_size = group.rank, group.world_size
         self._group = group
         self._blocks = BlockManager(num_blocks, config.block_size, prefix_cache=config.prefix_cache)
-        self._scheduler = Scheduler(config, self._blocks)
+        residents = Residents(config.max_loras)
+        self._scheduler = Scheduler(config, self._blocks, residents)
+        self._adapters = AdapterLoads(group, residents, config.held_loras, self._scheduler.adapters)
         self._sampler = Sampler(
             config.seed, eos_ids=[token_id for token_id in tokenizer.eos_ids if token_id < args.vocab_size]
         )
@@ -71,7 +81,27 @@ class Engine:
             ValueError: as `check`, or a live request has the same id.
         """
         self.check(request)
-        sequence = Sequence.of(request, self._arrivals)
+        if self.is_live(request.request_id):
+            raise ValueError(f"request_id must be unique among live requests, got {request.request_id!r} twice")
+        identity = b"" if request.adapter is None else self._adapters.identity(request.adapter)
+        if identity is None:
+            self._adapters.wait(request)
+        else:
+            self._start(request, identity)
+
+    def run_errand(self, errand: Errand) -> list[Output]:
+        """Load or unload an adapter while steps go on. The Output that says how it went comes now, or from a step."""
+        if errand.kind == "unload":
+            self._adapters.unload(errand)
+        elif self._adapters.identity(errand.adapter) is None:
+            self._adapters.wait(errand)
+        else:
+            return [Output(request_id=errand.request_id, finish_reason="stop")]
+        return []
+
+    def _start(self, request: Request, identity: bytes) -> None:
+        """Queue a request whose adapter, if it has one, is held."""
+        sequence = Sequence.of(request, self._arrivals, identity)
         self._scheduler.add(sequence)
         self._arrivals += request.n
         self._detokenizer.open(sequence)
@@ -81,13 +111,16 @@ class Engine:
     def abort(self, request_id: str) -> list[Output]:
         """Drop a request; returns the last Output of each of its replies. An id that is not live is ignored."""
         return [
-            Output(request_id=request_id, index=sequence.index, finish_reason="abort")
-            for sequence in self._scheduler.abort(request_id)
+            *self._adapters.abort(request_id),
+            *(
+                Output(request_id=request_id, index=sequence.index, finish_reason="abort")
+                for sequence in self._scheduler.abort(request_id)
+            ),
         ]
 
     def is_live(self, request_id: str) -> bool:
         """Has some reply of the request not ended yet?"""
-        return self._scheduler.is_live(request_id)
+        return self._scheduler.is_live(request_id) or self._adapters.is_waiting(request_id)
 
     def step(self) -> list[Output]:
         """Run one forward pass of the group, and return its outputs.
@@ -95,9 +128,10 @@ class Engine:
         If the engine looks ahead, those of the pass before: its tokens are read while the device is busy with this
         one, and are all known when this one's are sampled.
         """
+        told = self._advance_adapters() if self._adapters.has_work else []
         plan = self._scheduler.schedule()
         logits_RV = None if plan is None else self._group.call(Runner.run, plan)
-        outputs = self._read()
+        outputs = told + self._read()
         if plan is not None and logits_RV is not None:
             outputs += self._choose(plan, logits_RV)
             if not self._looks_ahead:
@@ -114,7 +148,7 @@ class Engine:
     @property
     def has_work(self) -> bool:
         """Would `step` do anything?"""
-        return self._scheduler.has_work or self._unread is not None
+        return self._scheduler.has_work or self._unread is not None or self._adapters.has_work
 
     @property
     def holds_blocks(self) -> bool:
@@ -140,7 +174,7 @@ class Engine:
     def stats(self) -> EngineStats:
         return EngineStats(
             running=self._scheduler.num_running,
-            waiting=self._scheduler.num_waiting,
+            waiting=self._scheduler.num_waiting + self._adapters.num_waiting,
             free_blocks=self._blocks.num_free,
             total_blocks=self._blocks.num_blocks,
             steps=self._group.steps,
@@ -156,6 +190,15 @@ class Engine:
             RuntimeError: a block leaked.
         """
         self._scheduler.check_integrity()
+
+    def _advance_adapters(self) -> list[Output]:
+        ready, outputs = self._adapters.advance()
+        for request in ready:
+            assert request.adapter is not None
+            self._start(request, self._adapters.identity(request.adapter) or b"")
+        if not (ready or outputs or self._scheduler.has_work):
+            time.sleep(WAIT_SECONDS)  # nothing to do but to wait for files
+        return outputs
 
     def _choose(self, plan: Plan, logits_RV: torch.Tensor) -> list[Output]:
         """Sample for the sequences that are fully computed, record the step, and finish those that generate nothing."""

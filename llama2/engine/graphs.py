@@ -12,11 +12,13 @@ from __future__ import annotations
 
 import weakref
 from bisect import bisect_left
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from collections.abc import Sequence as Items
 from typing import Protocol
 
 import torch
 
+from llama2.adapters.products import LoraProduct
 from llama2.config import EngineConfig
 from llama2.engine.inputs import Inputs, Sizes, host_inputs
 from llama2.engine.scheduler import Chunk, Plan
@@ -62,11 +64,14 @@ class PassGraphs:
         device: torch.device,
         config: EngineConfig,
         record: Record,
+        adapters: Items[Mapping[str, LoraProduct]] | None = None,
     ) -> None:
+        """With the slots of `adapters` every pass is recorded with them: rows without one add nothing."""
         self._model = model
         self._cache = cache
         self._pool = pool
         self._device = device
+        self._adapters = adapters
         self._batch_sizes = batch_sizes(config.max_batch_size)
         self._token_sizes = token_sizes(config.recorded_tokens)
         self._logits_RV: torch.Tensor | None = None
@@ -123,7 +128,7 @@ class PassGraphs:
     def _procedure(self, key: tuple[bool, int]) -> Callable[[], None]:
         (has_prompts, size), inputs = key, self._inputs[key]
         # Recorded kernels cannot use per-sequence values from the host.
-        batch = inputs.batch((), None if has_prompts else size, self._cache)
+        batch = inputs.batch((), None if has_prompts else size, self._cache, self._adapters)
 
         def compute() -> None:
             logits_RV = self._model(self._pool.gather(inputs), batch, inputs.rows_R)

@@ -6,6 +6,7 @@ of it. Knows no model.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from collections.abc import Sequence as Items
 from dataclasses import dataclass
 from itertools import chain
@@ -13,6 +14,7 @@ from itertools import chain
 import numpy as np
 import torch
 
+from llama2.adapters.products import BatchAdapters, LoraProduct
 from llama2.batch import Batch, Span
 from llama2.engine.scheduler import Chunk
 from llama2.kv_cache import KVCache
@@ -31,19 +33,22 @@ class Sizes:
 class Inputs:
     """The tensors of one step, named and typed as in `Batch`, plus the ids and the rows in int64.
 
-    sources_T (int64) says where each token's id is: in ids_T, or, from T on, in the token pool (`TokenPool.gather`).
+    adapter_slots_T is `BatchAdapters.slots_T`. sources_T (int64) says where each token's id is: in ids_T, or, from T
+    on, in the token pool (`TokenPool.gather`).
     """
 
     def __init__(self, sizes: Sizes, device: torch.device, *, pinned: bool = False) -> None:
         wide = (*[sizes.tokens] * 4, sizes.rows)
-        narrow = (sizes.sequences + 1, sizes.sequences, sizes.sequences * sizes.blocks)
+        narrow = (sizes.sequences + 1, sizes.sequences, sizes.sequences * sizes.blocks, sizes.tokens)
         self.sizes = sizes
         self._buffer = torch.empty(8 * sum(wide) + 4 * sum(narrow), dtype=torch.uint8, device=device, pin_memory=pinned)
         wide_bytes, narrow_bytes = self._buffer.split((8 * sum(wide), 4 * sum(narrow)))
         self.ids_T, self.sources_T, self.positions_T, self.slot_mapping_T, self.rows_R = wide_bytes.view(
             torch.int64
         ).split(wide)
-        self.query_starts_S1, self.seq_lens_S, tables = narrow_bytes.view(torch.int32).split(narrow)
+        self.query_starts_S1, self.seq_lens_S, tables, self.adapter_slots_T = narrow_bytes.view(torch.int32).split(
+            narrow
+        )
         self.block_tables_SN = tables.view(sizes.sequences, sizes.blocks)
 
     def fill(self, chunks: Items[Chunk], rows: Items[int], cache: KVCache) -> None:
@@ -76,6 +81,8 @@ class Inputs:
         _write(self.rows_R, rows, 0)
         _write(self.query_starts_S1, [0, *ends_S], tokens)
         _write(self.seq_lens_S, firsts_S + lengths_S, 0)
+        slots_S = np.array([chunk.slot for chunk in chunks], dtype=np.int32)
+        _write(self.adapter_slots_T, slots_S.repeat(lengths_S), -1)
 
     def copy_(self, host: Inputs) -> Inputs:
         """Copy the contents of inputs of the same sizes; from pinned memory, without waiting."""
@@ -83,7 +90,14 @@ class Inputs:
         self._buffer.copy_(host._buffer, non_blocking=True)
         return self
 
-    def batch(self, spans: tuple[Span, ...], num_single: int | None, cache: KVCache) -> Batch:
+    def batch(
+        self,
+        spans: tuple[Span, ...],
+        num_single: int | None,
+        cache: KVCache,
+        adapters: Items[Mapping[str, LoraProduct]] | None = None,
+    ) -> Batch:
+        """`adapters` are those of all slots, as in `BatchAdapters`; None for a pass without."""
         return Batch(
             positions_T=self.positions_T,
             slot_mapping_T=self.slot_mapping_T,
@@ -93,6 +107,7 @@ class Inputs:
             spans=spans,
             num_single=num_single,
             cache=cache,
+            adapters=None if adapters is None else BatchAdapters(slots_T=self.adapter_slots_T, layers=adapters),
         )
 
 

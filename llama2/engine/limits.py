@@ -16,12 +16,14 @@ class Limits:
     vocab_size: int
     max_seq_len: int
     max_batch_size: int
+    max_loras: int = 0
 
     def check(self, request: Request) -> None:
         """Refuse a request that can never run.
 
         Raises:
-            InvalidValue: it is empty or too long, wants too many replies, or an id is outside the vocabulary.
+            InvalidValue: it is empty or too long, wants too many replies or an adapter where there is none, or an id is
+                outside the vocabulary.
         """
         length, longest = len(request.prompt_ids), self.max_seq_len
         room = longest - request.generate
@@ -32,6 +34,8 @@ class Limits:
             )
         if request.n > self.max_batch_size:
             raise InvalidValue("n", f"must be at most max_batch_size={self.max_batch_size}, got {request.n}")
+        if request.adapter is not None and not self.max_loras:
+            raise InvalidValue("adapter", "cannot be had: max_loras is 0, so that the engine has no room for adapters")
         params = request.params
         check_ids("prompt_ids", request.prompt_ids, self.vocab_size)
         check_ids("stop_token_ids", params.stop_token_ids, self.vocab_size)

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
+from types import MappingProxyType
 
 import torch
 from torch.distributed.device_mesh import DeviceMesh
 
+from llama2.adapters.slots import AdapterSlots
+from llama2.adapters.store import AdapterStore
 from llama2.config import EngineConfig, ModelArgs
 from llama2.dtypes import read_dtype
 from llama2.engine.engine import Engine
@@ -78,13 +82,22 @@ def load_engine(
             threads=threads,
             activation_dtype=config.activation_dtype,
         )
-        return build_engine(model, mesh, collectives, tokenizer=tokenizer, config=config)
+        units = checkpoint.spec.units()
+        return build_engine(model, mesh, collectives, tokenizer=tokenizer, config=config, units=units)
 
 
 def build_engine(
-    model: Transformer, mesh: DeviceMesh, collectives: Collectives, *, tokenizer: Tokenizer, config: EngineConfig
+    model: Transformer,
+    mesh: DeviceMesh,
+    collectives: Collectives,
+    *,
+    tokenizer: Tokenizer,
+    config: EngineConfig,
+    units: Mapping[str, int] = MappingProxyType({}),
 ) -> Engine:
     """An engine for a model that can run positions up to `config.max_seq_len`. Called on every rank.
+
+    `units` are those of the model's weights (`Spec.units`), for its adapters.
 
     Raises:
         ValueError: the memory of some rank does not hold one sequence of that length.
@@ -93,6 +106,18 @@ def build_engine(
     args, dtype, device = model.args, model.dtype, model.device
     n_kv_heads = local_size("kv_heads", args.n_kv_heads, mesh)
     degree = collectives.world_size
+    adapters = None
+    if config.max_loras:
+        slots = AdapterSlots(
+            args,
+            mesh,
+            units,
+            num_slots=config.max_loras,
+            max_rank=config.max_lora_rank,
+            dtype=dtype,
+            device=device,
+        )
+        adapters = AdapterStore(args, slots)
     if config.max_batch_size is None:
         asked = config
         size = agree(
@@ -130,7 +155,7 @@ def build_engine(
         args=args,
         config=config,
         tokenizer=tokenizer,
-        group=Lockstep(Runner(model, cache, device, config), collectives),
+        group=Lockstep(Runner(model, cache, device, config, adapters), collectives),
         num_blocks=num_blocks,
         # On a CPU a step is computed when the call returns.
         looks_ahead=device.type != "cpu",

@@ -11,7 +11,7 @@ from typing import Literal
 
 from llama2.config import EngineConfig
 from llama2.engine.limits import Limits
-from llama2.engine.sequence import Output, Request
+from llama2.engine.sequence import Errand, Output, Request
 from llama2.engine.stats import EngineStats
 
 
@@ -43,7 +43,7 @@ class Abort:
 
 
 # "close" is for every rank, the others for rank 0.
-Command = Add | Abort | Literal["suspend", "resume", "close"]
+Command = Add | Errand | Abort | Literal["suspend", "resume", "close"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

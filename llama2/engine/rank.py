@@ -22,6 +22,7 @@ import torch.distributed as dist
 
 from llama2.engine.loading import load_engine
 from llama2.engine.messages import Abort, Add, Command, Failed, News, Ready, Settings
+from llama2.engine.sequence import Errand
 from llama2.engine.service_loop import ServiceLoop
 from llama2.parallel import shared_layout
 from llama2.parallel.process_group import Launched, choose_device
@@ -85,6 +86,9 @@ class Rank:
             while (command := self._receive()) != "close":
                 if isinstance(command, Add):
                     self._add(command)
+                elif isinstance(command, Errand):
+                    self._received += 1
+                    self._loop.run_errand(command)
                 elif isinstance(command, Abort):
                     self._loop.abort(command.request_id)
                 elif command == "suspend":

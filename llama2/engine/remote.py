@@ -16,7 +16,7 @@ from multiprocessing.connection import Connection, wait
 from typing import cast
 
 from llama2.engine.messages import Abort, Add, Command, Failed, News, Ready, Settings
-from llama2.engine.sequence import Output, Request
+from llama2.engine.sequence import Errand, Output, Request
 from llama2.engine.stats import EngineStats
 from llama2.errors import EngineFailure
 from llama2.parallel.launch import Ranks
@@ -92,6 +92,17 @@ class RemoteEngine:
             self._live[request.request_id] = request.n
             self._sent += 1
         self._send(Add(request=dataclasses.replace(request, grammar=None), grammar=grammar))
+
+    def run_errand(self, errand: Errand) -> None:
+        """Load or unload an adapter; an Output says how it went.
+
+        Raises:
+            EngineFailure: there is no engine any more.
+        """
+        with self._lock:
+            self._live[errand.request_id] = 1
+            self._sent += 1
+        self._send(errand)
 
     def abort(self, request_id: str) -> None:
         """Drop a request before the next step; its last Output says "abort". An id that is not live is ignored."""

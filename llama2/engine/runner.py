@@ -1,6 +1,6 @@
 """Owns one forward pass: from a plan through the model to the logits asked for, replayed or launched.
 
-Knows no requests: every plan is self-contained, so a rank keeps nothing between plans but its KV cache.
+Knows no requests: every plan is self-contained, so a rank keeps nothing between plans but KV cache and adapters.
 """
 
 from __future__ import annotations
@@ -11,6 +11,8 @@ from itertools import islice
 
 import torch
 
+from llama2.adapters.reference import AdapterRef
+from llama2.adapters.store import AdapterStore
 from llama2.batch import Batch, Span
 from llama2.config import EngineConfig
 from llama2.engine.graphs import PassGraphs, choose_record
@@ -24,17 +26,29 @@ from llama2.model import Transformer
 class Runner:
     """Runs plans on this rank. Every rank must have one and run the same plans in the same order."""
 
-    def __init__(self, model: Transformer, cache: KVCache, device: torch.device, config: EngineConfig) -> None:
-        """On a GPU, records passes unless `config` says otherwise, and runs one of the largest size."""
+    def __init__(
+        self,
+        model: Transformer,
+        cache: KVCache,
+        device: torch.device,
+        config: EngineConfig,
+        adapters: AdapterStore | None = None,
+    ) -> None:
+        """On a GPU, records passes unless `config` says otherwise, and runs one of the largest size.
+
+        Plans with adapters need the store that these are in.
+        """
         self._model = model
         self._cache = cache
         self._device = device
+        self._adapters = adapters
         self._pool = TokenPool(config.max_batch_size, model.collectives, device)
         self._graphs: PassGraphs | None = None
         with self._on_device():
             record = choose_record(device) if config.cuda_graphs else None
             if record is not None:
-                self._graphs = PassGraphs(model, cache, self._pool, device, config, record)
+                layers = None if adapters is None else adapters.layers
+                self._graphs = PassGraphs(model, cache, self._pool, device, config, record, layers)
         if device.type == "cuda":
             self.warm_up(config)
 
@@ -64,6 +78,8 @@ class Runner:
         if self._graphs is not None:
             self._graphs.close()
             self._graphs = None
+        if self._adapters is not None:
+            self._adapters.close()
 
     @torch.inference_mode()
     def keep(self, places: list[int], ids_R: torch.Tensor) -> None:
@@ -78,11 +94,35 @@ class Runner:
         """
         with self._on_device():
             self._cache.copy(plan.copies)
+            for slot, ref in plan.puts:
+                self._store.put(slot, ref)
             if plan.has_unread:
                 self._pool.share()
             if self._graphs is not None and self._graphs.takes(plan):
                 return self._graphs.run(plan)
             return self._launch(plan)
+
+    def load_adapter(self, ref: AdapterRef) -> None:
+        """Begin to read it, while plans run; see `AdapterStore.load`."""
+        self._store.load(ref)
+
+    def has_read_adapter(self) -> bool:
+        """Would `finish_adapter` wait for no rank?"""
+        here = torch.tensor([float(self._store.has_read)], device=self._device)
+        return int(self._model.collectives.all_reduce(here)) == self._model.collectives.world_size
+
+    def finish_adapter(self) -> tuple[bytes, str]:
+        """See `AdapterStore.finish`."""
+        return self._store.finish()
+
+    def drop_adapter(self, ref: AdapterRef) -> None:
+        """Forget it: no plan will name it before it is loaded again."""
+        self._store.drop(ref)
+
+    @property
+    def _store(self) -> AdapterStore:
+        assert self._adapters is not None, "this runner has no adapters"
+        return self._adapters
 
     def _launch(self, plan: Plan) -> torch.Tensor | None:
         inputs, batch = self._inputs(plan)
@@ -113,4 +153,7 @@ class Runner:
         inputs.fill(order, rows, self._cache)
         if self._device.type != "cpu":
             inputs = Inputs(sizes, self._device).copy_(inputs)
-        return inputs, inputs.batch(tuple(spans), sum(span.length == 1 for span in spans), self._cache)
+        single, adapters = sum(span.length == 1 for span in spans), None
+        if any(chunk.slot >= 0 for chunk in plan.chunks):
+            adapters = self._store.layers
+        return inputs, inputs.batch(tuple(spans), single, self._cache, adapters)

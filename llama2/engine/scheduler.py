@@ -19,8 +19,10 @@ from itertools import chain
 from types import MappingProxyType
 from typing import Any, Literal, NamedTuple
 
+from llama2.adapters.reference import AdapterRef
 from llama2.config import EngineConfig
 from llama2.engine.block_manager import BlockManager
+from llama2.engine.residents import Residents
 from llama2.engine.sequence import FinishReason, Sequence, Status
 
 logger = logging.getLogger(__name__)
@@ -33,7 +35,8 @@ class Chunk(NamedTuple):
 
     `key` is the sequence's arrival. `block_table` ends with the chunk's last block; it is a copy, 32 bits each, that
     nobody writes into. `logits` says at which of its tokens they are wanted: at none, at the last, or at all.
-    After `token_ids` come the tokens that are `unread`: their places in the device's token pool.
+    After `token_ids` come the tokens that are `unread`: their places in the device's token pool. `slot` is that of the
+    sequence's adapter, -1 without one.
     """
 
     key: int
@@ -42,6 +45,7 @@ class Chunk(NamedTuple):
     block_table: array[int]
     logits: Logits
     unread: tuple[int, ...] = ()
+    slot: int = -1
 
     @property
     def length(self) -> int:
@@ -58,10 +62,13 @@ class Chunk(NamedTuple):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Plan:
-    """One forward pass. `copies` are the (from, to) blocks to copy, in this order, before anything is written."""
+    """One forward pass. Before anything is written the (from, to) blocks of `copies` are copied, in this order, and the
+    adapters of `puts` put into slots.
+    """
 
     chunks: tuple[Chunk, ...]
     copies: tuple[tuple[int, int], ...] = ()
+    puts: tuple[tuple[int, AdapterRef], ...] = ()
 
     @property
     def has_unread(self) -> bool:
@@ -71,7 +78,7 @@ class Plan:
     def __reduce__(self) -> tuple[Any, ...]:
         # A plan is sent in every step. With tables as plain bytes, pickle stays in its C code.
         rows = [(*chunk[:3], chunk.block_table.tobytes(), *chunk[4:]) for chunk in self.chunks]
-        return _plan_of, (rows, self.copies)
+        return _plan_of, (rows, self.copies, self.puts)
 
 
 class Scheduler:
@@ -84,9 +91,11 @@ class Scheduler:
     waiting ones cost nothing.
     """
 
-    def __init__(self, config: EngineConfig, blocks: BlockManager) -> None:
+    def __init__(self, config: EngineConfig, blocks: BlockManager, residents: Residents | None = None) -> None:
+        """Sequences with adapters need `residents`."""
         self._config = config
         self._blocks = blocks
+        self._residents = residents or Residents(0)
         # Both by arrival, oldest first.
         self._running: dict[int, Sequence] = {}
         self._waiting: OrderedDict[int, Sequence] = OrderedDict()
@@ -114,6 +123,11 @@ class Scheduler:
     @property
     def has_work(self) -> bool:
         return bool(self._running or self._waiting)
+
+    def adapters(self) -> set[AdapterRef]:
+        """Those of all live sequences."""
+        live = (siblings[0].request.adapter for siblings in self._by_request_id.values())
+        return {ref for ref in live if ref is not None}
 
     def add(self, sequence: Sequence) -> None:
         """Queue a new sequence. It arrived after all others, and at its longest fits into the empty KV cache.
@@ -189,7 +203,7 @@ class Scheduler:
                 f"request {oldest.request.request_id!r} of {oldest.num_tokens} tokens does not fit into the empty "
                 f"KV cache of {self._blocks.num_blocks} blocks of {self._blocks.block_size}"
             )
-        return Plan(chunks=tuple(chunks), copies=self._blocks.take_copies())
+        return Plan(chunks=tuple(chunks), copies=self._blocks.take_copies(), puts=self._residents.take_puts())
 
     def fork(self, sequence: Sequence) -> list[Sequence]:
         """The other replies to a prompt that the last plan completes: running from now on, on the same blocks."""
@@ -234,14 +248,17 @@ class Scheduler:
             self._preempt_youngest()
 
     def check_integrity(self) -> None:
-        """Check that no block leaked; see `BlockManager.check_integrity`."""
+        """Check that no block and no adapter's slot leaked; see `BlockManager` and `Residents`."""
         self._blocks.check_integrity(chain.from_iterable(self._by_request_id.values()))
+        running = ((sequence.request.adapter, sequence.slot) for sequence in self._running.values())
+        self._residents.check_integrity((ref, slot) for ref, slot in running if ref is not None)
 
     def _admit(self, budget: int) -> list[Chunk]:
         """Start waiting sequences while the token budget, the batch size and the free blocks allow.
 
         A sequence starts only when all of its tokens would fit now, though its blocks are taken chunk by chunk:
         otherwise a long prompt would be prefilled in vain, preempted and restarted while older ones fill the cache.
+        One whose adapter finds no slot waits for one, and so do those behind it.
         """
         chunks: list[Chunk] = []
         if not self._waiting or len(self._running) >= self._config.max_batch_size:
@@ -249,8 +266,11 @@ class Scheduler:
         places = self._config.max_batch_size - sum(1 + sequence.num_forks for sequence in self._running.values())
         while self._waiting and budget > 0:
             sequence = next(iter(self._waiting.values()))
+            ref = sequence.request.adapter
             places -= 1 + sequence.num_forks
-            if places < 0 or not self._blocks.adopt_prefix(sequence):
+            if places < 0 or not (ref is None or self._residents.has_room(ref)):
+                break
+            if not self._blocks.adopt_prefix(sequence):
                 break
             self.num_prompt_tokens += sequence.num_tokens
             self.num_cached_tokens += sequence.num_computed
@@ -289,11 +309,15 @@ class Scheduler:
         self._running[sequence.arrival] = sequence
         sequence.status = Status.RUNNING
         sequence.pool_place = self._free_places.pop()
+        if sequence.request.adapter is not None:
+            sequence.slot = self._residents.enter(sequence.request.adapter)
 
     def _free(self, sequence: Sequence) -> None:
         """Release what a sequence holds while it runs."""
         self._blocks.free(sequence)
         self._free_places.append(sequence.pool_place)
+        if sequence.request.adapter is not None:
+            self._residents.leave(sequence.request.adapter)
 
 
 def _chunk(sequence: Sequence, length: int) -> Chunk:
@@ -312,10 +336,13 @@ def _chunk(sequence: Sequence, length: int) -> Chunk:
         block_table=sequence.block_table[:],
         logits=logits,
         unread=tuple(range(sequence.pool_place, sequence.pool_place + length - len(token_ids))),
+        slot=sequence.slot,
     )
 
 
-def _plan_of(rows: list[tuple[Any, ...]], copies: tuple[tuple[int, int], ...]) -> Plan:
+def _plan_of(
+    rows: list[tuple[Any, ...]], copies: tuple[tuple[int, int], ...], puts: tuple[tuple[int, AdapterRef], ...]
+) -> Plan:
     """The plan that was pickled."""
     chunks = tuple(Chunk._make((*row[:3], array("i", row[3]), *row[4:])) for row in rows)
-    return Plan(chunks=chunks, copies=copies)
+    return Plan(chunks=chunks, copies=copies, puts=puts)

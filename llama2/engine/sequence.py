@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from llama2.engine.prompt_scores import PromptScores
     from llama2.text.text_stream import TextStream
 
+from llama2.adapters.reference import AdapterRef
 from llama2.engine.sampling_params import MAX_LOGPROBS, SamplingParams, integer
 
 FinishReason = Literal["stop", "length", "abort", "error"]
@@ -52,7 +53,7 @@ class Request:
 
     The `params.n` replies share the KV blocks of the prompt. `prompt_logprobs=k` asks for the log-probabilities of the
     prompt's own tokens, with the k most likely at each; `score` for the raw logits of every prompt position.
-    `generate=False` ends after the prompt.
+    `generate=False` ends after the prompt. Without an `adapter` it is the base model's.
 
     Raises:
         InvalidValue: `prompt_logprobs` is out of range.
@@ -66,6 +67,7 @@ class Request:
     prompt_logprobs: int | None = None
     score: bool = False
     generate: bool = True
+    adapter: AdapterRef | None = None
 
     def __post_init__(self) -> None:
         if self.prompt_logprobs is not None:
@@ -81,6 +83,15 @@ class Request:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Errand:
+    """Load an adapter before a request needs it, or unload it once no request does. One Output says how it went."""
+
+    request_id: str
+    kind: Literal["load", "unload"]
+    adapter: AdapterRef
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class TokenLogprobs:
     """Log-probabilities (natural logarithm) at one position; `top` is most likely first."""
 
@@ -92,7 +103,7 @@ class TokenLogprobs:
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Output:
     """What reply `index` of a request gained since its last Output. `finish_reason` is set on its last one, once;
-    "error" means that the reply could not be held to its grammar.
+    "error" means that the reply could not be held to its grammar, or that its adapter has the `problem`.
 
     `prompt_logprobs`, if asked for, come all at once with the first Output of reply 0: one for each position of the
     prompt, None for the first, which nothing precedes. So does `cached_tokens`: how many of its tokens were in the
@@ -107,6 +118,7 @@ class Output:
     prompt_logprobs: tuple[TokenLogprobs | None, ...] = ()
     cached_tokens: int = 0
     prompt_logits: Any = None
+    problem: str = ""
     finish_reason: FinishReason | None = None
 
 
@@ -161,7 +173,8 @@ class Sequence:
     device's token pool, from `pool_place` on, which belongs to this sequence while it runs; one token fits there.
     `num_forks` more sequences will fork from this one, with the arrivals that follow its own. `block_digests` are the
     block manager's names for the full blocks of `token_ids`, as far as it has needed them. `num_cached` of its tokens
-    were in the cache when it first started; None before. `text` and `prompt_scores` are the engine's.
+    were in the cache when it first started; None before. `adapter` is the identity of its adapter, empty without one,
+    which is in `slot` while it runs. `text` and `prompt_scores` are the engine's.
     """
 
     request: Request
@@ -178,16 +191,19 @@ class Sequence:
     num_cached: int | None = None
     block_table: array[int] = field(default_factory=lambda: array("i"))
     block_digests: list[bytes] = field(default_factory=list)
+    adapter: bytes = b""
+    slot: int = -1
     status: Status = Status.WAITING
     finish_reason: FinishReason | None = None
 
     @classmethod
-    def of(cls, request: Request, arrival: int) -> Sequence:
+    def of(cls, request: Request, arrival: int, adapter: bytes = b"") -> Sequence:
         return cls(
             request=request,
             arrival=arrival,
             token_ids=list(request.prompt_ids),
             num_forks=request.n - 1,
+            adapter=adapter,
             matcher=request.grammar.matcher(continues_prompt=request.continues_prompt) if request.grammar else None,
         )
 
@@ -195,7 +211,9 @@ class Sequence:
         """The other replies of the request, once this one has computed its prompt. They copy its block table; counting
         the holders is up to the block manager."""
         assert self.num_generated == 0
-        forks = [Sequence.of(self.request, self.arrival + index) for index in range(1, self.num_forks + 1)]
+        forks = [
+            Sequence.of(self.request, self.arrival + index, self.adapter) for index in range(1, self.num_forks + 1)
+        ]
         for index, fork in enumerate(forks, start=1):
             fork.index, fork.num_forks = index, 0
             fork.block_table = self.block_table[:]

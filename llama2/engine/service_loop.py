@@ -12,7 +12,7 @@ from collections.abc import Callable
 from dataclasses import replace
 
 from llama2.engine.engine import Engine
-from llama2.engine.sequence import Output, Request
+from llama2.engine.sequence import Errand, Output, Request
 from llama2.engine.stats import EngineStats
 from llama2.errors import InvalidValue
 from llama2.machine.threads import hand_over
@@ -34,7 +34,7 @@ class ServiceLoop:
         self.engine = engine
         self._on_failure = on_failure
         self._lock = threading.Condition()
-        self._inbox: deque[Request | str] = deque()  # a request to add, or the id of one to abort
+        self._inbox: deque[Request | Errand | str] = deque()  # a request to add, or the id of one to abort
         self._outbox: list[Output] = []
         self._is_closing = False
         self._is_suspended = False
@@ -60,6 +60,12 @@ class ServiceLoop:
         """Drop a request before the next step; its last Output says "abort". An id that is not live is ignored."""
         with self._lock:
             self._inbox.append(request_id)
+            self._lock.notify_all()
+
+    def run_errand(self, errand: Errand) -> None:
+        """Load or unload an adapter; an Output says how it went."""
+        with self._lock:
+            self._inbox.append(errand)
             self._lock.notify_all()
 
     def suspend(self) -> None:
@@ -115,6 +121,8 @@ class ServiceLoop:
                     item = self._inbox.popleft()
                     if isinstance(item, Request):
                         self.engine.add(item)
+                    elif isinstance(item, Errand):
+                        self._outbox += self.engine.run_errand(item)
                     else:
                         self._outbox += self.engine.abort(item)
                 is_suspended = self._is_suspended

@@ -1,0 +1,36 @@
+"""Owns how a request names an adapter. Knows nothing of what is in its files, and no torch."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from llama2.adapters.config import CONFIG_FILE
+from llama2.errors import InvalidValue, shown
+
+WEIGHTS_FILE = "adapter_model.safetensors"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class AdapterRef:
+    """A folder in PEFT's format, as it was when it was asked for: with other files it is another adapter."""
+
+    path: str
+    stamp: tuple[int, ...]
+
+    @classmethod
+    def of(cls, folder: Path | str, field: str = "adapter") -> AdapterRef:
+        """The adapter that is in `folder` now.
+
+        Raises:
+            InvalidValue: of `field`, there is none.
+        """
+        path = Path(folder).absolute()
+        try:
+            files = [(path / name).stat() for name in (CONFIG_FILE, WEIGHTS_FILE)]
+        except (OSError, ValueError):
+            raise InvalidValue(
+                field,
+                f"must be a folder with {CONFIG_FILE} and {WEIGHTS_FILE}, as PEFT writes it, got {shown(str(folder))}",
+            ) from None
+        return cls(path=str(path), stamp=tuple(number for one in files for number in (one.st_mtime_ns, one.st_size)))
