@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from typing import Protocol
 
 from handler.errors import RequestError
-from llama2.engine.sequence import FinishReason, Output, Request, TokenLogprobs
+from llama2.engine.sequence import Errand, FinishReason, Output, Request, TokenLogprobs
 
 _LEFT_GRAMMAR = "the reply could not be held to its grammar, which is too ambiguous, or not in this model's vocabulary"
 
@@ -33,6 +33,8 @@ class Progress:
         return len(self.token_ids)
 
     def take(self, output: Output) -> None:
+        if output.problem:
+            raise RequestError(f"the adapter cannot be had: {output.problem}", param="model", code="invalid_adapter")
         if output.finish_reason == "error":
             raise RequestError(_LEFT_GRAMMAR, code="invalid_value")
         self.text += output.text
@@ -56,7 +58,7 @@ class Format(Protocol):
     def prepare(self) -> Callable[[], None] | None:
         """What must be done before `requests`, if anything. It may raise RequestError."""
 
-    def requests(self, call_id: str) -> list[Request]:
+    def requests(self, call_id: str) -> Sequence[Request | Errand]:
         """What the engine is to do; the id of each request starts with `call_id`."""
 
     def chunk(self, index: int, output: Output, progress: Progress) -> str:
@@ -101,7 +103,7 @@ class Call:
         self.call_id = call_id
         self.state = State.PREPARING
         self.is_new = True  # no piece of it was sent
-        self.requests: list[Request] = []
+        self.requests: Sequence[Request | Errand] = ()
         self._form: Format
         self._on_news = on_news
         self._error: RequestError | None = None
@@ -118,7 +120,7 @@ class Call:
     def ended(self) -> bool:
         return self.state is State.ENDED
 
-    def begin(self, form: Format) -> list[Request]:
+    def begin(self, form: Format) -> Sequence[Request | Errand]:
         """What the engine shall do; nothing, if the call needs no engine or has failed. `form` is prepared."""
         with self._changed:
             if not self.ended:

@@ -24,7 +24,7 @@ from llama2.text.dialog import DialogTurns
 Mode = Literal["text_completion", "chat"]
 Truncation = Literal["error", "left"]
 
-PATH_KEYS = ("converted_ckpt_dir", "tokenizer_path", "model_args_path")
+PATH_KEYS = ("converted_ckpt_dir", "tokenizer_path", "model_args_path", "adapters_dir")
 # The first is the default.
 _CHOICES = {
     "mode": get_args(Mode),
@@ -35,7 +35,10 @@ _CHOICES = {
 _ENGINE_KEYS = {field.metadata.get("key", field.name): field.name for field in dataclasses.fields(EngineConfig)}
 _SAMPLING_KEYS = ("max_new_tokens", "temperature", "top_p")
 _RANK_KEYS = ("tensor_parallel_size", "threads", "step_timeout")
-KEYS = {*PATH_KEYS, *_CHOICES, "dtype", *_ENGINE_KEYS, *_SAMPLING_KEYS, *_RANK_KEYS, "max_input_token_length"}
+_OTHER_KEYS = ("dtype", "max_input_token_length", "allow_runtime_lora_updating")
+KEYS = {*PATH_KEYS, *_CHOICES, *_ENGINE_KEYS, *_SAMPLING_KEYS, *_RANK_KEYS, *_OTHER_KEYS}
+# Slots of a server that has a folder of adapters, and does not say how many.
+MAX_LORAS = 8
 STEP_TIMEOUT = 30
 
 
@@ -43,7 +46,8 @@ STEP_TIMEOUT = 30
 class HandlerConfig:
     """The settings of one service.
 
-    `device` None means the best one available. `max_input_token_length` limits the prompts that are accepted unchanged,
+    `device` None means the best one available. Clients load and unload what is in `adapters_dir` only where
+    `allow_runtime_lora_updating` says so. `max_input_token_length` limits the prompts that are accepted unchanged,
     and `truncation` says what happens to a longer one. `mode` is for bodies whose shape does not tell. `degree` ranks
     have `threads` OpenMP threads each; if nothing moves in them for `step_timeout` seconds, they hang.
     """
@@ -51,6 +55,7 @@ class HandlerConfig:
     converted_ckpt_dir: Path
     tokenizer_path: Path | None
     model_args_path: Path | None
+    adapters_dir: Path | None
     device: str | None
     dtype: DtypeName | None
     mode: Mode
@@ -63,6 +68,7 @@ class HandlerConfig:
     degree: int
     threads: int
     step_timeout: int
+    allow_runtime_lora_updating: bool
 
     @classmethod
     def read(cls, settings: Mapping[str, Any], *, base: Path, device: str | None = None) -> HandlerConfig:
@@ -91,6 +97,7 @@ class HandlerConfig:
             degree=degree,
             threads=positive("threads", given.get("threads", max(1, len(os.sched_getaffinity(0)) // degree))),
             step_timeout=positive("step_timeout", given.get("step_timeout", STEP_TIMEOUT)),
+            allow_runtime_lora_updating=_may_update_loras(given),
         ).with_engine(engine)
 
     def with_engine(self, engine: EngineConfig) -> HandlerConfig:
@@ -123,6 +130,8 @@ class HandlerConfig:
 
 def _engine(given: Mapping[str, Any]) -> EngineConfig:
     options = {name: given[key] for key, name in _ENGINE_KEYS.items() if key in given}
+    if "adapters_dir" in given:
+        options.setdefault("max_loras", MAX_LORAS)
     if "max_step_tokens" not in options and isinstance(options.get("max_batch_size"), int):
         options["max_step_tokens"] = max(EngineConfig().max_step_tokens, options["max_batch_size"])
     try:
@@ -136,6 +145,16 @@ def _engine(given: Mapping[str, Any]) -> EngineConfig:
 def _max_input_token_length(given: Mapping[str, Any]) -> int | None:
     key = "max_input_token_length"
     return positive(key, given[key]) if key in given else None
+
+
+def _may_update_loras(given: Mapping[str, Any]) -> bool:
+    key = "allow_runtime_lora_updating"
+    value = given.get(key, False)
+    if not isinstance(value, bool):
+        raise ValueError(f"{key} must be true or false, got {value!r}")
+    if value and "adapters_dir" not in given:
+        raise ValueError(f"{key} needs adapters_dir, the folder that clients may load adapters from")
+    return value
 
 
 def _path(key: str, value: Any, base: Path) -> Path:

@@ -1,7 +1,8 @@
 """Owns the project's own API: `{"prompt": …}` and `{"dialog": […]}` bodies to engine requests, and results to replies.
 
 A body holds `prompt` (a string, or a list of them) or `dialog` (a list of {"role", "content"} messages, or a list of
-such lists); any field of SamplingParams but `n` and `logit_bias`; and `mode`, `stream`. The reply to one of them is
+such lists); any field of SamplingParams but `n` and `logit_bias`; and `mode`, `stream`, `adapter`. The reply to one of
+them is
 
     {"generation": "…", "finish_reason": "stop" | "length", "usage": {"prompt_tokens": 5, "completion_tokens": 50}}
 
@@ -24,10 +25,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
+from handler.adapters import Adapters
 from handler.call import Progress
 from handler.config import HandlerConfig, Mode
 from handler.errors import RequestError, unknown_field
 from handler.prompt import Prompt, check_length, encode_text, fit
+from llama2.adapters.reference import AdapterRef
 from llama2.engine.sampling_params import SamplingParams, with_completion_tokens
 from llama2.engine.sequence import Output, Request, TokenLogprobs
 from llama2.errors import InvalidValue, shown
@@ -36,7 +39,7 @@ from llama2.text.tokenizer import Tokenizer
 
 MAX_PROMPTS = 64
 _SAMPLING_FIELDS = {field.name for field in dataclasses.fields(SamplingParams)} - {"n", "logit_bias"}
-_FIELDS = _SAMPLING_FIELDS | {"prompt", "dialog", "mode", "stream"}
+_FIELDS = _SAMPLING_FIELDS | {"prompt", "dialog", "mode", "stream", "adapter"}
 # What only OpenAI's API has, by the names that users know, and as it is written there.
 _OPENAI_FIELDS = {
     "messages": '"messages": [{"role": "user", "content": "Hi"}]',
@@ -61,6 +64,7 @@ class NativeFormat:
     chat: bool
     is_list: bool
     stream: bool
+    adapter: AdapterRef | None = None
     prepare: None = None
 
     @property
@@ -74,6 +78,7 @@ class NativeFormat:
                 prompt_ids=prompt.ids,
                 params=self.params,
                 continues_prompt=not self.chat,
+                adapter=self.adapter,
             )
             for index, prompt in enumerate(self.prompts)
         ]
@@ -122,16 +127,17 @@ class NativeFormat:
 class NativeApi:
     """Reads bodies for one model."""
 
-    def __init__(self, tokenizer: Tokenizer, config: HandlerConfig) -> None:
+    def __init__(self, tokenizer: Tokenizer, config: HandlerConfig, adapters: Adapters | None = None) -> None:
         self._tokenizer = tokenizer
         self._config = config
+        self._adapters = adapters or Adapters()
 
     def read(self, body: dict[str, Any] | str) -> NativeFormat:
         """A whole body is refused for one fault in it: nothing of it has run by then.
 
         Raises:
             InvalidValue: a field is unknown, missing, of a wrong type or out of range.
-            RequestError: a prompt is too long.
+            RequestError: a prompt is too long, or there is no such adapter (404).
         """
         fields = {"prompt": body} if isinstance(body, str) else body
         for name, example in _OPENAI_FIELDS.items():
@@ -165,6 +171,7 @@ class NativeApi:
             chat=mode == "chat",
             is_list=shape not in items,
             stream=stream,
+            adapter=self._adapters.named(fields.get("adapter")),
         )
 
     def _params(self, fields: Mapping[str, Any]) -> SamplingParams:

@@ -14,6 +14,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, Protocol
 
+from handler.adapters import Adapters
 from handler.body import read_body
 from handler.call import Call, Format
 from handler.config import HandlerConfig
@@ -24,7 +25,7 @@ from llama2.config import ModelArgs
 from llama2.engine.limits import Limits
 from llama2.engine.messages import Settings
 from llama2.engine.remote import RemoteEngine
-from llama2.engine.sequence import Output, Request
+from llama2.engine.sequence import Errand, Output, Request
 from llama2.engine.stats import EngineStats
 from llama2.errors import EngineFailure, InvalidValue
 from llama2.text.chat import encode_dialog
@@ -48,6 +49,8 @@ class EngineLoop(Protocol):
     """What a service needs of an engine, in this process (`ServiceLoop`) or in others (`RemoteEngine`)."""
 
     def add(self, request: Request) -> None: ...
+
+    def run_errand(self, errand: Errand) -> None: ...
 
     def abort(self, request_id: str) -> None: ...
 
@@ -104,6 +107,7 @@ class Service:
         served = Served(names=tuple(dict.fromkeys(names)), system_fingerprint=config.fingerprint())
         args = ModelArgs.load(config.model_args_path or config.converted_ckpt_dir)
         tokenizer = load_tokenizer(config.tokenizer_path or config.converted_ckpt_dir)
+        adapters = Adapters(config.adapters_dir, can_change=config.allow_runtime_lora_updating)
         certificate = read_certificate(certificate_dir or config.converted_ckpt_dir, weights=config.converted_ckpt_dir)
         engine = RemoteEngine(settings, degree=config.degree, threads=config.threads, step_timeout=config.step_timeout)
         try:
@@ -113,7 +117,9 @@ class Service:
         except BaseException:
             engine.close()
             raise
-        service = cls(engine, _apis(tokenizer, grammars, ready.limits, config, served, engine.stats, certificate))
+        service = cls(
+            engine, _apis(tokenizer, grammars, ready.limits, config, served, engine.stats, certificate, adapters)
+        )
 
         def fail(failure: EngineFailure) -> None:
             service.fail(failure)
@@ -195,7 +201,7 @@ class Service:
                 if requests:
                     self._running[call.call_id] = call
                 for request in requests:
-                    self.loop.add(request)
+                    self.loop.run_errand(request) if isinstance(request, Errand) else self.loop.add(request)
         except Exception as error:
             self.abort(call, _as_request_error(error))
 
@@ -218,9 +224,10 @@ def _apis(
     served: Served,
     stats: Callable[[], EngineStats],
     certificate: Certificate | None,
+    adapters: Adapters,
 ) -> Read:
     """The model's own path is the native API, and all behind it is OpenAI's."""
-    native = NativeApi(tokenizer, config)
+    native = NativeApi(tokenizer, config, adapters)
     openai = OpenAiApi(
         tokenizer,
         config,
@@ -229,6 +236,7 @@ def _apis(
         grammars=grammars,
         stats=stats,
         certificate=certificate,
+        adapters=adapters,
     )
     return lambda path, body: openai.read(path, body) if path else native.read(body())
 

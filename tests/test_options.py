@@ -40,6 +40,7 @@ WORKED_OUT = {
     "max_seq_len": "what the model was trained for",
     "max_batch_size": f"by memory, at most {MAX_BATCH_SIZE['cuda']}, on a CPU {MAX_BATCH_SIZE['cpu']}",
     "kv_memory_fraction": f"{KV_FRACTION['cuda']}, on a CPU {KV_FRACTION['cpu']}",
+    "max_cpu_loras": "64, at least `max_loras`",
     "seed": "another at every start",
     "max_new_tokens": f"as many as fit in a chat, {COMPLETION_TOKENS} of a completion",
 }
@@ -85,8 +86,8 @@ def test_a_field_of_a_request_has_its_default(key: str) -> None:
 
 def test_the_servers_own_keys_have_their_defaults(tmp_path: Path) -> None:
     config = HandlerConfig.read({"converted_ckpt_dir": str(tmp_path)}, base=tmp_path)
-    for key in ("truncation", "special_tags", "dialog_turns", "mode", "step_timeout"):
-        assert ROWS[key] == ("", str(getattr(config, key)))
+    for key in ("truncation", "special_tags", "dialog_turns", "mode", "step_timeout", "allow_runtime_lora_updating"):
+        assert ROWS[key] == ("", str(getattr(config, key)).lower())
     assert ROWS["tensor_parallel_size"][1] == str(config.degree)
     assert config.engine == EngineConfig()
     assert config.sampling == SamplingParams()

@@ -1,7 +1,7 @@
 """Owns the OpenAI-compatible API: which paths there are, and what is answered without reading a body.
 
     GET   models, models/{id}, health, certificate
-    POST  completions, chat/completions, responses, tokenize, detokenize
+    POST  completions, chat/completions, responses, tokenize, detokenize, load_lora_adapter, unload_lora_adapter
 
 all behind `v1/`, or without it. Whatever is wrong with a body is found out before its status line is sent. Knows no
 torch, no TorchServe, and of the engine its statistics alone.
@@ -13,10 +13,11 @@ import time
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
+from handler.adapters import Adapters
 from handler.call import Format
 from handler.config import HandlerConfig
 from handler.errors import RequestError
-from handler.openai import chat, completions, responses, tokenization
+from handler.openai import adapter_updates, chat, completions, responses, tokenization
 from handler.openai.constraints import Grammars
 from handler.openai.generation import Model, Served
 from handler.openai.replies import Immediate
@@ -34,6 +35,8 @@ _READERS: dict[str, Callable[[Model, Any], Format]] = {
     "responses": responses.read,
     "tokenize": tokenization.tokenize,
     "detokenize": tokenization.detokenize,
+    "load_lora_adapter": adapter_updates.load,
+    "unload_lora_adapter": adapter_updates.unload,
 }
 
 
@@ -50,12 +53,20 @@ class OpenAiApi:
         grammars: Grammars,
         stats: Callable[[], EngineStats],
         certificate: Certificate | None = None,
+        adapters: Adapters | None = None,
     ) -> None:
         """`vocab_size` is the model's, which may have more ids than the tokenizer."""
-        self._model = Model(served=served, config=config, tokenizer=tokenizer, vocab_size=vocab_size, grammars=grammars)
+        self._model = Model(
+            served=served,
+            config=config,
+            tokenizer=tokenizer,
+            vocab_size=vocab_size,
+            grammars=grammars,
+            adapters=adapters or Adapters(),
+            created=int(time.time()),
+        )
         self._stats = stats
         self._certificate = certificate
-        self._created = int(time.time())
         self._seen = (-1, time.monotonic())  # the engine's steps, and when they were first so many
 
     def read(self, path: str, body: Callable[[], Any]) -> Format:
@@ -75,11 +86,10 @@ class OpenAiApi:
         if name == "certificate":
             return self._show_certificate()
         if name == "models":
-            return Immediate(
-                reply={"object": "list", "data": [self._describe(one) for one in self._model.served.names]}
-            )
+            names = (*self._model.served.names, *self._model.adapters.names)
+            return Immediate(reply={"object": "list", "data": [self._model.describe(one) for one in names]})
         if name.startswith("models/"):
-            return Immediate(reply=self._describe(self._model.name(name.removeprefix("models/"))))
+            return Immediate(reply=self._model.describe(self._model.name(name.removeprefix("models/"))))
         raise RequestError(f"there is nothing at {path!r}", status=404, code="unknown_url")
 
     def _health(self) -> Format:
@@ -108,12 +118,3 @@ class OpenAiApi:
                 code="no_certificate",
             )
         return Immediate(reply=self._certificate.to_json())
-
-    def _describe(self, name: str) -> dict[str, Any]:
-        return {
-            "id": name,
-            "object": "model",
-            "created": self._created,
-            "owned_by": "torchserve",
-            "max_model_len": self._model.config.engine.max_seq_len,
-        }

@@ -12,6 +12,7 @@ from typing import Annotated, Any
 
 from pydantic import Field
 
+from handler.adapters import Adapters
 from handler.config import HandlerConfig
 from handler.errors import RequestError
 from handler.openai.constraints import ConstraintFields, Grammars
@@ -20,6 +21,7 @@ from handler.openai.logprobs import TokenNames
 from handler.openai.prompts import Encoded, PromptReader
 from handler.openai.sampling import SamplingFields
 from handler.prompt import Prompt
+from llama2.adapters.reference import AdapterRef
 from llama2.engine.limits import check_ids
 from llama2.engine.sampling_params import MAX_INT, SamplingParams
 from llama2.engine.sequence import Grammar
@@ -28,6 +30,7 @@ from llama2.text.tokenizer import Tokenizer
 
 MAX_N = 128
 MAX_REPLIES = 1024  # of one call
+MAX_NAMES = 32  # that a message lists
 
 
 class StreamOptions(Body):
@@ -87,6 +90,7 @@ class Generation:
     """One accepted body: what to generate, and how to name its reply. `n` replies are made of each prompt."""
 
     model: str
+    adapter: AdapterRef | None
     system_fingerprint: str
     prompts: tuple[Prompt, ...]
     params: SamplingParams
@@ -107,6 +111,8 @@ class Model:
     tokenizer: Tokenizer
     vocab_size: int
     grammars: Grammars
+    adapters: Adapters
+    created: int
 
     @cached_property
     def prompts(self) -> PromptReader:
@@ -117,16 +123,48 @@ class Model:
         return TokenNames(self.tokenizer)
 
     def name(self, asked: str | None) -> str:
-        """The model's name, as the client says it.
+        """The model's name, or that of an adapter, as the client says it.
 
         Raises:
-            RequestError: it has no such name (404).
+            RequestError: there is no such name (404).
         """
-        if asked is not None and asked not in self.served.names:
-            known = " or ".join(map(repr, self.served.names))
+        self.adapter(asked)
+        return asked or self.served.names[0]
+
+    def adapter(self, asked: str | None) -> AdapterRef | None:
+        """The adapter that a client means by its name, or by the model's and its own with a colon between them.
+
+        Raises:
+            RequestError: there is no such name (404).
+        """
+        if asked is None or asked in self.served.names:
+            return None
+        base, colon, rest = asked.partition(":")
+        ref = self.adapters.find(rest if colon and base in self.served.names else asked)
+        if ref is None:
+            names = (*self.served.names, *self.adapters.names)
+            known = " or ".join(map(repr, names[:MAX_NAMES])) + (", and others" if len(names) > MAX_NAMES else "")
             message = f"the model {asked!r} does not exist; this server has {known}"
             raise RequestError(message, param="model", status=404, code="model_not_found")
-        return asked or self.served.names[0]
+        return ref
+
+    def check_new_name(self, name: str) -> None:
+        """Raises InvalidValue: it is the model's own."""
+        if name in self.served.names:
+            raise InvalidValue("lora_name", f"{name} is the name of the base model")
+
+    def describe(self, name: str) -> dict[str, Any]:
+        """One of `models`."""
+        ref = self.adapter(name)
+        return {
+            "id": name,
+            "object": "model",
+            "created": self.created,
+            "owned_by": "torchserve",
+            "root": self.served.names[0] if ref is None else self.adapters.place(ref),
+            "parent": None if ref is None else self.served.names[0],
+            "max_model_len": self.config.engine.max_seq_len,
+        }
 
     def generation(
         self,
@@ -159,6 +197,7 @@ class Model:
         check_ids("logit_bias", params.logit_bias, self.vocab_size)
         return Generation(
             model=name,
+            adapter=self.adapter(body.model),
             system_fingerprint=self.served.system_fingerprint,
             prompts=tuple(
                 self.prompts.fit(

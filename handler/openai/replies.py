@@ -81,6 +81,7 @@ class GenerationFormat(ABC):
                 prompt_ids=prompt.ids,
                 params=self.generation.params,
                 grammar=self._grammar,
+                adapter=self.generation.adapter,
             )
             for index, prompt in enumerate(self.generation.prompts)
         ]

@@ -109,9 +109,7 @@ class AdapterLoads:
 
 
 def _end(one: Request | Errand, problem: str) -> list[Output]:
-    replies = one.n if isinstance(one, Request) else 1
     reason: FinishReason = "error" if problem else "stop"
     return [
-        Output(request_id=one.request_id, index=index, finish_reason=reason, problem=problem)
-        for index in range(replies)
+        Output(request_id=one.request_id, index=index, finish_reason=reason, problem=problem) for index in range(one.n)
     ]

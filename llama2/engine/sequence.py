@@ -90,6 +90,11 @@ class Errand:
     kind: Literal["load", "unload"]
     adapter: AdapterRef
 
+    @property
+    def n(self) -> int:
+        """It has one end, as a request has one of each reply."""
+        return 1
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TokenLogprobs:

@@ -12,10 +12,12 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
+from llama2.config import ModelArgs
 from llama2.weights.readers.gguf.file import GgufFile
 from scripts.smollm2 import gguf_file
 from tests.e2e.conftest import serving
 from tests.handler.support import ROOT, settings
+from tests.support.adapters import write_random_adapter
 from tests.support.reference import reference_model
 from tests.support.weights import meta_weights
 
@@ -42,9 +44,13 @@ def main(folder: Path) -> None:
     arguments = ["--original_ckpt_dir", str(gguf_file()), "--save_checkpoint_dir", str(checkpoint)]
     subprocess.run([sys.executable, "convert_checkpoints.py", *arguments], cwd=ROOT, check=True)
     write_reference(reference)
+    args = ModelArgs.load(checkpoint)
+    for seed, name in enumerate(("first", "second", "spare")):
+        write_random_adapter(folder / "adapters" / name, args, seed, r=8, size=0.3)
     # fp32: what is computed together cannot change a token. A test can fill a queue this short.
     top = {"deviceType": "cpu", "batchSize": 16, "jobQueueSize": 16}
     config = settings(top, dtype="float32", max_seq_len=1024, max_batch_size=8, max_step_tokens=256)
+    config["handler"] |= {"adapters_dir": str(folder / "adapters"), "allow_runtime_lora_updating": True}
     with serving(checkpoint, config) as served:
         whereabouts = Whereabouts(
             url=f"{served.url}/1.0",

@@ -68,7 +68,13 @@ def test_each_handler_key_takes_effect(base: Path, key: str, value: Any, seen: A
 def test_each_option_of_the_engine_is_a_key(base: Path, option: dataclasses.Field[Any]) -> None:
     key: str = option.metadata.get("key", option.name)
     default: Any = option.default
-    others: dict[str, Any] = {"kv_memory_fraction": 0.5, "seed": 1234, "max_seq_len": 77, "max_batch_size": 7}
+    others: dict[str, Any] = {
+        "kv_memory_fraction": 0.5,
+        "seed": 1234,
+        "max_seq_len": 77,
+        "max_batch_size": 7,
+        "max_cpu_loras": 9,
+    }
     others |= {"kv_cache_dtype": "int8", "activation_dtype": "int8"}
     value: Any = others.get(option.name)
     if value is None:

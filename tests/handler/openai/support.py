@@ -10,6 +10,7 @@ from typing import Any, cast
 
 import pytest
 
+from handler.adapters import Adapters
 from handler.call import Call, Format
 from handler.errors import RequestError
 from handler.openai.api import OpenAiApi, Served
@@ -79,7 +80,8 @@ class Server:
         return form
 
     def requests(self, path: str, **body: Any) -> list[Request]:
-        return list(self.read(path, **body).requests("id"))
+        asked = self.read(path, **body).requests("id")
+        return [one for one in asked if isinstance(one, Request)]
 
     def request(self, path: str, **body: Any) -> Request:
         (request,) = self.requests(path, **body)
@@ -118,7 +120,7 @@ class Server:
         assert all(event.startswith("data: ") and "\n" not in event for event in events)
         return [json.loads(event.removeprefix("data: ")) for event in events]
 
-    def outputs(self, requests: Sequence[Request], replies: Sequence[str], finish_reason: Any) -> Iterator[Output]:
+    def outputs(self, requests: Sequence[Any], replies: Sequence[str], finish_reason: Any) -> Iterator[Output]:
         """Token by token, all replies in turn, as the engine makes them."""
         keys = [(request, index) for request in requests for index in range(request.n)]
         assert len(keys) == len(replies)
@@ -181,6 +183,7 @@ def make_server(
     tokenizer: Tokenizer | None = None,
     add_bos: bool = False,
     certificate: Certificate | None = None,
+    adapters: Adapters | None = None,
     **handler: Any,
 ) -> Server:
     tokenizer = tokenizer or byte_tokenizer(folder, add_bos=add_bos)
@@ -193,5 +196,6 @@ def make_server(
         grammars=FakeGrammars(),
         stats=lambda: cast(EngineStats, stats),
         certificate=certificate,
+        adapters=adapters,
     )
     return Server(tokenizer=tokenizer, api=api, stats=stats)

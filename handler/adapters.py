@@ -1,0 +1,134 @@
+"""Owns the adapters that a server offers, by name. Knows no engine, no body and no torch: what is in their weights is
+found out when they are loaded.
+"""
+
+from __future__ import annotations
+
+import logging
+import re
+import threading
+from pathlib import Path
+from typing import Any
+
+from handler.errors import RequestError
+from llama2.adapters.config import CONFIG_FILE, AdapterConfig
+from llama2.adapters.reference import AdapterRef
+from llama2.errors import InvalidValue, shown
+
+logger = logging.getLogger(__name__)
+
+_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.\-]{0,127}")
+
+
+class Adapters:
+    """The adapters below one folder. All methods are for any thread."""
+
+    def __init__(self, folder: Path | None = None, *, can_change: bool = False) -> None:
+        """Each subfolder of `folder` that has a config is an adapter of that name; None: there are none.
+
+        `can_change`: clients may load and unload.
+        """
+        self._folder = None if folder is None else folder.resolve()
+        self._can_change = can_change
+        self._lock = threading.Lock()
+        self._refs: dict[str, AdapterRef] = {}
+        for config in sorted(self._folder.glob(f"*/{CONFIG_FILE}")) if self._folder else ():
+            name = config.parent.name
+            try:
+                self._refs[name] = self._read(name, config.parent)
+            except ValueError as error:
+                logger.warning("the adapter %s is left out: %s", name, error)
+
+    @property
+    def names(self) -> list[str]:
+        with self._lock:
+            return list(self._refs)
+
+    def find(self, name: str) -> AdapterRef | None:
+        """The adapter of that name, as it was when it was loaded."""
+        return self._refs.get(name)
+
+    def named(self, name: Any) -> AdapterRef | None:
+        """The adapter that a body of the native API names; None without a name.
+
+        Raises:
+            InvalidValue: it is no text.
+            RequestError: there is none of that name (404).
+        """
+        if name is None:
+            return None
+        if not isinstance(name, str):
+            raise InvalidValue("adapter", f"must be the name of an adapter, got {shown(name)}")
+        ref = self.find(name)
+        if ref is None:
+            known = ", ".join(self.names[:32]) or "none"
+            message = f"there is no adapter {shown(name)}; this server has {known}"
+            raise RequestError(message, param="adapter", status=404, code="model_not_found")
+        return ref
+
+    def place(self, ref: AdapterRef) -> str:
+        """Where an adapter is, below the folder."""
+        assert self._folder is not None
+        return str(Path(ref.path).relative_to(self._folder))
+
+    def check(self, name: str, path: str, *, again: bool = False) -> AdapterRef:
+        """The adapter at `path`, relative to the folder or absolute, which a client wants to have by `name`. It has it
+        once it is added.
+
+        Raises:
+            InvalidValue: a value is wrong, or there is one of that name, and `again` is false.
+            RequestError: clients may not do that (403).
+        """
+        self._check_can_change()
+        assert self._folder is not None
+        if not _NAME.fullmatch(name):
+            raise InvalidValue("lora_name", f"must be letters, digits, '-', '_' and '.', got {shown(name)}")
+        if name in self._refs and not again:
+            raise InvalidValue("lora_name", f"{name} is loaded: unload it first, or say load_inplace")
+        try:
+            place = (self._folder / path).resolve()
+        except (OSError, ValueError, RuntimeError):
+            raise InvalidValue("lora_path", f"must be a path, got {shown(path)}") from None
+        if place == self._folder or not place.is_relative_to(self._folder):
+            raise InvalidValue("lora_path", f"must be below the server's adapters_dir, got {shown(path)}")
+        try:
+            return self._read(name, place)
+        except InvalidValue as error:
+            raise InvalidValue("lora_path", error.problem) from None
+        except ValueError as error:
+            raise InvalidValue("lora_path", f"has no adapter that can be loaded: {error}") from None
+
+    def add(self, name: str, ref: AdapterRef) -> None:
+        """From now on requests may have it."""
+        with self._lock:
+            self._refs[name] = ref
+
+    def remove(self, name: str) -> AdapterRef:
+        """No more requests may have it.
+
+        Raises:
+            RequestError: there is none of that name (404), or clients may not do that (403).
+        """
+        self._check_can_change()
+        with self._lock:
+            if name not in self._refs:
+                raise RequestError(
+                    f"there is no adapter {shown(name)}", param="lora_name", status=404, code="model_not_found"
+                )
+            return self._refs.pop(name)
+
+    def _check_can_change(self) -> None:
+        if not self._can_change:
+            raise RequestError(
+                "clients of this server may not load and unload adapters: that is allow_runtime_lora_updating in "
+                "model-config.yaml, beside adapters_dir",
+                status=403,
+                code="not_allowed",
+            )
+
+    def _read(self, name: str, folder: Path) -> AdapterRef:
+        if not _NAME.fullmatch(name):
+            raise ValueError(f"an adapter's name must be letters, digits, '-', '_' and '.', got {shown(name)}")
+        ref = AdapterRef.of(folder)
+        AdapterConfig.load(folder)
+        return ref

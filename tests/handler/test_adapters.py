@@ -1,0 +1,183 @@
+"""The adapters of a server: which names there are, what a name chooses, and who may change them."""
+
+from __future__ import annotations
+
+import json
+import logging
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from handler.adapters import Adapters
+from handler.call import Call
+from handler.config import HandlerConfig
+from handler.errors import RequestError
+from handler.native import NativeApi
+from llama2.adapters.reference import AdapterRef
+from llama2.engine.sequence import Errand, Output, Request
+from llama2.errors import InvalidValue
+from tests.handler.openai.support import USER, Server, make_server
+from tests.handler.support import byte_tokenizer, config
+from tests.support.adapters import write_random_adapter
+from tests.support.weights import tiny_args
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    for seed, name in enumerate(("polite", "brief")):
+        write_random_adapter(tmp_path / "adapters" / name, tiny_args(), seed)
+    return tmp_path / "adapters"
+
+
+def server_of(folder: Path, tmp_path: Path, *, can_change: bool = True) -> Server:
+    return make_server(tmp_path, adapters=Adapters(folder, can_change=can_change))
+
+
+@pytest.mark.parametrize(
+    ("model", "adapter"),
+    [
+        (None, None),
+        ("llama", None),
+        ("smol", None),
+        ("brief", "brief"),
+        ("llama:brief", "brief"),
+        ("smol:polite", "polite"),
+    ],
+)
+@pytest.mark.parametrize("path", ["completions", "chat/completions", "responses"])
+def test_a_name_chooses_the_adapter_and_comes_back(
+    folder: Path, tmp_path: Path, path: str, model: str | None, adapter: str | None
+) -> None:
+    bodies: dict[str, dict[str, Any]] = {"completions": {"prompt": "Hi"}, "chat/completions": {"messages": [USER]}}
+    asked = bodies.get(path, {"input": "Hi"})
+    server = server_of(folder, tmp_path)
+    request = server.request(path, model=model, **asked)
+    assert request.adapter == (None if adapter is None else AdapterRef.of(folder / adapter))
+    if path == "completions":
+        assert server.say(path, "ok", model=model, **asked)["model"] == (model or "smol")
+
+
+@pytest.mark.parametrize("model", ["gpt-4", "llama:nobody", "nobody:brief", "brief:llama"])
+def test_an_unknown_name_is_a_404_that_names_those_there_are(folder: Path, tmp_path: Path, model: str) -> None:
+    status, field, message = server_of(folder, tmp_path).refused("completions", model=model, prompt="Hi")
+    assert (status, field) == (404, "model")
+    assert "'smol' or 'llama' or 'brief' or 'polite'" in message
+
+
+def test_models_lists_adapters_with_root_and_parent(folder: Path, tmp_path: Path) -> None:
+    server = server_of(folder, tmp_path)
+    listed = {model["id"]: (model["root"], model["parent"]) for model in server.get("models")["data"]}
+    assert listed == {
+        "smol": ("smol", None), "llama": ("smol", None), "brief": ("brief", "smol"), "polite": ("polite", "smol")
+    }  # fmt: skip
+    assert server.get("models/polite")["parent"] == "smol"
+
+
+def test_the_native_api_takes_an_adapter_by_name(folder: Path, tmp_path: Path) -> None:
+    tokenizer = byte_tokenizer(tmp_path)
+    api = NativeApi(tokenizer, config(tmp_path), Adapters(folder))
+    (request,) = api.read({"prompt": "Hi", "adapter": "brief"}).requests("id")
+    assert request.adapter == AdapterRef.of(folder / "brief")
+    with pytest.raises(RequestError, match="this server has brief, polite") as caught:
+        api.read({"prompt": "Hi", "adapter": "nobody"})
+    assert caught.value.status == 404
+    with pytest.raises(InvalidValue, match="adapter must be the name"):
+        api.read({"prompt": "Hi", "adapter": 3})
+
+
+def run(server: Server, path: str, problem: str = "", **body: Any) -> tuple[int, Any]:
+    """The status and the reply of what the engine does, where it has this `problem`."""
+    call = Call("id")
+    (errand,) = call.begin(server.read(path, **body))
+    assert isinstance(errand, Errand)
+    try:
+        call.take(Output(request_id="id/0", finish_reason="error" if problem else "stop", problem=problem))
+    except RequestError as error:
+        call.fail(error)
+    piece = call.piece()
+    return piece.status, json.loads(piece.text)
+
+
+def test_a_name_is_there_when_the_engine_has_loaded_the_adapter_and_gone_when_it_is_unloaded(
+    folder: Path, tmp_path: Path
+) -> None:
+    server = server_of(folder, tmp_path)
+    body = {"lora_name": "mine", "lora_path": "brief"}
+    status, reply = run(server, "v1/load_lora_adapter", "it is damaged", **body)
+    assert (status, "it is damaged" in reply["error"]["message"]) == (400, True)
+    assert server.refused("completions", model="mine", prompt="Hi")[0] == 404
+    status, reply = run(server, "v1/load_lora_adapter", **body)
+    assert (status, reply["id"], reply["root"], reply["parent"]) == (200, "mine", "brief", "smol")
+    assert server.request("completions", model="mine", prompt="Hi").adapter == AdapterRef.of(folder / "brief")
+    assert "load_inplace" in server.refused("load_lora_adapter", **body)[2]
+    assert run(server, "load_lora_adapter", **body, load_inplace=True)[0] == 200
+    assert run(server, "v1/unload_lora_adapter", lora_name="mine") == (
+        200, {"id": "mine", "object": "model", "deleted": True}
+    )  # fmt: skip
+    assert server.refused("completions", model="mine", prompt="Hi")[0] == 404
+    assert server.refused("unload_lora_adapter", lora_name="mine")[:2] == (404, "lora_name")
+
+
+@pytest.mark.parametrize(
+    ("name", "path", "field"),
+    [
+        ("x", "../secret", "lora_path"),
+        ("x", "/etc", "lora_path"),
+        ("x", ".", "lora_path"),
+        ("x", "nothing", "lora_path"),
+        ("x", "link", "lora_path"),
+        ("x", "a\0b", "lora_path"),
+        ("x", "n" * 5000, "lora_path"),
+        ("a/b", "brief", "lora_name"),
+        ("", "brief", "lora_name"),
+        ("llama", "brief", "lora_name"),
+    ],
+)
+def test_only_what_is_below_the_folder_is_loaded_by_a_plain_name(
+    folder: Path, tmp_path: Path, name: str, path: str, field: str
+) -> None:
+    write_random_adapter(tmp_path / "secret", tiny_args())
+    (folder / "link").symlink_to(tmp_path / "secret")
+    status, param, _ = server_of(folder, tmp_path).refused("load_lora_adapter", lora_name=name, lora_path=path)
+    assert (status, param) == (400, field)
+
+
+def test_clients_change_nothing_unless_the_server_says_so(folder: Path, tmp_path: Path) -> None:
+    server = server_of(folder, tmp_path, can_change=False)
+    assert server.refused("load_lora_adapter", lora_name="mine", lora_path="brief")[0] == 403
+    assert server.refused("unload_lora_adapter", lora_name="brief")[0] == 403
+    assert server.request("completions", model="brief", prompt="Hi").adapter is not None
+
+
+def test_an_adapter_of_another_kind_is_left_out_with_a_warning(
+    folder: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    path = folder / "polite" / "adapter_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"use_dora": True}))
+    with caplog.at_level(logging.WARNING):
+        assert Adapters(folder).names == ["brief"]
+    assert "the adapter polite is left out: " in caplog.text
+    assert "DoRA" in caplog.text
+
+
+def test_a_request_whose_adapter_cannot_be_had_is_refused(folder: Path, tmp_path: Path) -> None:
+    call = Call("id")
+    (request,) = call.begin(server_of(folder, tmp_path).read("completions", model="brief", prompt="Hi"))
+    assert isinstance(request, Request)
+    with pytest.raises(RequestError, match="the adapter cannot be had: it is gone") as caught:
+        call.take(Output(request_id="id/0", finish_reason="error", problem="it is gone"))
+    assert (caught.value.status, caught.value.param) == (400, "model")
+
+
+def test_a_server_with_a_folder_has_slots(tmp_path: Path) -> None:
+    def read(**given: Any) -> HandlerConfig:
+        return HandlerConfig.read({"converted_ckpt_dir": ".", **given}, base=tmp_path)
+
+    assert read().engine.max_loras == 0
+    assert read(adapters_dir=".").engine.max_loras == 8
+    assert read(adapters_dir=".", max_loras=3).engine.max_loras == 3
+    with pytest.raises(ValueError, match="allow_runtime_lora_updating needs adapters_dir"):
+        read(allow_runtime_lora_updating=True)
+    with pytest.raises(ValueError, match="adapters_dir"):
+        read(adapters_dir="nowhere")
