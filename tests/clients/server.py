@@ -1,4 +1,4 @@
-"""Serves the demo model in its own 4 bits to clients in another virtual environment; run by the server's own python.
+"""Serves the demo model to clients in another virtual environment; run by the server's own python.
 
 When the server is READY, one line of JSON on stdout says where it is. It lives until stdin ends.
 """
@@ -14,7 +14,7 @@ from pathlib import Path
 
 from llama2.config import ModelArgs
 from llama2.weights.readers.gguf.file import GgufFile
-from scripts.smollm2 import gguf_file
+from scripts.smollm2 import gguf_file, write
 from tests.e2e.conftest import serving
 from tests.handler.support import ROOT, settings
 from tests.support.adapters import write_random_adapter
@@ -33,15 +33,24 @@ class Whereabouts:
 
 
 def write_reference(folder: Path) -> None:
-    """The same values, in fp32, as transformers keeps them."""
+    """The same weights as transformers keeps them."""
     model = GgufFile(gguf_file())
-    reference_model(model.spec.args, meta_weights(model)).save_pretrained(folder)
+    weights = {name: weight.bfloat16() for name, weight in meta_weights(model).items()}
+    reference_model(model.spec.args, weights).bfloat16().save_pretrained(folder)
     model.write_tokenizer(folder)
 
 
 def main(folder: Path) -> None:
-    checkpoint, reference = folder / "converted", folder / "transformers"
-    arguments = ["--original_ckpt_dir", str(gguf_file()), "--save_checkpoint_dir", str(checkpoint)]
+    meta, checkpoint, reference = folder / "meta", folder / "converted", folder / "transformers"
+    write(meta, num_shards=3)
+    arguments = [
+        "--original_ckpt_dir",
+        str(meta),
+        "--tokenizer_path",
+        str(meta),
+        "--save_checkpoint_dir",
+        str(checkpoint),
+    ]
     subprocess.run([sys.executable, "convert_checkpoints.py", *arguments], cwd=ROOT, check=True)
     write_reference(reference)
     args = ModelArgs.load(checkpoint)
