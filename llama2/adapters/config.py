@@ -51,7 +51,7 @@ _REFUSED: Mapping[str, str] = MappingProxyType(
 )
 # These inits subtract from the base what they put into the adapter.
 _CHANGES_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
-_INITS = (None, True, False, "gaussian", "eva", "orthogonal")
+_INITS = ("gaussian", "eva", "orthogonal")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -225,8 +225,8 @@ def _check_supported(values: Mapping[str, Any]) -> None:
             f"init_lora_weights={shown(init)} changes the base's weights: save the adapter with PEFT's "
             "path_initial_model_for_weight_conversion, which makes one for the base as it was"
         )
-    if init not in _INITS and not (isinstance(init, str) and init.lower() in _INITS):
-        raise ValueError(f"init_lora_weights={shown(init)} is not supported, only {', '.join(map(str, _INITS[1:]))}")
+    if not (init is None or isinstance(init, bool) or (isinstance(init, str) and init.lower() in _INITS)):
+        raise ValueError(f"init_lora_weights={shown(init)} is not supported, only true, false, {', '.join(_INITS)}")
     known = {*_OWN_KEYS, *_IGNORED, *_REFUSED, "peft_type", "base_model_name_or_path", "bias", "init_lora_weights"}
     for key in sorted(values.keys() - known):
         # What is off in a file of another version of PEFT changes nothing.

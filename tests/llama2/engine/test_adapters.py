@@ -76,7 +76,7 @@ def test_more_adapters_than_slots_each_reply_is_that_of_the_merged_model(
         whole = weights
         if adapter is not None:
             config = AdapterConfig.load(adapter)
-            whole = merged(weights, random_pairs(ARGS, config, index - 1))
+            whole = merged(weights, random_pairs(config, ARGS, seed=index - 1))
         alone = make_engine(write_checkpoint(tmp_path / f"merged{index}", ARGS, whole, tokenizer), max_loras=0)
         alone.add(ask("alone", None))
         expected = ids_of(drain(alone)["alone"])
@@ -85,7 +85,7 @@ def test_more_adapters_than_slots_each_reply_is_that_of_the_merged_model(
 
 
 def test_logits_are_those_of_the_merged_model(folder: Path, adapters: list[Path], tmp_path: Path) -> None:
-    whole = merged(random_weights(ARGS), random_pairs(ARGS, AdapterConfig.load(adapters[3]), 3))
+    whole = merged(random_weights(ARGS), random_pairs(AdapterConfig.load(adapters[3]), ARGS, seed=3))
     expected = LLM(write_checkpoint(tmp_path / "merged", ARGS, whole, tiny_sentencepiece(tmp_path, vocab_size=512)))
     ours = LLM(folder, max_loras=1)
     torch.testing.assert_close(ours.score(PROMPT, adapter=adapters[3]), expected.score(PROMPT), rtol=1e-4, atol=1e-4)
