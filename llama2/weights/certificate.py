@@ -110,7 +110,7 @@ class Reference:
 
     weights: str
     stored: dict[str, int]
-    origin: tuple[dict[str, int], ...]
+    origin: tuple[dict[str, int] | dict[str, str], ...]
     note: str
 
 

@@ -18,6 +18,7 @@ from typing import Literal, TypeVar, get_args
 import torch
 import torch.distributed as dist
 
+from llama2.adapters.merge import open_merge
 from llama2.config import MODEL_ARGS_FILE
 from llama2.progress import Bar, progress
 from llama2.text.tokenizer import load_tokenizer
@@ -39,7 +40,7 @@ from llama2.weights.readers.fairscale import (
 )
 from llama2.weights.readers.hugging_face import open_hugging_face
 from llama2.weights.readers.tensor_files import FILE_NAMES
-from llama2.weights.source import Source, open_source
+from llama2.weights.source import open_source
 from llama2.weights.spec import Spec
 from llama2.weights.staging import StagedFolder
 
@@ -60,6 +61,8 @@ def convert(
     quantize_head: bool = True,
     requantize: bool = False,
     calibration: Path | str | None = None,
+    adapter: Path | str | None = None,
+    onto: str | None = None,
     output_format: OutputFormat = "dcp",
     output_model_parallel_size: int | None = None,
     overwrite: bool = False,
@@ -75,8 +78,11 @@ def convert(
         dtype: of the weights written that are not quantized; None: the source's.
         quantize: see `llama2.weights.precision.target`; None: as the source is.
         quantize_head: the embedding and the head as well, in 8 bits.
-        requantize: allow `quantize` for a source that is quantized otherwise.
+        requantize: allow `quantize` for a source that is quantized otherwise, or for what an adapter is added to.
         calibration: a text, or a JSONL file with a "text" in each line, for `quantize="gptq"`.
+        adapter: the folder of one to be merged into the weights; those of a quantized source that it changes become
+            plain, if `quantize` asks for nothing else.
+        onto: see `llama2.adapters.merge.open_merge`.
         output_model_parallel_size: the number of shards to write, for `output_format="fairscale"`.
         overwrite: replace the checkpoint that `save_checkpoint_dir` holds.
         verify: read the result back and compare every weight with its source, bit for bit.
@@ -100,6 +106,8 @@ def convert(
         raise ValueError("quantize=gptq and calibration, the file of a text, go together")
     if calibration is not None and ranks.world_size > 1:
         raise ValueError("quantize=gptq runs in one process, and not under torchrun")
+    if onto is not None and adapter is None:
+        raise ValueError("onto says what an adapter is merged into, and there is no adapter")
     gptq = None if calibration is None else Gptq.open(calibration)
 
     opened = ranks.agree(
@@ -107,9 +115,17 @@ def convert(
     )
     if output_format != "dcp":
         quantize, requantize = "none", True
+    merge = ranks.agree(lambda: open_merge(adapter, opened, onto=onto, quantize=quantize) if adapter else None)
     stored = opened.reader.spec
-    spec = target(stored, dtype=dtype, quantize=quantize, quantize_head=quantize_head, requantize=requantize)
-    if isinstance(opened.reader, DcpFolder) and output_format == "dcp" and spec == stored:
+    spec = target(
+        stored,
+        dtype=dtype,
+        quantize=quantize,
+        quantize_head=quantize_head,
+        requantize=requantize,
+        merged=merge.pairs if merge else (),
+    )
+    if isinstance(opened.reader, DcpFolder) and output_format == "dcp" and spec == stored and merge is None:
         raise ValueError(
             f"{opened.reader.path} is a converted checkpoint of that precision already: it loads at every tensor "
             "parallel degree"
@@ -117,7 +133,9 @@ def convert(
     if quantize is None and ranks.rank == 0:
         for note in opened.notes:
             logger.info("%s", note)
-    source = Converted(opened.reader, spec)
+    if merge is not None and ranks.rank == 0:
+        logger.info("%s", merge.note)
+    source = Converted(opened.reader, spec, merge)
     if output_model_parallel_size is not None:
         check_num_shards(spec.args, output_model_parallel_size)
 
@@ -129,10 +147,11 @@ def convert(
 
     ranks.agree(open_target, only_first=True)
     try:
-        ranks.agree(lambda: write_origin(staged.partial, opened.origin), only_first=True)
+        origin = opened.origin if merge is None else (*opened.origin, merge.step)
+        ranks.agree(lambda: write_origin(staged.partial, origin), only_first=True)
         ranks.agree(partial(opened.write_tokenizer, staged.partial), only_first=True)
         if gptq is not None:
-            source = _calibrate(ranks, gptq, opened, spec, staged.partial)
+            source = _calibrate(ranks, gptq, Converted(opened.reader, _plain(spec), merge), spec, staged.partial)
         if output_model_parallel_size is not None:
             _write_shards(ranks, source, staged.partial, num_shards=output_model_parallel_size)
         elif output_format == "hf":
@@ -151,11 +170,11 @@ def convert(
         logger.info("wrote %s", staged.target)
 
 
-def _calibrate(ranks: _Ranks, gptq: Gptq, opened: Source, spec: Spec, folder: Path) -> Converted:
+def _calibrate(ranks: _Ranks, gptq: Gptq, plain: Converted, spec: Spec, folder: Path) -> Converted:
     """The weights as gptqmodel quantizes them, with all else as in `spec`; `folder` has the tokenizer."""
     work = folder / "calibration"
     (work / "plain").mkdir(parents=True)
-    _write_hugging_face(ranks, Converted(opened.reader, _plain(spec)), work / "plain").write_config()
+    _write_hugging_face(ranks, plain, work / "plain").write_config()
     groups = {format.group for format in spec.formats.values() if isinstance(format, Q4)}
     result = ranks.agree(
         lambda: gptq.quantize(

@@ -42,6 +42,8 @@ def options(
     quantize_head: bool = True,
     requantize: bool = False,
     calibration: str | None = None,
+    adapter: str | None = None,
+    onto: str | None = None,
     output_format: str = "dcp",
     output_model_parallel_size: int | None = None,
     overwrite: bool = False,
@@ -63,8 +65,13 @@ def options(
         quantize: int8, int4, nf4 or gptq for the weights of all linear layers, none for values in dtype; by default as
             the source is. gptq needs calibration, and gptqmodel, which make gptq installs.
         quantize_head: with it the embedding and the head get int8; --quantize_head=False leaves them in dtype.
-        requantize: allow quantize where the source is quantized otherwise: errors add up.
+        requantize: allow quantize where the source is quantized otherwise, or an adapter is merged into it: errors add
+            up.
         calibration: with quantize gptq, a text such as the model will meet, or a JSONL file with a "text" in each line.
+        adapter: the folder of an adapter (LoRA, in PEFT's format) to merge into the weights. What it changes of a
+            quantized source becomes plain, if quantize asks for nothing else.
+        onto: original, to merge it into the values of a source that is not quantized; quantized, into the values of one
+            that is, or into what quantize makes of one that is not; by default into the values as the source has them.
         output_format: dcp, fairscale for Meta's layout, or hf for Hugging Face's.
         output_model_parallel_size: how many consolidated.NN.pth to write, with output_format fairscale.
         overwrite: replace the checkpoint that save_checkpoint_dir holds, once the new one is complete.
@@ -95,6 +102,8 @@ def options(
             raise ValueError(f"--{name} is a switch and takes no value, got {switch!r}")
     if isinstance(calibration, bool):
         raise ValueError("--calibration needs a file")
+    if isinstance(adapter, bool):
+        raise ValueError("--adapter needs a folder")
     dtype_name = read_dtype(dtype, "--dtype")
     return {
         # str: fire reads a folder named 7 as a number.
@@ -108,6 +117,8 @@ def options(
         "quantize_head": quantize_head,
         "requantize": requantize,
         "calibration": None if calibration is None else str(calibration),
+        "adapter": None if adapter is None else str(adapter),
+        "onto": None if onto is None else str(onto),
         "output_format": output_format,
         "output_model_parallel_size": output_model_parallel_size,
         "overwrite": overwrite,

@@ -1,4 +1,5 @@
-"""Owns `origin.json` of a folder with weights: in which precisions their values were stored, from file to file.
+"""Owns `origin.json` of a folder with weights: in which precisions their values were stored, from file to file, and
+which adapters were merged into them on the way.
 
 A folder in bf16 may hold what was a quantized file once. Knows no torch and no file with weights.
 """
@@ -8,13 +9,16 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable, Mapping
 from pathlib import Path
+from typing import Any
 
 ORIGIN_FILE = "origin.json"
 
 # Number of values by the precision that a source's files have them in, in the words of those files.
 Stored = Mapping[str, int]
-# From the first files known to those that a folder was made of.
-Origin = tuple[Stored, ...]
+# The "adapter" that was added to what was stored so, by its identity, and "onto" which values: see `merge`.
+Merged = Mapping[str, str]
+# From the first files known to those that a folder was made of, `Stored` or `Merged` each.
+Origin = tuple[Mapping[str, Any], ...]
 
 _PLAIN = frozenset({"bfloat16", "float16", "float32", "BF16", "F16", "F32"})
 
@@ -32,9 +36,10 @@ def read_origin(folder: Path) -> Origin:
         return ()
     except (OSError, ValueError, RecursionError) as error:
         raise ValueError(f"{path} cannot be read: {error}") from None
-    counts = [count for step in steps for count in step.values()] if _is_list_of_objects(steps) else [None]
-    if not all(type(count) is int and count > 0 for count in counts):
-        raise ValueError(f"{path} must be a list of objects with numbers of values, by precision")
+    if not isinstance(steps, list) or not all(_is_merged(step) or _is_stored(step) for step in steps):
+        raise ValueError(
+            f"{path} must be a list of objects with numbers of values, by precision, or with a merged 'adapter'"
+        )
     return tuple(steps)
 
 
@@ -59,13 +64,20 @@ def describe(origin: Origin) -> str:
     """A sentence on what the values of a reference are, for whoever compares something with it."""
     if not origin:
         return "In which precision these values were stored first is not recorded: convert them anew to have it."
-    quantized = [words for stored in origin if (words := _quantized(stored))]
+    files = [step for step in origin if not _is_merged(step)]
+    quantized = [words for step in files if (words := _quantized(step))]
+    adapters = [step["adapter"] for step in origin if _is_merged(step)]
+    merged = f" Adapters were merged into them: {', '.join(adapters)}." if adapters else ""
     if not quantized:
-        return f"These values were stored as {' and '.join(origin[0])} first, and never quantized since."
+        return f"These values were stored as {' and '.join(files[0])} first, and never quantized since.{merged}"
     return (
         f"These values were stored as {', then as '.join(quantized)} before: weights that keep those codes lose "
-        "nothing by construction, and what was lost when they were made is not measured here."
+        f"nothing by construction, and what was lost when they were made is not measured here.{merged}"
     )
+
+
+def is_quantized(stored: Stored) -> bool:
+    return not stored.keys() <= _PLAIN
 
 
 def _quantized(stored: Stored) -> str:
@@ -74,5 +86,10 @@ def _quantized(stored: Stored) -> str:
     return " and ".join(f"{name} ({share:.0%})" for name, share in shares.items())
 
 
-def _is_list_of_objects(steps: object) -> bool:
-    return isinstance(steps, list) and all(isinstance(step, dict) for step in steps)
+def _is_stored(step: Any) -> bool:
+    return isinstance(step, dict) and all(type(count) is int and count > 0 for count in step.values())
+
+
+def _is_merged(step: Any) -> bool:
+    names = {"adapter", "onto"}
+    return isinstance(step, dict) and step.keys() == names and all(isinstance(step[name], str) for name in names)

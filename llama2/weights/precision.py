@@ -1,18 +1,19 @@
 """Owns a change of precision: a source's weights in the formats of another spec, a block of rows at a time.
 
-Knows no file. What has the same format in both is passed on as it is stored.
+Knows no file. What has the same format in both is passed on as it is stored, unless an adapter is added to it.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import replace
 from types import MappingProxyType
 from typing import Protocol, runtime_checkable
 
 import torch
 
+from llama2.adapters.merge import Merge
 from llama2.weights.formats import Format
 from llama2.weights.formats.groups import repeated
 from llama2.weights.formats.lut4 import Lut4
@@ -47,6 +48,7 @@ def target(
     quantize: str | None = None,
     quantize_head: bool = True,
     requantize: bool = False,
+    merged: Collection[str] = (),
 ) -> Spec:
     """What becomes of weights that are `stored`.
 
@@ -54,14 +56,15 @@ def target(
         dtype: of the plain values; None: as stored.
         quantize: "none", "int8", "int4", "nf4" or "gptq"; None: the formats stored. Norms stay plain.
         quantize_head: int8 for the embedding and the head, too.
-        requantize: allow it where weights are quantized otherwise.
+        requantize: allow it where weights are quantized otherwise, or `merged`.
+        merged: the weights to which something is added. Of those `stored` these become plain.
 
     Raises:
         ValueError: `quantize` is no such name, would requantize, or the model's sizes leave no group.
     """
     spec = replace(stored, dtype=dtype or stored.dtype)
     if quantize is None:
-        return spec
+        return replace(spec, formats={name: each for name, each in stored.formats.items() if name not in merged})
     if quantize == "none":
         formats: dict[str, Format] = {}
     elif quantize in (*PRECISIONS, "gptq"):
@@ -72,7 +75,7 @@ def target(
         }
     else:
         raise ValueError(f"quantize must be none, {', '.join(PRECISIONS)} or gptq, got {quantize!r}")
-    kept = stored.formats == formats and quantize != "gptq"
+    kept = stored.formats == formats and quantize != "gptq" and not merged
     if stored.formats and formats and not kept and not requantize:
         raise ValueError(
             "these weights are quantized already: without quantize they keep their precision; requantize allows to "
@@ -82,16 +85,19 @@ def target(
 
 
 class Converted:
-    """A `Reader` of `source`'s weights in the formats of `spec`.
+    """A `Reader` of `source`'s weights in the formats of `spec`, with an adapter merged into them, if there is one.
+
+    Its sums are made in fp32 and rounded once, to the format of `spec`.
 
     Raises:
         ValueError: a weight would have to be brought into a format that can only be read.
     """
 
-    def __init__(self, source: Reader, spec: Spec) -> None:
+    def __init__(self, source: Reader, spec: Spec, merge: Merge | None = None) -> None:
         self.path = source.path
         self.spec = spec
         self._source = source
+        self._merge = merge
         self._tensors, self._stored = spec.tensors(), source.spec.tensors()
         # The parts of the weight that was asked for last: they are made together.
         self._latest: tuple[str, dict[str, torch.Tensor]] = ("", {})
@@ -105,6 +111,8 @@ class Converted:
         weight, _, part = name.rpartition(".")
         if self._passes(weight):
             return self._source.read(name).reshape(self._tensors[name].shape)
+        if isinstance(self.spec.format(weight), Plain):
+            return self._convert(weight)[part]
         if self._latest[0] != weight:
             self._latest = ("", {})
             self._latest = (weight, self._convert(weight))
@@ -135,6 +143,8 @@ class Converted:
     def _passes(self, weight: str) -> bool:
         """Whether the weight's tensors are passed on: those that are plain may change their dtype on the way."""
         ours, theirs = self.spec.format(weight), self._source.spec.format(weight)
+        if self._merge is not None and weight in self._merge.pairs:
+            return False
         return ours == theirs or (isinstance(ours, Plain) and isinstance(theirs, Plain))
 
     def _convert(self, weight: str) -> dict[str, torch.Tensor]:
@@ -147,10 +157,14 @@ class Converted:
         outputs = len(next(iter(stored.values())))
         shape = self.spec.args.parameter_shapes()[f"{weight}.weight"]
         rows = max(1, _BLOCK * outputs // math.prod(shape))
-        blocks = [
-            _quantize(ours, theirs.dequantize({part: values[row : row + rows] for part, values in stored.items()}))
-            for row in range(0, outputs, rows)
-        ]
+        blocks = []
+        for row in range(0, outputs, rows):
+            values_FC = theirs.dequantize({part: values[row : row + rows] for part, values in stored.items()})
+            if self._merge is not None and (pair := self._merge.pairs.get(weight)) is not None:
+                if self._merge.quantize_first:
+                    values_FC = ours.dequantize(_quantize(ours, values_FC))
+                values_FC = values_FC.float() + replace(pair, b_FR=pair.b_FR[row : row + rows]).delta()
+            blocks.append(_quantize(ours, values_FC))
         result = {}
         for part, name in _parts_of(weight, self._tensors).items():
             tensor = self._tensors[name]

@@ -9,10 +9,14 @@ from pathlib import Path
 import pytest
 import torch
 
+from llama2.adapters.config import AdapterConfig
+from llama2.adapters.format import write_adapter
 from llama2.text.tokenizer import load_tokenizer
 from llama2.weights.convert import convert
+from llama2.weights.readers.dcp import DcpFolder
 from llama2.weights.readers.fairscale import FairscaleFolder, same_bits
-from tests.support.conversion import ROOT, WEIGHTS, assert_holds, flags
+from tests.support.adapters import random_pairs
+from tests.support.conversion import ARGS, ROOT, WEIGHTS, assert_holds, flags
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*single process.*")
 
@@ -78,8 +82,21 @@ def test_overwrite_replaces_a_checkpoint(source, tmp_path, command):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "source"]
 
 
-def test_no_tensor_is_kept_after_it_is_written(source, tmp_path, monkeypatch):
+def test_the_command_merges_an_adapter(source, tmp_path, command):
+    pairs = random_pairs(AdapterConfig(target_modules=("k_proj",)), ARGS)
+    write_adapter(tmp_path / "adapter", pairs, AdapterConfig(target_modules=("k_proj",)), ARGS)
+    code, lines = command(*flags(source, tmp_path / "out"), "--adapter", tmp_path / "adapter", "--onto", "original")
+    assert (code, [line for line in lines if "error" in line]) == (0, [])
+    expected = WEIGHTS["layers.0.attention.wk.weight"].float() + pairs["layers.0.attention.wk"].delta()
+    stored = DcpFolder(tmp_path / "out").read("layers.0.attention.wk.weight")
+    assert same_bits(stored.flatten(), expected.bfloat16().flatten())
+
+
+@pytest.mark.parametrize("merged", [False, True])
+def test_no_tensor_is_kept_after_it_is_written(source, tmp_path, monkeypatch, merged):
     """DCP's own writer keeps all tensors of a file, which after a cast are a rank's whole share."""
+    if merged:
+        write_adapter(tmp_path / "adapter", random_pairs(AdapterConfig(), ARGS), AdapterConfig(), ARGS)
     save = torch.save
     written: list[weakref.ref] = []
 
@@ -89,7 +106,7 @@ def test_no_tensor_is_kept_after_it_is_written(source, tmp_path, monkeypatch):
         written.append(weakref.ref(tensor))
 
     monkeypatch.setattr(torch, "save", watch)
-    convert(source, tmp_path / "out", dtype=torch.float32)
+    convert(source, tmp_path / "out", dtype=torch.float32, adapter=tmp_path / "adapter" if merged else None)
     assert len(written) > len(WEIGHTS)
 
 

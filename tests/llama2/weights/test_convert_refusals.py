@@ -64,6 +64,9 @@ FAULTS: dict[str, tuple[Callable[[Path], object] | None, list, str]] = {
     ),
     "no size for the way back": (None, ["--output_format", "fairscale"], "needs output_model_parallel_size"),
     "a size that is no number": (None, ["--model_parallel_size", "all"], "must be a positive integer, got 'all'"),
+    "onto without an adapter": (None, ["--onto", "original"], "onto says what an adapter is merged into, and there is"),
+    "an adapter that is not there": (None, ["--adapter", "/nowhere"], "/nowhere/adapter_config.json cannot be read"),
+    "an adapter without a value": (None, ["--adapter"], "--adapter needs a folder"),
     "a switch with a value": (None, ["--overwrite", "3"], "--overwrite is a switch and takes no value, got 3"),
     "too many shards on the way back": (
         None,

@@ -1,0 +1,103 @@
+"""Owns the choice of the values that an adapter is merged into, and whether it was trained on them.
+
+Knows no file of weights and adds nothing itself: `precision.Converted` does, while it converts.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal, get_args
+
+from llama2.adapters.adapter import LoraPair
+from llama2.adapters.format import Base, check_base, read_adapter, read_base
+from llama2.weights.certificate import Identity
+from llama2.weights.manifest import MANIFEST_FILE
+from llama2.weights.origin import Merged, Stored, is_quantized
+from llama2.weights.readers.dcp import DcpFolder
+from llama2.weights.source import Source
+
+Onto = Literal["original", "quantized"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Merge:
+    """An adapter to be added to weights.
+
+    Attributes:
+        pairs: by the weights' names.
+        quantize_first: add it to what the result's format makes of a weight, and not to the weight.
+        note: a line for the user: what is merged into what.
+        step: the same for `origin.json`.
+    """
+
+    pairs: Mapping[str, LoraPair]
+    quantize_first: bool
+    note: str
+    step: Merged
+
+
+def open_merge(folder: Path | str, source: Source, *, onto: str | None, quantize: str | None) -> Merge:
+    """Open the adapter in `folder`, to be merged into `source`.
+
+    Args:
+        onto: "original": the values of a source that is not quantized. "quantized": those of one that is, dequantized;
+            of one that is not, what `quantize` makes of them. None: the values as the source has them.
+        quantize: the converter's, which says what becomes of the sums.
+
+    Raises:
+        ValueError: the adapter cannot be read, or was trained on something else, or the source has no such values.
+    """
+    if onto is not None and onto not in get_args(Onto):
+        raise ValueError(f"onto must be {' or '.join(get_args(Onto))}, got {onto!r}")
+    reader, stored = source.reader, source.origin[-1]
+    adapter, base = read_adapter(folder, reader.spec.args), read_base(folder)
+    path, precisions, quantized = reader.path, _words(stored), is_quantized(stored)
+    if onto == "original" and quantized:
+        raise ValueError(
+            f"onto=original needs values that are not quantized, and {path} is stored as {precisions}: convert from "
+            "what it was quantized from"
+        )
+    if onto == "quantized" and not quantized and quantize in (None, "none", "gptq"):
+        raise ValueError(
+            f"onto=quantized needs quantized values, and {path} is stored as {precisions}: convert from the folder "
+            "that the adapter was trained on, or set quantize to int8, int4 or nf4"
+        )
+    if onto is None and base is not None and is_quantized(base.stored) != quantized:
+        raise ValueError(
+            f"{folder} was trained on weights stored as {_words(base.stored)}, and {path} is stored as {precisions}: "
+            f"convert from these, or set onto to {'quantized' if quantized else 'original'} to add it nevertheless"
+        )
+    onto = onto or ("quantized" if quantized else "original")
+    what = f"the values of {path} as they are stored ({precisions})"
+    if onto == "quantized":
+        what = f"{what}, dequantized" if quantized else f"what {quantize} makes of the values of {path}"
+    known = _compare(folder, base, source, quantized=quantized)
+    return Merge(
+        pairs=adapter.pairs,
+        quantize_first=onto == "quantized" and not quantized,
+        note=f"merging {folder} ({len(adapter.pairs)} weights, rank {adapter.rank}) into {what}; {known}",
+        step={"adapter": f"sha256:{adapter.identity.hex()}", "onto": onto},
+    )
+
+
+def _compare(folder: Path | str, base: Base | None, source: Source, *, quantized: bool) -> str:
+    """What is known of the source and the adapter's base.
+
+    Raises:
+        ValueError: they differ.
+    """
+    path = source.reader.path
+    if base is None:
+        return "it does not say what it was trained on"
+    if is_quantized(base.stored) != quantized:
+        return f"it was trained on weights stored as {_words(base.stored)}, which cannot be compared with these"
+    if not isinstance(source.reader, DcpFolder) or not (path / MANIFEST_FILE).is_file():
+        return f"it names its base by a hash, and {path} has none to compare with"
+    check_base(folder, Identity.of(path).weights)
+    return "it was trained on these"
+
+
+def _words(stored: Stored) -> str:
+    return " and ".join(stored)
