@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
-from types import MappingProxyType
 
 import torch
 from torch.distributed.device_mesh import DeviceMesh
 
+from llama2.adapters.format import Base
 from llama2.adapters.slots import AdapterSlots
 from llama2.adapters.store import AdapterStore
 from llama2.config import EngineConfig, ModelArgs
@@ -26,6 +25,7 @@ from llama2.parallel.collectives import Collectives, connect
 from llama2.parallel.plan import build_mesh, local_size
 from llama2.parallel.process_group import Launched, choose_device, init_process_group
 from llama2.text.tokenizer import Tokenizer, load_tokenizer
+from llama2.weights.certificate import Identity
 from llama2.weights.loader import load_model
 from llama2.weights.readers.dcp import DcpFolder
 
@@ -82,8 +82,26 @@ def load_engine(
             threads=threads,
             activation_dtype=config.activation_dtype,
         )
-        units = checkpoint.spec.units()
-        return build_engine(model, mesh, collectives, tokenizer=tokenizer, config=config, units=units)
+        adapters = _make_store(checkpoint, mesh, config, dtype, device) if config.max_loras else None
+        return build_engine(model, mesh, collectives, tokenizer=tokenizer, config=config, adapters=adapters)
+
+
+def _make_store(
+    checkpoint: DcpFolder, mesh: DeviceMesh, config: EngineConfig, dtype: torch.dtype, device: torch.device
+) -> AdapterStore:
+    """Room for adapters, which the memory that is free afterwards does not have."""
+    spec = checkpoint.spec
+    slots = AdapterSlots(
+        spec.args,
+        mesh,
+        spec.units(),
+        num_slots=config.max_loras,
+        max_rank=config.max_lora_rank,
+        dtype=dtype,
+        device=device,
+    )
+    base = Base(weights=Identity.of(checkpoint.path).weights, stored=spec.stored()) if checkpoint.has_hashes else None
+    return AdapterStore(spec.args, slots, base)
 
 
 def build_engine(
@@ -93,11 +111,9 @@ def build_engine(
     *,
     tokenizer: Tokenizer,
     config: EngineConfig,
-    units: Mapping[str, int] = MappingProxyType({}),
+    adapters: AdapterStore | None = None,
 ) -> Engine:
     """An engine for a model that can run positions up to `config.max_seq_len`. Called on every rank.
-
-    `units` are those of the model's weights (`Spec.units`), for its adapters.
 
     Raises:
         ValueError: the memory of some rank does not hold one sequence of that length.
@@ -106,18 +122,6 @@ def build_engine(
     args, dtype, device = model.args, model.dtype, model.device
     n_kv_heads = local_size("kv_heads", args.n_kv_heads, mesh)
     degree = collectives.world_size
-    adapters = None
-    if config.max_loras:
-        slots = AdapterSlots(
-            args,
-            mesh,
-            units,
-            num_slots=config.max_loras,
-            max_rank=config.max_lora_rank,
-            dtype=dtype,
-            device=device,
-        )
-        adapters = AdapterStore(args, slots)
     if config.max_batch_size is None:
         asked = config
         size = agree(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import shutil
 from collections import Counter
 from dataclasses import replace
 from pathlib import Path
@@ -12,6 +13,7 @@ import pytest
 import torch
 
 from llama2.adapters.config import AdapterConfig
+from llama2.adapters.format import Base, read_adapter, write_adapter
 from llama2.adapters.reference import AdapterRef
 from llama2.config import EngineConfig
 from llama2.engine.engine import Engine
@@ -20,6 +22,8 @@ from llama2.engine.sampling_params import SamplingParams
 from llama2.engine.sequence import Errand, Output, Request
 from llama2.errors import InvalidValue
 from llama2.llm import LLM
+from llama2.weights.certificate import Identity
+from llama2.weights.manifest import Manifest
 from tests.support.adapters import merged, random_pairs, write_random_adapter
 from tests.support.checkpoints import write_checkpoint
 from tests.support.tokenizers import tiny_sentencepiece
@@ -135,6 +139,23 @@ def test_an_adapter_that_cannot_be_read_ends_its_own_requests_alone(
         assert len(ids_of(outputs[name])) == 24
     engine.add(ask("again", adapters[0]))
     assert ids_of(drain(engine)["again"]) == ids_of([one for one in outputs["good"] if one.index == 0])
+
+
+def test_an_adapter_of_another_base_is_refused_by_its_hash(folder: Path, tmp_path: Path) -> None:
+    base = tmp_path / "base"
+    shutil.copytree(folder, base)
+    Manifest(base, {}).write()
+    engine = make_engine(base)
+    other = write_random_adapter(tmp_path / "other", ARGS)
+    config, pairs = AdapterConfig.load(other), read_adapter(other, ARGS).pairs
+    weights = Identity.of(base).weights
+    for name, hashed in (("own", weights), ("other", "xxh3_128:0123")):
+        write_adapter(tmp_path / name, pairs, config, ARGS, base=Base(weights=hashed, stored={"float32": 1}))
+        engine.add(ask(name, tmp_path / name))
+    outputs = drain(engine)
+    assert outputs["own"][-1].finish_reason == "length"
+    assert outputs["other"][-1].finish_reason == "error"
+    assert "trained on another base" in outputs["other"][-1].problem
 
 
 def test_without_max_loras_an_adapter_is_refused_with_what_to_set(folder: Path, adapters: list[Path]) -> None:
