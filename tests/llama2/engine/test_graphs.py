@@ -17,7 +17,7 @@ import torch
 
 from llama2 import LLM, SamplingParams
 from llama2.batch import Batch
-from llama2.config import EngineConfig
+from llama2.config import EngineConfig, ModelArgs
 from llama2.engine import runner as runner_module
 from llama2.engine.graphs import Recording, batch_sizes, token_sizes
 from llama2.engine.inputs import Inputs, Sizes
@@ -25,6 +25,7 @@ from llama2.engine.scheduler import Chunk, Logits, Plan
 from llama2.engine.token_pool import TokenPool
 from llama2.kv_cache import KVCache
 from llama2.parallel.collectives import SingleRank
+from tests.support.adapters import write_random_adapter
 from tests.support.ranks import run_ranks
 from tests.support.weights import tiny_args
 
@@ -123,6 +124,24 @@ def test_replies_are_the_same_recorded_and_not(folder: Path, monkeypatch: pytest
     ]
     assert llm.generate(prompts, params) == plain.generate(prompts, params)
     assert set(recorder.replayed) == set(recorder.sizes), "every size was used"
+
+
+def test_recorded_passes_take_any_mix_of_adapters(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One set of recordings: adapters change places in the slots, and some passes have none."""
+    settings: dict[str, Any] = {"max_seq_len": 128, "max_batch_size": 6, "max_step_tokens": 40, "max_loras": 2}
+    args = ModelArgs.load(folder)
+    adapters = [write_random_adapter(tmp_path / str(seed), args, seed) for seed in range(3)]
+    llm, recorder = recorded(folder, monkeypatch, **settings)
+    plain = LLM(folder, **settings)
+    prompts = [prompt(length) for length in (1, 3, 16, 40, 70, 5)]
+    asked = [adapters[0], None, adapters[1], adapters[2], adapters[0], None]
+    params = [replace(GREEDY, max_new_tokens=5 + 3 * index) for index in range(len(prompts))]
+    replies = llm.generate(prompts, params, adapter=asked)
+    assert replies == plain.generate(prompts, params, adapter=asked)
+    assert set(recorder.replayed) & {"1", "2"}
+    assert llm.generate(prompts, params) == plain.generate(prompts, params) != replies
 
 
 def test_the_smallest_bucket_that_holds_the_batch_is_replayed(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
