@@ -21,6 +21,9 @@ from llama2.text.tokenizer_files import read_small_json
 CONFIG_FILE = "adapter_config.json"
 ALL_LINEAR = "all-linear"
 
+# Beyond any that is trained: a damaged number shall not overflow.
+_LARGEST_RANK, _LARGEST_ALPHA = 1 << 16, 1e9
+
 # Of an adapter that names no modules, as PEFT has it for Llama and Mistral.
 _DEFAULT_MODULES = ("q_proj", "v_proj")
 _OWN_KEYS = (
@@ -85,13 +88,13 @@ class AdapterConfig:
     def __post_init__(self) -> None:
         ranks = {"r": self.r} | {f"rank_pattern[{key!r}]": rank for key, rank in self.rank_pattern.items()}
         for name, rank in ranks.items():
-            if type(rank) is not int or rank < 1:
-                raise ValueError(f"{name} must be a positive integer, got {shown(rank)}")
+            if type(rank) is not int or not 1 <= rank <= _LARGEST_RANK:
+                raise ValueError(f"{name} must be an integer from 1 to {_LARGEST_RANK}, got {shown(rank)}")
         alphas = {"lora_alpha": self.lora_alpha}
         alphas |= {f"alpha_pattern[{key!r}]": alpha for key, alpha in self.alpha_pattern.items()}
         for name, alpha in alphas.items():
             if not _is_number(alpha):
-                raise ValueError(f"{name} must be a finite number, got {shown(alpha)}")
+                raise ValueError(f"{name} must be a number of at most {_LARGEST_ALPHA:g}, got {shown(alpha)}")
         if not _is_number(self.lora_dropout) or not 0 <= self.lora_dropout <= 1:
             raise ValueError(f"lora_dropout must be in [0, 1], got {shown(self.lora_dropout)}")
         if not isinstance(self.use_rslora, bool):
@@ -258,4 +261,4 @@ def _text_or_none(values: Mapping[str, Any], key: str) -> str | None:
 
 
 def _is_number(value: object) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) <= _LARGEST_ALPHA

@@ -85,7 +85,11 @@ class AdapterSlots:
         return self._values_SLN.nbytes
 
     def take(self, adapter: Adapter) -> Share:
-        """This rank's share of an adapter, whose rank is no larger than `max_rank`. For any thread."""
+        """This rank's share of an adapter, whose rank is no larger than `max_rank`. For any thread.
+
+        Raises:
+            ValueError: a value is too large for the model's dtype.
+        """
         values_SLN, *others = self._values_SLN, self._ranks_SLP, self._scales_SLP
         pinned = values_SLN.device.type == "cuda"
         values_LN, ranks_LP, scales_LP = (
@@ -106,6 +110,8 @@ class AdapterSlots:
                         lora.b_SRF[0, : pair.rank, first : first + outputs] = self._local(pair.b_FR, 0, axes.outputs).T
                         lora.ranks_SP[0, part], lora.scales_SP[0, part] = pair.rank, pair.scaling
                     first += outputs
+        if not values_LN.isfinite().all():
+            raise ValueError(f"the adapter has values that are too large for a model of {values_LN.dtype}")
         return Share(values_LN=values_LN, ranks_LP=ranks_LP, scales_LP=scales_LP)
 
     def put(self, slot: int, share: Share) -> None:

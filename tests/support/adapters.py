@@ -63,11 +63,16 @@ def merged(weights: Mapping[str, torch.Tensor], pairs: Mapping[str, LoraPair]) -
 
 
 def adapted_logits(
-    folder: Path | str, prompts: Sequence[tuple[Sequence[int], Adapter | None]], *, max_rank: int = 16
+    folder: Path | str,
+    prompts: Sequence[tuple[Sequence[int], Adapter | None]],
+    *,
+    max_rank: int = 16,
+    before: Sequence[Adapter] = (),
 ) -> torch.Tensor | None:
     """The logits of all prompts, one after the other, in one pass of a converted folder's model in fp32.
 
-    On every rank of the process group, if there is one; None on ranks other than 0.
+    On every rank of the process group, if there is one; None on ranks other than 0. `before` are adapters that were in
+    the first slots before.
     """
     init_process_group(CPU)
     checkpoint = DcpFolder(folder)
@@ -101,7 +106,7 @@ def adapted_logits(
         dtype=torch.float32,
         device=CPU,
     )
-    for slot, adapter in enumerate(adapters):
+    for slot, adapter in (*enumerate(before), *enumerate(adapters)):
         slots.put(slot, slots.take(adapter))
     free = iter(range(len(adapters)))
     slots_T = [slot for ids, adapter in prompts for slot in [next(free) if adapter else -1] * len(ids)]

@@ -31,7 +31,7 @@ def test_each_module_alone_all_together_none_and_merged(smollm2_checkpoint: Path
     weights = {name: values.float() for name, values in meta_weights(DcpFolder(smollm2_checkpoint)).items()}
     expected = []
     for name, modules in TARGETS.items():
-        model = peft_model(args, weights, target_modules=modules, r=8, lora_alpha=1)
+        model = peft_model(args, weights, target_modules=modules, r=8, lora_alpha=0.25)
         model.save_pretrained(str(tmp_path / name))
         expected.append(peft_logits(model, IDS))
     with model.disable_adapter():
