@@ -10,6 +10,9 @@ from dataclasses import dataclass
 
 import torch
 
+# Weights whose outputs or inputs are the hidden features.
+HIDDEN = (".w1", ".w2", ".w3")
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LoraPair:
@@ -36,6 +39,11 @@ class Adapter:
 
     identity: bytes
     pairs: Mapping[str, LoraPair]
+
+    @property
+    def changes_hidden(self) -> bool:
+        """Does it depend on the order of the hidden features?"""
+        return any(name.endswith(HIDDEN) for name in self.pairs)
 
     @property
     def rank(self) -> int:

@@ -22,6 +22,9 @@ from llama2.adapters.config import CONFIG_FILE, AdapterConfig
 from llama2.adapters.products import PRODUCTS
 from llama2.config import ModelArgs
 from llama2.text.tokenizer_files import read_small_json
+from llama2.weights.certificate import Identity
+from llama2.weights.manifest import MANIFEST_FILE
+from llama2.weights.origin import SORTED, read_origin
 from llama2.weights.readers.hf_layout import halves_from_pairs, hf_name, hf_shapes, is_rotated, pairs_from_halves
 from llama2.weights.readers.tensor_files import open_tensors
 from llama2.weights.staging import StagedFolder
@@ -82,14 +85,17 @@ def targets(config: AdapterConfig, args: ModelArgs) -> dict[str, Target]:
     return found
 
 
-def read_adapter(folder: Path | str, args: ModelArgs) -> Adapter:
+def read_adapter(folder: Path | str, args: ModelArgs, *, checkpoint: Path | None = None) -> Adapter:
     """Read an adapter for a model. Nothing in the folder is run, and nothing of it is needed afterwards.
 
     Its identity is the SHA-256 of all that is computed with: each weight's name, its scaling, and the dtypes, shapes
     and bytes of its two matrices.
 
+    Args:
+        checkpoint: the converted folder that it will be used with; None compares shapes alone.
+
     Raises:
-        ValueError: a file is missing or damaged, or the adapter is of another kind or for another model.
+        ValueError: a file is missing or damaged, or the adapter is of another kind, or for another model or base.
     """
     folder = Path(folder)
     config = AdapterConfig.load(folder)
@@ -113,7 +119,10 @@ def read_adapter(folder: Path | str, args: ModelArgs) -> Adapter:
         b_FR = _take(tensors, name_b, (outputs, rank), path)
         b_FR = pairs_from_halves(b_FR, args.head_dim) if is_rotated(weight) else b_FR
         pairs[weight] = LoraPair(a_RC=a_RC, b_FR=b_FR, scaling=scaling)
-    return Adapter(identity=_identity(pairs), pairs=pairs)
+    adapter = Adapter(identity=_identity(pairs), pairs=pairs)
+    if checkpoint is not None:
+        _check_fits(folder, adapter, checkpoint)
+    return adapter
 
 
 def write_adapter(
@@ -193,6 +202,22 @@ def check_base(folder: Path | str, weights: str) -> None:
             f"{folder} was trained on another base: on weights stored as {' and '.join(base.stored)} with the hash "
             f"{base.weights}, and these have {weights}; without its {BASE_FILE} it is taken for any base of its shapes"
         )
+
+
+def order_unknown(folder: Path | str, checkpoint: Path) -> str:
+    """The message about an adapter that was not trained on a folder with hidden features in an order of its own."""
+    return (
+        f"{folder} changes gate_proj, up_proj or down_proj, whose hidden features {checkpoint} has in another order "
+        "than the files that it was made of: merge the adapter into those files, or train one on this folder"
+    )
+
+
+def _check_fits(folder: Path, adapter: Adapter, checkpoint: Path) -> None:
+    if read_base(folder) is not None:
+        if (checkpoint / MANIFEST_FILE).is_file():
+            check_base(folder, Identity.of(checkpoint).weights)
+    elif adapter.changes_hidden and SORTED in read_origin(checkpoint):
+        raise ValueError(order_unknown(folder, checkpoint))
 
 
 def _linear_weights(args: ModelArgs) -> Iterator[str]:

@@ -6,15 +6,15 @@ Knows no file of weights and adds nothing itself: `precision.Converted` does, wh
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal, get_args
 
-from llama2.adapters.adapter import LoraPair
-from llama2.adapters.format import Base, check_base, read_adapter, read_base
+from llama2.adapters.adapter import HIDDEN, Adapter, LoraPair
+from llama2.adapters.format import Base, check_base, order_unknown, read_adapter, read_base
 from llama2.weights.certificate import Identity
 from llama2.weights.manifest import MANIFEST_FILE
-from llama2.weights.origin import Merged, Stored, is_quantized
+from llama2.weights.origin import SORTED, Merged, Stored, is_quantized
 from llama2.weights.readers.dcp import DcpFolder
 from llama2.weights.source import Source
 
@@ -73,30 +73,53 @@ def open_merge(folder: Path | str, source: Source, *, onto: str | None, quantize
     what = f"the values of {path} as they are stored ({precisions})"
     if onto == "quantized":
         what = f"{what}, dequantized" if quantized else f"what {quantize} makes of the values of {path}"
-    known = _compare(folder, base, source, quantized=quantized)
+    is_own, known = _compare(folder, base, source, quantized=quantized)
+    if adapter.changes_hidden and SORTED in source.origin and not is_own:
+        raise ValueError(order_unknown(folder, path))
     return Merge(
-        pairs=adapter.pairs,
+        pairs=_as_stored(folder, adapter, source, has_base=base is not None),
         quantize_first=onto == "quantized" and not quantized,
         note=f"merging {folder} ({len(adapter.pairs)} weights, rank {adapter.rank}) into {what}; {known}",
         step={"adapter": f"sha256:{adapter.identity.hex()}", "onto": onto},
     )
 
 
-def _compare(folder: Path | str, base: Base | None, source: Source, *, quantized: bool) -> str:
-    """What is known of the source and the adapter's base.
+def _compare(folder: Path | str, base: Base | None, source: Source, *, quantized: bool) -> tuple[bool, str]:
+    """Whether the source is known to be the adapter's base, and what is known, in words.
 
     Raises:
-        ValueError: they differ.
+        ValueError: it is another one.
     """
     path = source.reader.path
     if base is None:
-        return "it does not say what it was trained on"
+        return False, "it does not say what it was trained on"
     if is_quantized(base.stored) != quantized:
-        return f"it was trained on weights stored as {_words(base.stored)}, which cannot be compared with these"
+        return False, f"it was trained on weights stored as {_words(base.stored)}, which cannot be compared with these"
     if not isinstance(source.reader, DcpFolder) or not (path / MANIFEST_FILE).is_file():
-        return f"it names its base by a hash, and {path} has none to compare with"
+        return False, f"it names its base by a hash, and {path} has none to compare with"
     check_base(folder, Identity.of(path).weights)
-    return "it was trained on these"
+    return True, "it was trained on these"
+
+
+def _as_stored(folder: Path | str, adapter: Adapter, source: Source, *, has_base: bool) -> dict[str, LoraPair]:
+    """The pairs, with hidden features in the order that the source's reader gives them.
+
+    Raises:
+        ValueError: it is not known in which order the adapter has them.
+    """
+    if adapter.changes_hidden and has_base and source.hidden_orders:
+        raise ValueError(
+            f"{folder} was trained on a converted folder, which has hidden features in another order than "
+            f"{source.reader.path}: merge it into that folder"
+        )
+    pairs = dict(adapter.pairs)
+    for name, pair in adapter.pairs.items():
+        order = source.hidden_orders.get(name.split(".")[1])
+        if order is not None and name.endswith(".w2"):
+            pairs[name] = replace(pair, a_RC=pair.a_RC[:, order])
+        elif order is not None and name.endswith(HIDDEN):
+            pairs[name] = replace(pair, b_FR=pair.b_FR[order])
+    return pairs
 
 
 def _words(stored: Stored) -> str:

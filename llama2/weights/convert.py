@@ -26,7 +26,7 @@ from llama2.weights.calibration import CALIBRATION_FILE, Gptq
 from llama2.weights.formats.q4 import Q4
 from llama2.weights.hf_writer import HuggingFaceWriter
 from llama2.weights.manifest import FileHashes, Manifest
-from llama2.weights.origin import write_origin
+from llama2.weights.origin import SORTED, write_origin
 from llama2.weights.precision import Converted, target
 from llama2.weights.readers import Chunk
 from llama2.weights.readers.dcp import DcpFolder, save_chunks
@@ -147,7 +147,7 @@ def convert(
 
     ranks.agree(open_target, only_first=True)
     try:
-        origin = opened.origin if merge is None else (*opened.origin, merge.step)
+        origin = (*opened.origin, *[SORTED] * bool(opened.hidden_orders), *([merge.step] if merge else []))
         ranks.agree(lambda: write_origin(staged.partial, origin), only_first=True)
         ranks.agree(partial(opened.write_tokenizer, staged.partial), only_first=True)
         if gptq is not None:

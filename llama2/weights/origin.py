@@ -1,5 +1,5 @@
 """Owns `origin.json` of a folder with weights: in which precisions their values were stored, from file to file, and
-which adapters were merged into them on the way.
+what else became of them on the way: adapters that were merged, and hidden features in another order.
 
 A folder in bf16 may hold what was a quantized file once. Knows no torch and no file with weights.
 """
@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable, Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 ORIGIN_FILE = "origin.json"
@@ -17,7 +18,9 @@ ORIGIN_FILE = "origin.json"
 Stored = Mapping[str, int]
 # The "adapter" that was added to what was stored so, by its identity, and "onto" which values: see `merge`.
 Merged = Mapping[str, str]
-# From the first files known to those that a folder was made of, `Stored` or `Merged` each.
+# Some layers' hidden features were brought into another order.
+SORTED: Mapping[str, str] = MappingProxyType({"sorted": "hidden features"})
+# From the first files known to those that a folder was made of: `Stored` or `Merged` each, or SORTED.
 Origin = tuple[Mapping[str, Any], ...]
 
 _PLAIN = frozenset({"bfloat16", "float16", "float32", "BF16", "F16", "F32"})
@@ -36,15 +39,14 @@ def read_origin(folder: Path) -> Origin:
         return ()
     except (OSError, ValueError, RecursionError) as error:
         raise ValueError(f"{path} cannot be read: {error}") from None
-    if not isinstance(steps, list) or not all(_is_merged(step) or _is_stored(step) for step in steps):
-        raise ValueError(
-            f"{path} must be a list of objects with numbers of values, by precision, or with a merged 'adapter'"
-        )
+    if not isinstance(steps, list) or not all(_is_stored(step) or _is_event(step) for step in steps):
+        raise ValueError(f"{path} must be a list of objects with numbers of values, by precision, or of events")
     return tuple(steps)
 
 
 def write_origin(folder: Path, origin: Origin) -> None:
-    (folder / ORIGIN_FILE).write_text(json.dumps(origin, indent=1) + "\n", encoding="utf-8")
+    text = json.dumps([dict(step) for step in origin], indent=1) + "\n"
+    (folder / ORIGIN_FILE).write_text(text, encoding="utf-8")
 
 
 def extended(origin: Origin, stored: Stored) -> Origin:
@@ -64,9 +66,9 @@ def describe(origin: Origin) -> str:
     """A sentence on what the values of a reference are, for whoever compares something with it."""
     if not origin:
         return "In which precision these values were stored first is not recorded: convert them anew to have it."
-    files = [step for step in origin if not _is_merged(step)]
+    files = [step for step in origin if not _is_event(step)]
     quantized = [words for step in files if (words := _quantized(step))]
-    adapters = [step["adapter"] for step in origin if _is_merged(step)]
+    adapters = [step["adapter"] for step in origin if "adapter" in step]
     merged = f" Adapters were merged into them: {', '.join(adapters)}." if adapters else ""
     if not quantized:
         return f"These values were stored as {' and '.join(files[0])} first, and never quantized since.{merged}"
@@ -90,6 +92,6 @@ def _is_stored(step: Any) -> bool:
     return isinstance(step, dict) and all(type(count) is int and count > 0 for count in step.values())
 
 
-def _is_merged(step: Any) -> bool:
-    names = {"adapter", "onto"}
-    return isinstance(step, dict) and step.keys() == names and all(isinstance(step[name], str) for name in names)
+def _is_event(step: Any) -> bool:
+    merged = isinstance(step, dict) and step.keys() == {"adapter", "onto"}
+    return step == SORTED or (merged and all(isinstance(word, str) for word in step.values()))

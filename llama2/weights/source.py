@@ -7,8 +7,10 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
+
+import torch
 
 from llama2.text.tokenizer import BPE_FILE, SENTENCEPIECE_FILE, Tokenizer, load_tokenizer
 from llama2.weights.kinds import Kind, check_source
@@ -24,13 +26,14 @@ class Source:
     """A model to convert. `write_tokenizer` puts the tokenizer's files into a folder.
 
     `notes` say, a line each, what the reader does not hold as it is stored. `origin` ends with the precisions of its
-    files.
+    files. `hidden_orders` are those of `HuggingFaceFolder`.
     """
 
     reader: Reader
     write_tokenizer: Callable[[Path], None]
     origin: Origin
     notes: Sequence[str] = ()
+    hidden_orders: Mapping[str, torch.Tensor] = field(default_factory=dict)
 
 
 def open_source(path: Path | str, *, tokenizer_path: Path | str | None = None, num_shards: int | None = None) -> Source:
@@ -64,6 +67,7 @@ def open_source(path: Path | str, *, tokenizer_path: Path | str | None = None, n
     reader: Reader
     notes: Sequence[str] = ()
     precisions: Mapping[str, str] = {}
+    hidden_orders: Mapping[str, torch.Tensor] = {}
     if kind is Kind.CONVERTED:
         reader = DcpFolder(path)
     elif kind is Kind.META:
@@ -71,9 +75,15 @@ def open_source(path: Path | str, *, tokenizer_path: Path | str | None = None, n
     else:
         reader = open_hugging_face(path)
         _check_belongs(tokenizer, path, reader)
-        notes, precisions = reader.notes, reader.precisions
+        notes, precisions, hidden_orders = reader.notes, reader.precisions, reader.hidden_orders
     origin = extended(read_origin(folder), reader.spec.stored(precisions))
-    return Source(reader=reader, write_tokenizer=_copier(tokenizer), origin=origin, notes=notes)
+    return Source(
+        reader=reader,
+        write_tokenizer=_copier(tokenizer),
+        origin=origin,
+        notes=notes,
+        hidden_orders=hidden_orders,
+    )
 
 
 def _check_belongs(tokenizer: Tokenizer, path: Path, reader: Reader) -> None:

@@ -65,6 +65,8 @@ class HuggingFaceFolder:
     Attributes:
         spec: all of its tensors. Where dtypes of plain ones differ, it has one that holds them all exactly.
         notes: a line for each kind of weights that are quantized in the files and plain here.
+        hidden_orders: by the number of a layer whose hidden features are in another order here, each one's place in the
+            files.
 
     Raises:
         ValueError: a tensor is missing, unknown, or not what the config says.
@@ -84,8 +86,7 @@ class HuggingFaceFolder:
         dtypes = self._check_plain()
         if config.tied:
             self._check_tied()
-        # The order in which hidden features are stored here, by layer, where it is not the files'.
-        self._hidden: dict[str, torch.Tensor] = {}
+        self.hidden_orders: dict[str, torch.Tensor] = {}
         self._sort_hidden()
         formats: dict[str, Format] = {}
         for weight, stored in self._quantized.items():
@@ -137,7 +138,7 @@ class HuggingFaceFolder:
             values = dequantized(stored, self.spec.dtype)
         if is_rotated(weight):
             values = pairs_from_halves(values, self._head_dim)
-        if weight.endswith((".w1", ".w3")) and (order := self._hidden.get(_layer(weight))) is not None:
+        if weight.endswith((".w1", ".w3")) and (order := self.hidden_orders.get(_layer(weight))) is not None:
             values = values[order]
         return values.view(shape)
 
@@ -181,7 +182,7 @@ class HuggingFaceFolder:
         """Bring the inputs of w2 into the order of its groups: they are the outputs of w1 and w3."""
         for weight, stored in self._quantized.items():
             if weight.endswith(".w2") and isinstance(stored, IntegerWeight) and stored.order_C is not None:
-                self._hidden[_layer(weight)] = stored.order_C
+                self.hidden_orders[_layer(weight)] = stored.order_C
                 self._quantized[weight] = stored.ordered(stored.order_C)
 
 

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
 from transformers import LlamaForCausalLM
 
 from llama2.adapters.adapter import Adapter
@@ -16,12 +17,13 @@ from llama2.adapters.format import Base, read_adapter, write_adapter
 from llama2.weights.certificate import Identity
 from llama2.weights.convert import OutputFormat, convert
 from llama2.weights.formats.lut4 import Lut4
-from llama2.weights.origin import describe, read_origin
+from llama2.weights.origin import SORTED, describe, read_origin
 from llama2.weights.readers.dcp import DcpFolder
 from llama2.weights.readers.fairscale import same_bits
-from tests.support.adapters import adapted_logits
+from tests.support.adapters import adapted_logits, random_pairs
 from tests.support.conversion import ARGS, WEIGHTS
 from tests.support.peft_models import peft_logits, peft_model
+from tests.support.quantized import save_gptq
 from tests.support.tokenizers import tiny_sentencepiece
 from tests.support.weights import meta_folder, meta_weights
 
@@ -234,3 +236,42 @@ def test_what_cannot_be_compared_is_said(
 def test_onto_without_an_adapter_is_refused(models: Path, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="onto says what an adapter is merged into, and there is no adapter"):
         convert(models / "plain", tmp_path / "out", onto="original")
+
+
+def test_sorted_hidden_features(tmp_path: Path) -> None:
+    """An adapter of PEFT's for GPTQ with desc_act is merged in the files' order, and refused beside a sorted folder."""
+    model = save_gptq(tmp_path / "gptq", shuffled=("down_proj",))
+    peft = get_peft_model(model, LoraConfig(r=4, target_modules="all-linear", task_type="CAUSAL_LM")).eval()
+    for name, parameter in peft.named_parameters():
+        if "lora_" in name:
+            parameter.data.normal_(std=parameter.shape[-1] ** -0.5)
+    peft.save_pretrained(str(tmp_path / "adapter"))
+    ids = list(range(3, 33))
+    convert(tmp_path / "gptq", tmp_path / "merged", adapter=tmp_path / "adapter", dtype=torch.float32)
+    merged = adapted_logits(tmp_path / "merged", [(ids, None)])
+    torch.testing.assert_close(merged, peft_logits(peft, ids), atol=1e-4, rtol=0)
+    assert SORTED in read_origin(tmp_path / "merged")
+
+    convert(tmp_path / "gptq", tmp_path / "sorted")
+    args = DcpFolder(tmp_path / "sorted").spec.args
+    with pytest.raises(ValueError, match=r"hidden features .*sorted has in another order than the files"):
+        read_adapter(tmp_path / "adapter", args, checkpoint=tmp_path / "sorted")
+    with pytest.raises(ValueError, match=r"hidden features .*sorted has in another order than the files"):
+        convert(tmp_path / "sorted", tmp_path / "out", adapter=tmp_path / "adapter")
+    # What was trained on the folder itself fits it, and not the files.
+    own = Base(weights=Identity.of(tmp_path / "sorted").weights, stored=DcpFolder(tmp_path / "sorted").spec.stored())
+    config, pairs = AdapterConfig.load(tmp_path / "adapter"), read_adapter(tmp_path / "adapter", args).pairs
+    write_adapter(tmp_path / "own", pairs, config, args, base=own)
+    read_adapter(tmp_path / "own", args, checkpoint=tmp_path / "sorted")
+    with pytest.raises(ValueError, match=r"was trained on a converted folder, which has hidden features in another"):
+        convert(tmp_path / "gptq", tmp_path / "out", adapter=tmp_path / "own")
+    with pytest.raises(ValueError, match="was trained on another base"):
+        read_adapter(tmp_path / "own", args, checkpoint=tmp_path / "merged")
+
+
+def test_adapters_that_leave_hidden_features_alone_fit_sorted_ones(tmp_path: Path) -> None:
+    save_gptq(tmp_path / "gptq", shuffled=("down_proj",))
+    convert(tmp_path / "gptq", tmp_path / "sorted")
+    args, config = DcpFolder(tmp_path / "sorted").spec.args, AdapterConfig(target_modules=("q_proj",))
+    write_adapter(tmp_path / "adapter", random_pairs(config, args), config, args)
+    assert read_adapter(tmp_path / "adapter", args, checkpoint=tmp_path / "sorted").rank == 8

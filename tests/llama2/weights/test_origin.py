@@ -60,7 +60,9 @@ def test_a_folder_that_does_not_say_leaves_it_open(tmp_path: Path) -> None:
     assert "is not recorded" in describe(())
 
 
-@pytest.mark.parametrize("text", ["", "{}", "[1]", '[{"Q8_0": "many"}]', '[{"Q8_0": 0}]', '[{"Q8_0": true}]'])
+@pytest.mark.parametrize(
+    "text", ["", "{}", "[1]", '[{"Q8_0": "many"}]', '[{"Q8_0": 0}]', '[{"Q8_0": true}]', '[{"adapter": "a"}]']
+)
 def test_a_damaged_file_is_refused_by_name(tmp_path: Path, text: str) -> None:
     (tmp_path / ORIGIN_FILE).write_text(text)
     with pytest.raises(ValueError, match=r"origin.json (cannot be read|must be a list of objects)"):
