@@ -39,15 +39,15 @@ class Transformer:
     ) -> None:
         """`weights` has the embedding and the norms, `products` what `Kernels.prepare` made of all others.
 
-        Rank r has `vocab_sizes[r]` rows of the embedding and of the head.
+        Rank r has `vocab_sizes[r]` rows of the embedding and of the head, which is `output`.
         """
         self.args = args
         self.kernels = kernels
         self.collectives = collectives
         self._embedding = weights["tok_embeddings"]
         self._norm = weights["norm"].dequantize()
-        self._output = products["output"]
-        self._vocab_sizes = vocab_sizes
+        self.output = products["output"]
+        self.vocab_sizes = vocab_sizes
         self.dtype, self.device = self._norm.dtype, self._norm.device
         self._rope = rotary_table(args, max_seq_len, self.device)
         self.layers = [Layer(args, index, kernels, collectives, weights, products) for index in range(args.n_layers)]
@@ -55,17 +55,22 @@ class Transformer:
 
     def __call__(self, tokens_T: torch.Tensor, batch: Batch, rows_R: torch.Tensor) -> torch.Tensor | None:
         """Run one step: store the new keys and values, and return fp32 logits (R, V) of `rows_R` on rank 0."""
+        x_RC = self.features(tokens_T, batch, rows_R)
+        return self.collectives.gather(self.kernels.linear(x_RC, self.output), self.vocab_sizes)
+
+    def features(self, tokens_T: torch.Tensor, batch: Batch, rows_R: torch.Tensor) -> torch.Tensor:
+        """What the head is applied to, (R, C), of `rows_R`; otherwise as a call."""
         rope_TD2 = self._rope[batch.positions_T]
         x_TC, branch_TC = self._run_layers(self._embed(tokens_T), rope_TD2, batch)
         _, x_RC = self.kernels.add_rms_norm(x_TC[rows_R], branch_TC[rows_R], self._norm, self.args.norm_eps)
-        return self.collectives.gather(self.kernels.linear(x_RC, self._output), self._vocab_sizes)
+        return x_RC
 
     def _embed(self, tokens_T: torch.Tensor) -> torch.Tensor:
         """Ids of other ranks' rows give zero, and the ranks sum."""
-        rank, size = self.collectives.rank, self._vocab_sizes[self.collectives.rank]
+        rank, size = self.collectives.rank, self.vocab_sizes[self.collectives.rank]
         if size == self.args.vocab_size:
             return self._embedding.rows(tokens_T).to(self.dtype)
-        local_T = tokens_T - sum(self._vocab_sizes[:rank])
+        local_T = tokens_T - sum(self.vocab_sizes[:rank])
         elsewhere_T = (local_T < 0) | (local_T >= size)
         x_TC = self._embedding.rows(local_T.masked_fill(elsewhere_T, 0)).to(self.dtype)
         return self.collectives.all_reduce(x_TC.masked_fill(elsewhere_T[:, None], 0.0))

@@ -20,6 +20,8 @@ class Bar(Protocol):
 
     def update(self, amount: float = 1) -> Any: ...
 
+    def set_postfix_str(self, text: str) -> Any: ...
+
 
 def progress(items: Iterable[Any] | None = None, **settings: Any) -> Bar:
     """A bar over `items`, or one of `total` that `update` moves; `settings` are tqdm's."""
@@ -45,4 +47,7 @@ class _NoBar:
         pass
 
     def update(self, amount: float = 1) -> None:
+        pass
+
+    def set_postfix_str(self, text: str) -> None:
         pass

@@ -73,8 +73,10 @@ def load_model(
     max_seq_len: int,
     threads: int,
     activation_dtype: str = "auto",
+    kernels: Kernels | None = None,
 ) -> Transformer:
-    """`build_model` with a checkpoint's weights, read by `threads` threads on a CPU.
+    """`build_model` with a checkpoint's weights, read by `threads` threads on a CPU. `activation_dtype` is for the
+    kernels that are chosen where none are given.
 
     Raises:
         ValueError: a file of the checkpoint is damaged.
@@ -85,7 +87,7 @@ def load_model(
         raise InvalidValue(
             "activation_dtype", f"{activation_dtype} is for quantized weights, and those of {checkpoint.path} are not"
         )
-    kernels = choose_kernels(device, dtype, activation_dtype)
+    kernels = kernels or choose_kernels(device, dtype, activation_dtype)
     if collectives.rank == 0 and not checkpoint.has_hashes:
         logger.warning(
             "%s has no %s: damage to it would go unnoticed; convert it again to have one",
