@@ -54,7 +54,7 @@ def module_name(path: Path) -> str:
 
 SOURCES = {
     module_name(path): path
-    for folder in ("llama2", "handler", "apps", "scripts", "benchmarks")
+    for folder in ("llama2", "handler", "apps", "scripts", "benchmarks", "evaluation")
     for path in sorted((ROOT / folder).rglob("*.py"))
     if path.name != "__init__.py" or path.parent.name == "kernels"
 } | {path.stem: path for path in ROOT.glob("*.py")}
