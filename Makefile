@@ -17,7 +17,7 @@ TP   ?=
 PORT ?= 8080
 
 .DEFAULT_GOAL := help
-.PHONY: help setup serve stop chat gptq lint check test test-kernels test-sanitizers test-clients test-gptq bench clean
+.PHONY: help setup serve stop finetune chat gptq lint check test test-kernels test-sanitizers test-clients test-gptq bench clean
 
 help:  ## list the targets
 	@sed -nE 's/^([a-z-]+):.*## (.*)/\1\t\2/p' $(MAKEFILE_LIST) | expand -t 17
@@ -48,6 +48,9 @@ serve: $(READY)  ## convert, archive and serve a real model, and ask it two thin
 
 stop:  ## stop what `make serve` started
 	@if test -e $(READY); then $(BIN)/python -m scripts.serve stop; else echo "nothing to stop: nothing is set up yet"; fi
+
+finetune: $(READY)  ## tune an adapter for the demo's model, serve it beside the base, and ask both (TP=2 PORT=8080)
+	@$(BIN)/python -m scripts.finetune_demo $(if $(TP),--tp $(TP)) --port $(PORT)
 
 chat: $(CHAT)  ## a page in the browser to chat with what `make serve` serves (PORT=8080)
 	@$(BIN)/python -m apps.chat --base_url http://127.0.0.1:$(PORT)/predictions/llama/1.0/v1

@@ -47,18 +47,33 @@ def serve(*, quantize: str | None = None, tp: int | None = None, port: int = 808
         raise ServerError(f"QUANTIZE must be none, {', '.join(PRECISIONS)}, got {quantize!r}")
     if tp is not None and (type(tp) is not int or not 1 <= tp <= 1024):
         raise ServerError(f"TP must be a whole number from 1 to 1024, got {tp!r}")
-    server = TorchServe(folder=BUILD / "server", ports=Ports.counted_from(port))
-    converted, store = BUILD / "converted_checkpoints", BUILD / "model_store"
+    ports = Ports.counted_from(port)
+    server = start(convert(quantize), tp=tp, ports=ports)
+    print(f"\n$ KEY={server.key('inference')}")
+    for file in ("sample_text.txt", "dialogs.txt"):
+        _curl(server, file)
+    print(f"\nThe server goes on running; its logs are in {BUILD.relative_to(ROOT)}/server/logs. To stop it: make stop")
+
+
+def convert(quantize: str | None) -> Path:
+    """The demo's model, converted, if it is not yet."""
+    converted = BUILD / "converted_checkpoints"
     precision: list[str] = []
     if quantize is not None:
         converted = converted.with_name(f"{converted.name}-{quantize}")
         precision = ["--quantize", quantize, "--requantize"]
     if not (converted / ".metadata").exists():
-        _run(f"convert SmolLM2-135M-Instruct with {CONVERTERS} processes", "-m", "torch.distributed.run",
-             "--standalone", "--nproc_per_node", CONVERTERS, "convert_checkpoints.py",
-             "--original_ckpt_dir", gguf_file(), "--save_checkpoint_dir", converted, *precision)  # fmt: skip
-    config = _write_config(tp, converted)
-    state_file, state = BUILD / "server" / "serving", _fingerprint(config, port)
+        run(f"convert SmolLM2-135M-Instruct with {CONVERTERS} processes", "-m", "torch.distributed.run",
+            "--standalone", "--nproc_per_node", CONVERTERS, "convert_checkpoints.py",
+            "--original_ckpt_dir", gguf_file(), "--save_checkpoint_dir", converted, *precision)  # fmt: skip
+    return converted
+
+
+def start(converted: Path, *, tp: int | None, ports: Ports, **handler: Any) -> TorchServe:
+    """A server that is READY, with these keys of the section `handler`: the one that runs, if it has them."""
+    server, store = TorchServe(folder=BUILD / "server", ports=ports), BUILD / "model_store"
+    config = _write_config(tp, converted_ckpt_dir=str(converted), **handler)
+    state_file, state = BUILD / "server" / "serving", _fingerprint(config, ports.inference)
     if server.running and state_file.exists() and state_file.read_text() == state:
         print("== the server runs already, with these settings")
     else:
@@ -72,10 +87,7 @@ def serve(*, quantize: str | None = None, tp: int | None = None, port: int = 808
         server.start(model_store=store, model=MODEL)
         state_file.write_text(state)
     wait(server, MODEL, timeout=READY_SECONDS)
-    print(f"\n$ KEY={server.key('inference')}")
-    for file in ("sample_text.txt", "dialogs.txt"):
-        _curl(server, file)
-    print(f"\nThe server goes on running; its logs are in {BUILD.relative_to(ROOT)}/server/logs. To stop it: make stop")
+    return server
 
 
 def stop() -> None:
@@ -84,7 +96,12 @@ def stop() -> None:
     print("the server has stopped" if stopped else "no server of this folder is running")
 
 
-def _run(what: str, *arguments: object) -> None:
+def run(what: str, *arguments: object) -> None:
+    """Run Python with these arguments, and say so.
+
+    Raises:
+        ServerError: it fails.
+    """
     print(f"== {what}", flush=True)
     command = [sys.executable, *map(str, arguments)]
     print("   " + shlex.join(command), flush=True)
@@ -93,9 +110,9 @@ def _run(what: str, *arguments: object) -> None:
         raise ServerError(f"this step failed: {what}")
 
 
-def _write_config(tp: int | None, converted: Path) -> Path:
+def _write_config(tp: int | None, **handler: Any) -> Path:
     settings = local_settings(tp)
-    settings["handler"]["converted_ckpt_dir"] = str(converted)
+    settings["handler"] |= handler
     BUILD.mkdir(exist_ok=True)
     path = BUILD / "model-config.yaml"
     path.write_text(yaml.safe_dump(settings, sort_keys=False))

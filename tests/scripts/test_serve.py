@@ -30,7 +30,7 @@ def test_each_rank_gets_its_own_gpu_or_all_share_the_cpu(
     gpus: int, tp: int | None, ranks: int, device: str, build: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(serve, "_count_gpus", lambda: gpus)
-    settings = yaml.safe_load(serve._write_config(tp, build).read_text())
+    settings = yaml.safe_load(serve._write_config(tp, converted_ckpt_dir=str(build)).read_text())
     assert (settings["handler"]["tensor_parallel_size"], settings["deviceType"]) == (ranks, device)
     assert read_model_config(settings, base=Path("/")).converted_ckpt_dir == build
 
@@ -76,7 +76,7 @@ def test_a_running_server_is_kept_only_for_the_same_settings_gpus_and_code(
     build: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def state(tp: int, port: int = 8080) -> str:
-        return serve._fingerprint(serve._write_config(tp, build), port)
+        return serve._fingerprint(serve._write_config(tp, converted_ckpt_dir=str(build)), port)
 
     assert state(1) == state(1)
     states = {state(1), state(2), state(1, port=9080)}
@@ -91,7 +91,7 @@ def test_a_running_server_is_not_kept_after_an_edit_of_what_is_in_its_archive(
     for package in PACKAGES:
         shutil.copytree(package, build / package.name, ignore=shutil.ignore_patterns("__pycache__"))
     monkeypatch.setattr(serve, "PACKAGES", [build / package.name for package in PACKAGES])
-    config = serve._write_config(1, build)
+    config = serve._write_config(1, converted_ckpt_dir=str(build))
     before = serve._fingerprint(config, 8080)
     (build / "llama2" / "__pycache__").mkdir()
     (build / "llama2" / "__pycache__" / "model.pyc").touch()
