@@ -1,4 +1,4 @@
-"""Ranks that each add their own share of an adapter give together what one rank gives, at every degree."""
+"""Ranks that each add their own share of an adapter give together what one rank gives; so do those that merge one."""
 
 from __future__ import annotations
 
@@ -7,15 +7,19 @@ from pathlib import Path
 import pytest
 import torch
 
-from llama2.adapters.format import read_adapter
+from llama2.adapters.config import AdapterConfig
+from llama2.adapters.format import read_adapter, write_adapter
 from llama2.config import ModelArgs
-from tests.support.adapters import adapted_logits
+from llama2.weights.convert import convert
+from tests.support.adapters import adapted_logits, random_pairs
 from tests.support.checkpoints import write_checkpoint
 from tests.support.ranks import run_ranks
-from tests.support.weights import random_weights, tiny_args
+from tests.support.tokenizers import tiny_sentencepiece
+from tests.support.weights import meta_folder, random_weights, tiny_args
 
 pytestmark = [
     pytest.mark.integration,
+    pytest.mark.filterwarnings("ignore:.*single process.*"),
     pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing.:FutureWarning"),
 ]
 
@@ -51,3 +55,30 @@ def test_every_degree_agrees_with_peft(tmp_path: Path, changes: dict[str, object
         first, *others = run_ranks(degree, logits, str(folder), str(tmp_path / "adapter"))
         torch.testing.assert_close(first, expected, atol=1e-4, rtol=0, msg=f"TP={degree}")
         assert others == [None] * (degree - 1)
+
+
+def merge(source: str, target: str, adapter: str) -> str:
+    try:
+        convert(source, target, adapter=adapter, output_format="hf")
+    except ValueError as error:
+        return str(error)
+    return ""
+
+
+def test_processes_that_merge_together_write_what_one_writes(tmp_path: Path) -> None:
+    args, config = tiny_args(vocab_size=480), AdapterConfig()
+    meta_folder(tmp_path / "meta", args, random_weights(args, dtype=torch.bfloat16), num_shards=2)
+    tiny_sentencepiece(tmp_path / "meta", vocab_size=480)
+    convert(tmp_path / "meta", tmp_path / "nf4", quantize="nf4")
+    write_adapter(tmp_path / "adapter", random_pairs(config, args), config, args)
+    for source in ("meta", "nf4"):
+        for processes in (1, 3):
+            paths = (str(tmp_path / source), str(tmp_path / f"{source}x{processes}"), str(tmp_path / "adapter"))
+            assert run_ranks(processes, merge, *paths) == [""] * processes
+        one, three = ((tmp_path / f"{source}x{number}" / "model.safetensors").read_bytes() for number in (1, 3))
+        assert one == three
+    (tmp_path / "adapter" / "adapter_model.safetensors").write_bytes(b"damaged")
+    messages = run_ranks(2, merge, str(tmp_path / "meta"), str(tmp_path / "out"), str(tmp_path / "adapter"))
+    assert len(set(messages)) == 1
+    assert "adapter_model.safetensors is no whole safetensors file" in messages[0]
+    assert not (tmp_path / "out").exists()

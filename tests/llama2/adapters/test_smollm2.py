@@ -21,7 +21,9 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore:.*single process.*"),
 ]
 
-IDS = [1, 4093, 198, 1780, 314, 260, 3575, 282, 4649, 47, 2, 198, 1, 520, 9531, 198]
+# "The museum opens at nine, and the last visitors leave at five in the afternoon." Without special tokens: their logits
+# are so large that fp32 itself differs by 1e-4.
+IDS = [504, 6508, 10573, 418, 7462, 28, 284, 260, 1596, 7803, 3934, 418, 2531, 281, 260, 11342, 30]
 MODULES = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 TARGETS: dict[str, list[str]] = {"all": list(MODULES)} | {module: [module] for module in MODULES}
 
