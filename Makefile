@@ -77,7 +77,7 @@ test: lint  ## lint, types, and all tests: unit, distributed, end to end
 
 # Two processes: Triton decides at its import whether it compiles or interprets.
 test-kernels: $(TRITON)  ## the GPU's kernels without a GPU: in Triton's interpreter, and compiled for A100 and H200
-	TRITON_INTERPRET=1 $(BIN)/python -m pytest tests/llama2/kernels/test_cuda.py tests/llama2/kernels/test_cuda_quantized.py tests/llama2/engine/test_nucleus.py
+	TRITON_INTERPRET=1 $(BIN)/python -m pytest tests/llama2/kernels/test_cuda.py tests/llama2/kernels/test_cuda_quantized.py tests/llama2/kernels/test_cuda_lora.py tests/llama2/engine/test_nucleus.py
 	$(BIN)/python -m pytest -m slow tests/llama2/kernels/test_cuda_code.py
 	$(BIN)/python -m pytest tests/benchmarks/test_sweeps.py tests/benchmarks/test_gpu_steps.py
 

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
 
+from llama2.adapters.products import PRODUCTS, BatchAdapters, LoraProduct
 from llama2.batch import Batch
 from llama2.kernels.plain import PlainKernels
 from llama2.weights.formats import Format, Weight
@@ -36,6 +37,7 @@ class CpuKernels(PlainKernels):
         self._rotate_and_store = operators.rotate_and_store.default
         self._paged_attention = operators.paged_attention.default
         self._silu_mul = operators.silu_mul.default
+        self._add_lora = operators.add_lora.default
 
     def chain(self, layers: Sequence[Layer]) -> Layers:
         one_by_one, shared = super().chain(layers), layers[0].collectives.shared
@@ -44,7 +46,7 @@ class CpuKernels(PlainKernels):
             return one_by_one
         norms = [norm for layer in layers for norm in (layer.attention_norm, layer.ffn_norm)]
         at_once = torch.ops.llama2_cpu.make_layers(norms, linears, layers[0].eps, *shared)
-        run_at_once, max_rows = at_once.run, at_once.max_rows()
+        run_at_once, max_rows, lora_of = at_once.run, at_once.max_rows(), _PreparedLora()
 
         def run(x_TC: torch.Tensor, rope_TD2: torch.Tensor, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
             if x_TC.shape[0] > max_rows:
@@ -60,6 +62,7 @@ class CpuKernels(PlainKernels):
                 batch.seq_lens_S,
                 batch.cache.key_scales,
                 batch.cache.value_scales,
+                *lora_of(batch.adapters),
             )
             return x_TC, branch_TC
 
@@ -67,6 +70,10 @@ class CpuKernels(PlainKernels):
 
     def linear(self, x: torch.Tensor, weight: Any) -> torch.Tensor:
         return weight.product(x) if _is_linear(weight) else super().linear(x, weight)
+
+    def add_lora(self, y: torch.Tensor, x: torch.Tensor, lora: LoraProduct, slots_T: torch.Tensor) -> torch.Tensor:
+        self._add_lora(y, x, lora.a_SPRC, lora.b_SRF, lora.ranks_SP, lora.scales_SP, lora.outputs, slots_T)
+        return y
 
     def add_rms_norm(
         self, x_TC: torch.Tensor, branch_TC: torch.Tensor | None, weight_C: torch.Tensor, eps: float
@@ -109,6 +116,31 @@ class CpuKernels(PlainKernels):
         if all(map(_is_linear, prepared)):
             return torch.ops.llama2_cpu.join(prepared)
         return super()._join(prepared)
+
+
+class _PreparedLora:
+    """What the operator of all layers takes of a batch's adapters: made when their memory is another one, not in each
+    step.
+    """
+
+    def __init__(self) -> None:
+        self._layers: Sequence[Mapping[str, LoraProduct]] | None = None
+        self._lora: Any = None
+
+    def __call__(self, adapters: BatchAdapters | None) -> tuple[Any, torch.Tensor | None]:
+        if adapters is None:
+            return None, None
+        if adapters.layers is not self._layers:
+            products = [layer[name] for layer in adapters.layers for name in PRODUCTS]
+            self._lora = torch.ops.llama2_cpu.make_lora(
+                [each.a_SPRC for each in products],
+                [each.b_SRF for each in products],
+                [each.ranks_SP for each in products],
+                [each.scales_SP for each in products],
+                [each.outputs for each in products],
+            )
+            self._layers = adapters.layers
+        return self._lora, adapters.slots_T
 
 
 def _has_product(weight: Weight) -> bool:

@@ -83,6 +83,19 @@ inline void store(BFloat16* to, const Floats& values, int64_t count = kFloats) {
   at::vec::convert_from_float<BFloat16>(values, values).store(to, count);
 }
 
+// Stores two registers, one after the other.
+inline void store2(float* to, const Floats& a, const Floats& b) {
+  store(to, a);
+  store(to + kFloats, b);
+}
+inline void store2(BFloat16* to, const Floats& a, const Floats& b) {
+#ifdef __AVX512BF16__
+  _mm512_storeu_si512(to, (__m512i)_mm512_cvtne2ps_pbh(b, a));
+#else
+  at::vec::convert_from_float<BFloat16>(a, b).store(to);
+#endif
+}
+
 // Calls `step(i)` for every whole register below `size`, then `step(i, count)` for the remainder.
 template <typename Step>
 inline void for_lanes(int64_t size, const Step& step) {

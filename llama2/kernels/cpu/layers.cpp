@@ -6,6 +6,7 @@
 #include <limits>
 
 #include "kernels.h"
+#include "lora.h"
 
 namespace llama2 {
 namespace {
@@ -68,13 +69,28 @@ std::vector<Cached<C>> caches(const std::vector<at::Tensor>& values, const std::
   return all;
 }
 
+// lora has a product for each of the layers'.
+void check_fits(const Layers& layers, const Lora& lora) {
+  TORCH_CHECK(lora.products.size() == 4 * layers.all.size(), "layers take adapters for each product");
+  auto each = lora.products.begin();
+  for (const auto& layer : layers.all)
+    for (const auto& linear : {layer.wqkv, layer.wo, layer.w13, layer.w2}) {
+      TORCH_CHECK(each->inputs() == linear->inputs && each->all_outputs() == linear->outputs &&
+                      each->a.scalar_type() == at::kBFloat16,
+                  "layers: the adapters' shapes do not fit");
+      each++;
+    }
+}
+
 // Adds every branch but the last to x (T, C); returns the last (T, C), which the next norm adds. keys and values, and
-// their scales if they have any, are one cache per layer.
+// their scales if they have any, are one cache per layer. lora, with the slot of each row's adapter, is added to the
+// products.
 at::Tensor run_layers(const c10::intrusive_ptr<Layers>& layers, at::Tensor x, const at::Tensor& rope,
                       const at::Tensor& slots, const std::vector<at::Tensor>& keys,
                       const std::vector<at::Tensor>& values, const at::Tensor& tables, const at::Tensor& starts,
                       const at::Tensor& contexts, const std::vector<at::Tensor>& key_scales,
-                      const std::vector<at::Tensor>& value_scales) {
+                      const std::vector<at::Tensor>& value_scales, const std::optional<c10::intrusive_ptr<Lora>>& lora,
+                      const std::optional<at::Tensor>& lora_slots) {
   const auto& first = layers->all[0];
   TORCH_CHECK(keys.size() == layers->all.size() && values.size() == keys.size(), "layers take keys and values of each");
   const Heads heads{first.wo->inputs / keys[0].size(3), keys[0].size(2), keys[0].size(3)};
@@ -94,6 +110,13 @@ at::Tensor run_layers(const c10::intrusive_ptr<Layers>& layers, at::Tensor x, co
   auto* stream = x.mutable_data_ptr<BFloat16>();
   const auto* turns = rope.const_data_ptr<float>();
   const auto* places = slots.const_data_ptr<int64_t>();
+  std::optional<LoraRows> adapted;  // none if no row has an adapter
+  if (lora) {
+    check_fits(*layers, **lora);
+    TORCH_CHECK(lora_slots && lora_slots->numel() == rows, "layers take a slot for each row");
+    adapted.emplace(*lora_slots, (*lora)->products);
+    if (adapted->empty()) adapted.reset();
+  }
   Attention attention(heads, keys[0].size(1), tables, starts, contexts);
   dispatch_cached<BFloat16>(keys[0].scalar_type(), [&](auto element) {
     const auto all_keys = caches<decltype(element)>(keys, key_scales);
@@ -102,19 +125,25 @@ at::Tensor run_layers(const c10::intrusive_ptr<Layers>& layers, at::Tensor x, co
       auto sum_over_ranks = [&] {
         if (layers->sum_over_ranks) team.alone([&] { layers->sum_over_ranks(result); });
       };
+      const LoraProduct* next_lora = adapted ? (*lora)->products.data() : nullptr;
+      auto product = [&](const Linear& linear, const BFloat16* from, BFloat16* to) {
+        if (adapted) adapted->shrink(team, *next_lora, from);
+        linear.run(team, from, to, rows, linear.outputs);
+        if (adapted) adapted->expand(team, *next_lora++, to);
+      };
       for (size_t i = 0; i < all_keys.size(); i++) {
         const auto& layer = layers->all[i];
         add_rms_norm(team, stream, i == 0 ? nullptr : branch, layer.attention_norm.const_data_ptr<BFloat16>(),
                      layers->eps, normed, rows, dim);
-        layer.wqkv->run(team, normed, qkv, rows, qkv_dim);
+        product(*layer.wqkv, normed, qkv);
         rotate_and_store(team, qkv, turns, places, queries, all_keys[i], all_values[i], rows, heads);
         attention.run(team, queries, all_keys[i], all_values[i], attended);
-        layer.wo->run(team, attended, branch, rows, dim);
+        product(*layer.wo, attended, branch);
         sum_over_ranks();
         add_rms_norm(team, stream, branch, layer.ffn_norm.const_data_ptr<BFloat16>(), layers->eps, normed, rows, dim);
-        layer.w13->run(team, normed, gate_up, rows, 2 * hidden);
+        product(*layer.w13, normed, gate_up);
         silu_mul(team, gate_up, gated, rows, hidden);
-        layer.w2->run(team, gated, branch, rows, dim);
+        product(*layer.w2, gated, branch);
         sum_over_ranks();
       }
     });
@@ -126,6 +155,7 @@ at::Tensor run_layers(const c10::intrusive_ptr<Layers>& layers, at::Tensor x, co
 
 TORCH_LIBRARY_FRAGMENT(llama2_cpu, library) {
   define_linear(library);
+  define_lora(library);
   library.class_<Layers>("Layers").def("max_rows", &Layers::max_rows).def("run", &run_layers);
   library.def("make_layers", &make_layers);
 }

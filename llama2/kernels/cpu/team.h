@@ -30,9 +30,15 @@ class Team {
   // Calls `step(begin, end)` for this thread's part of [0, size). It must not throw.
   template <typename Step>
   void share(int64_t size, const Step& step) const {
+    share_without_meeting(size, step);
+    meet();
+  }
+
+  // As a part of the step that follows.
+  template <typename Step>
+  void share_without_meeting(int64_t size, const Step& step) const {
     const int64_t part = (size + threads_ - 1) / threads_, begin = std::min(thread_ * part, size);
     if (begin < size && !error_) step(begin, std::min(begin + part, size));
-    meet();
   }
 
   // Calls `step()` on the first thread. If it throws, all threads skip the steps that follow.
@@ -48,14 +54,14 @@ class Team {
     meet();
   }
 
- private:
-  Team(std::exception_ptr& error, int thread, int threads) : error_(error), thread_(thread), threads_(threads) {}
-
   // Returns when all threads have arrived. In OpenMP's barrier a thread that waits long sleeps and lets others run.
   void meet() const {
     if (threads_ == 1) return;
 #pragma omp barrier
   }
+
+ private:
+  Team(std::exception_ptr& error, int thread, int threads) : error_(error), thread_(thread), threads_(threads) {}
 
   std::exception_ptr& error_;  // written by the first thread in `alone`, read by all after the barrier
   const int thread_, threads_;

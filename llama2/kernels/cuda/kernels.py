@@ -14,8 +14,10 @@ from typing import Any
 
 import torch
 
+from llama2.adapters.products import LoraProduct
 from llama2.batch import Batch
 from llama2.kernels.cuda import decode_attention, pointwise, prefill_attention, products, quantized_products
+from llama2.kernels.cuda.lora import add_lora
 from llama2.kernels.cuda.quantized_weights import TILE, Quantized, arrange
 from llama2.kernels.plain import PlainKernels
 from llama2.machine.memory_plan import DEQUANTIZED_BYTES
@@ -50,6 +52,9 @@ class CudaKernels(PlainKernels):
         if x.shape[0] in STREAMED_ROWS and isinstance(weight, torch.Tensor):
             return products.linear(x, weight, pdl=self._pdl)
         return super().linear(x, weight)
+
+    def add_lora(self, y: torch.Tensor, x: torch.Tensor, lora: LoraProduct, slots_T: torch.Tensor) -> torch.Tensor:
+        return add_lora(y, x, lora, slots_T, pdl=self._pdl)
 
     def gated_linear(self, x: torch.Tensor, weight: Any) -> torch.Tensor:
         if x.shape[0] in STREAMED_ROWS and isinstance(weight, torch.Tensor):

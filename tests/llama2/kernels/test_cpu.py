@@ -267,6 +267,21 @@ for dtype in (torch.int8, torch.float8_e4m3fn):
         actual = attend(q, *codes, table, starts, context, *scales)
         tolerance = 1e-4 if q.dtype == torch.float32 else 0.05
         torch.testing.assert_close(actual, plain, atol=100 * tolerance, rtol=tolerance)
+a, b, slots = torch.randn(2, 2, 5, 70), torch.randn(2, 5, 50), torch.tensor([0, -1, 1, 1, 0, 1]).int()
+ranks, factors = torch.tensor([[5, 3], [0, 4]]).int(), torch.rand(2, 2)
+for dtype in (torch.float32, torch.bfloat16):
+    values = [torch.randn(6, 50), torch.randn(6, 70) / 8, a / 8, b]
+    y, *others = (each.to(dtype) for each in values)
+    own_x, own_a, own_b = (each.float() for each in others)
+    expected = y.float()
+    for row, slot in enumerate(slots.tolist()):
+        for part, columns in enumerate((slice(0, 40), slice(40, 50)) if slot >= 0 else ()):
+            rank = ranks[slot, part]
+            shrunk = factors[slot, part] * (own_a[slot, part, :rank] @ own_x[row])
+            expected[row, columns] += shrunk @ own_b[slot, :rank, columns]
+    torch.ops.llama2_cpu.add_lora(y, *others, ranks, factors, [40, 10], slots)
+    tolerance = 1e-5 if dtype == torch.float32 else 0.02
+    torch.testing.assert_close(y.float(), expected, atol=tolerance, rtol=tolerance)
 x, scales = torch.randn(9, 64).bfloat16(), torch.rand(40, 2)
 make = torch.ops.llama2_cpu.prepare_quantized
 for int8_rows in (False, True):

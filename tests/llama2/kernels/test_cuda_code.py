@@ -7,6 +7,7 @@ which path weights take, and what a kernel does before it waits for the one befo
 from __future__ import annotations
 
 import importlib.util
+import itertools
 import os
 from collections.abc import Collection
 from concurrent.futures import ThreadPoolExecutor
@@ -21,6 +22,7 @@ from benchmarks.shapes import SHAPES
 from llama2.batch import Batch
 from llama2.config import ModelArgs
 from llama2.kv_cache import LARGEST_CODE, KVCache
+from tests.support.lora import random_layers
 from tests.support.models import make_model
 
 pytestmark = [
@@ -71,6 +73,10 @@ QUANTIZED = [
         ("70b TP 8", "int4"),
         ("SmolLM2", "int4"),
     )
+]
+# Their products, and the largest rank of an adapter.
+ADAPTED = [
+    (name, max_rank, cap) for cap in (90, 80) for name, max_rank in (("7b TP 1", 16), ("70b TP 8", 64), ("SmolLM2", 8))
 ]
 
 
@@ -163,6 +169,23 @@ def quantized(request: pytest.FixtureRequest) -> list[Built]:
     return found
 
 
+@pytest.fixture(scope="module", params=ADAPTED, ids=lambda target: f"{target[0]}, {target[1]}, sm_{target[2]}")
+def adapted(request: pytest.FixtureRequest) -> list[Built]:
+    """The kernels of adapters, for a few rows and for many."""
+    from llama2.kernels.cuda.kernels import CudaKernels
+    from tests.support.cuda_compiler import noted_launches
+
+    name, max_rank, capability = request.param
+    args, kernels = MODELS[name], CudaKernels(META, torch.bfloat16, hopper=capability >= 90)
+    loras = random_layers(replace(args, n_layers=1), max_rank=max_rank, dtype=torch.bfloat16, device=META)[0]
+    with noted_launches() as launches:
+        for lora, rows in itertools.product(loras.values(), (8, 100)):
+            x, y = (torch.empty(rows, size, device=META) for size in (lora.a_SPRC.shape[3], lora.b_SRF.shape[2]))
+            slots_T = torch.empty(rows, dtype=torch.int32, device=META)
+            kernels.add_lora(y.bfloat16(), x.bfloat16(), lora, slots_T)
+    return build_all(frozenset(launches), capability)
+
+
 def of(kernels: list[Built], name: str) -> list[Built]:
     found = [one for one in kernels if one.launch.name == name]
     assert found, f"{name} is not launched"
@@ -180,6 +203,15 @@ def test_registers_suffice(kernels: list[Built]) -> None:
 
 def test_registers_suffice_for_quantized_weights(quantized: list[Built]) -> None:
     assert_registers_suffice(quantized)
+
+
+def test_registers_suffice_for_adapters(adapted: list[Built]) -> None:
+    assert_registers_suffice(adapted)
+
+
+def test_a_tile_of_rows_meets_its_adapter_in_tensor_cores(adapted: list[Built]) -> None:
+    for one in of(adapted, "_shrink"):
+        assert (one.code.count("HMMA") > 0) == (one.launch.constant("M") > 1), one
 
 
 def test_codes_go_from_memory_to_tensor_cores_in_registers(quantized: list[Built]) -> None:
@@ -224,6 +256,10 @@ def assert_nothing_is_written_early(kernels: list[Built]) -> None:
 
 def test_nothing_is_written_before_earlier_kernels_have_ended(kernels: list[Built]) -> None:
     assert_nothing_is_written_early(kernels)
+
+
+def test_nothing_of_adapters_is_written_before_earlier_kernels_have_ended(adapted: list[Built]) -> None:
+    assert_nothing_is_written_early(adapted)
 
 
 def test_no_product_of_quantized_weights_is_written_before_earlier_kernels_have_ended(quantized: list[Built]) -> None:
