@@ -22,9 +22,7 @@ from llama2.adapters.config import CONFIG_FILE, AdapterConfig
 from llama2.adapters.products import PRODUCTS
 from llama2.config import ModelArgs
 from llama2.text.tokenizer_files import read_small_json
-from llama2.weights.certificate import Identity
-from llama2.weights.manifest import MANIFEST_FILE
-from llama2.weights.origin import SORTED, read_origin
+from llama2.weights.origin import is_quantized
 from llama2.weights.readers.hf_layout import halves_from_pairs, hf_name, hf_shapes, is_rotated, pairs_from_halves
 from llama2.weights.readers.tensor_files import open_tensors
 from llama2.weights.staging import StagedFolder
@@ -85,17 +83,14 @@ def targets(config: AdapterConfig, args: ModelArgs) -> dict[str, Target]:
     return found
 
 
-def read_adapter(folder: Path | str, args: ModelArgs, *, checkpoint: Path | None = None) -> Adapter:
+def read_adapter(folder: Path | str, args: ModelArgs) -> Adapter:
     """Read an adapter for a model. Nothing in the folder is run, and nothing of it is needed afterwards.
 
     Its identity is the SHA-256 of all that is computed with: each weight's name, its scaling, and the dtypes, shapes
     and bytes of its two matrices.
 
-    Args:
-        checkpoint: the converted folder that it will be used with; None compares shapes alone.
-
     Raises:
-        ValueError: a file is missing or damaged, or the adapter is of another kind, or for another model or base.
+        ValueError: a file is missing or damaged, or the adapter is of another kind or for another model.
     """
     folder = Path(folder)
     config = AdapterConfig.load(folder)
@@ -119,10 +114,7 @@ def read_adapter(folder: Path | str, args: ModelArgs, *, checkpoint: Path | None
         b_FR = _take(tensors, name_b, (outputs, rank), path)
         b_FR = pairs_from_halves(b_FR, args.head_dim) if is_rotated(weight) else b_FR
         pairs[weight] = LoraPair(a_RC=a_RC, b_FR=b_FR, scaling=scaling)
-    adapter = Adapter(identity=_identity(pairs), pairs=pairs)
-    if checkpoint is not None:
-        _check_fits(folder, adapter, checkpoint)
-    return adapter
+    return Adapter(identity=_identity(pairs), pairs=pairs)
 
 
 def write_adapter(
@@ -137,7 +129,7 @@ def write_adapter(
 
     Args:
         pairs: those that `targets` lists, by Meta's names.
-        base: the converted folder that it was trained on, which `check_base` compares.
+        base: the converted folder that it was trained on, which `check_fits` compares.
 
     Raises:
         ValueError: the pairs are not what the config says, or the disk is full: the folder is as it was.
@@ -190,34 +182,35 @@ def read_base(folder: Path | str) -> Base | None:
     return Base(weights=weights, stored=stored)
 
 
-def check_base(folder: Path | str, weights: str) -> None:
-    """Compare the base of an adapter, where the folder names it, with the hash of a checkpoint's weights.
+def check_fits(folder: Path | str, adapter: Adapter, own: Base | None, *, is_sorted: bool) -> bool:
+    """Compare what an adapter was trained on with the weights that it shall be added to.
+
+    Args:
+        own: these weights; None: their hash is not known.
+        is_sorted: they have hidden features in an order of their own (`origin.SORTED`).
+
+    Returns:
+        Whether it is known to be trained on them: not where `folder` does not say on what, nor where weights that are
+        quantized and others that are not would be compared.
 
     Raises:
-        ValueError: it is another one.
+        ValueError: it was trained on others, or may have hidden features in another order.
     """
-    base = read_base(folder)
-    if base is not None and base.weights != weights:
+    base, is_own = read_base(folder), False
+    if base is not None and own is not None and is_quantized(base.stored) == is_quantized(own.stored):
+        if base.weights != own.weights:
+            raise ValueError(
+                f"{folder} was trained on another base: on weights stored as {' and '.join(base.stored)} with the hash "
+                f"{base.weights}, and these have {own.weights}; without its {BASE_FILE} it is taken for any base of "
+                "its shapes"
+            )
+        is_own = True
+    if is_sorted and adapter.changes_hidden and not is_own:
         raise ValueError(
-            f"{folder} was trained on another base: on weights stored as {' and '.join(base.stored)} with the hash "
-            f"{base.weights}, and these have {weights}; without its {BASE_FILE} it is taken for any base of its shapes"
+            f"{folder} changes gate_proj, up_proj or down_proj, whose hidden features these weights have in another "
+            "order than the files that they were made of: merge it into those files, or train one on this folder"
         )
-
-
-def order_unknown(folder: Path | str, checkpoint: Path) -> str:
-    """The message about an adapter that was not trained on a folder with hidden features in an order of its own."""
-    return (
-        f"{folder} changes gate_proj, up_proj or down_proj, whose hidden features {checkpoint} has in another order "
-        "than the files that it was made of: merge the adapter into those files, or train one on this folder"
-    )
-
-
-def _check_fits(folder: Path, adapter: Adapter, checkpoint: Path) -> None:
-    if read_base(folder) is not None:
-        if (checkpoint / MANIFEST_FILE).is_file():
-            check_base(folder, Identity.of(checkpoint).weights)
-    elif adapter.changes_hidden and SORTED in read_origin(checkpoint):
-        raise ValueError(order_unknown(folder, checkpoint))
+    return is_own
 
 
 def _linear_weights(args: ModelArgs) -> Iterator[str]:

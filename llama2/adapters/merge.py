@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Literal, get_args
 
 from llama2.adapters.adapter import HIDDEN, Adapter, LoraPair
-from llama2.adapters.format import Base, check_base, order_unknown, read_adapter, read_base
+from llama2.adapters.format import Base, check_fits, read_adapter, read_base
 from llama2.weights.certificate import Identity
 from llama2.weights.manifest import MANIFEST_FILE
 from llama2.weights.origin import SORTED, Merged, Stored, is_quantized
@@ -73,9 +73,10 @@ def open_merge(folder: Path | str, source: Source, *, onto: str | None, quantize
     what = f"the values of {path} as they are stored ({precisions})"
     if onto == "quantized":
         what = f"{what}, dequantized" if quantized else f"what {quantize} makes of the values of {path}"
-    is_own, known = _compare(folder, base, source, quantized=quantized)
-    if adapter.changes_hidden and SORTED in source.origin and not is_own:
-        raise ValueError(order_unknown(folder, path))
+    own = None
+    if isinstance(reader, DcpFolder) and (path / MANIFEST_FILE).is_file():
+        own = Base(weights=Identity.of(path).weights, stored=stored)
+    known = _known(base, is_own=check_fits(folder, adapter, own, is_sorted=SORTED in source.origin))
     return Merge(
         pairs=_as_stored(folder, adapter, source, has_base=base is not None),
         quantize_first=onto == "quantized" and not quantized,
@@ -84,21 +85,13 @@ def open_merge(folder: Path | str, source: Source, *, onto: str | None, quantize
     )
 
 
-def _compare(folder: Path | str, base: Base | None, source: Source, *, quantized: bool) -> tuple[bool, str]:
-    """Whether the source is known to be the adapter's base, and what is known, in words.
-
-    Raises:
-        ValueError: it is another one.
-    """
-    path = source.reader.path
+def _known(base: Base | None, *, is_own: bool) -> str:
+    """What is known of the adapter's base, beside the values that it is merged into."""
     if base is None:
-        return False, "it does not say what it was trained on"
-    if is_quantized(base.stored) != quantized:
-        return False, f"it was trained on weights stored as {_words(base.stored)}, which cannot be compared with these"
-    if not isinstance(source.reader, DcpFolder) or not (path / MANIFEST_FILE).is_file():
-        return False, f"it names its base by a hash, and {path} has none to compare with"
-    check_base(folder, Identity.of(path).weights)
-    return True, "it was trained on these"
+        return "it does not say what it was trained on"
+    if is_own:
+        return "it was trained on these"
+    return f"it was trained on weights stored as {_words(base.stored)}, whose hash cannot be compared with these"
 
 
 def _as_stored(folder: Path | str, adapter: Adapter, source: Source, *, has_base: bool) -> dict[str, LoraPair]:

@@ -10,22 +10,21 @@ from concurrent.futures import Future, ThreadPoolExecutor
 
 import torch
 
-from llama2.adapters.format import Base, check_base, read_adapter, read_base
+from llama2.adapters.format import Base, check_fits, read_adapter
 from llama2.adapters.products import LoraProduct
 from llama2.adapters.reference import AdapterRef
 from llama2.adapters.slots import AdapterSlots, Share
 from llama2.config import ModelArgs
 from llama2.parallel.process_group import gather_objects
-from llama2.weights.origin import is_quantized
 
 
 class AdapterStore:
     """Adapters that may be put into `slots`."""
 
-    def __init__(self, args: ModelArgs, slots: AdapterSlots, base: Base | None = None) -> None:
-        """`base` is what the model was loaded from: adapters of another one are refused."""
+    def __init__(self, args: ModelArgs, slots: AdapterSlots, base: Base | None, *, is_sorted: bool) -> None:
+        """`base` and `is_sorted` are of what the model was loaded from: adapters that do not fit it are refused."""
         self._args = args
-        self._base = base
+        self._base, self._is_sorted = base, is_sorted
         self._slots = slots
         self._shares: dict[AdapterRef, Share] = {}
         self._thread = ThreadPoolExecutor(1, "adapters", initializer=torch.set_num_threads, initargs=(1,))
@@ -81,10 +80,7 @@ class AdapterStore:
 
     def _read(self, ref: AdapterRef) -> tuple[bytes, Share]:
         adapter = read_adapter(ref.path, self._args)
-        theirs, ours = read_base(ref.path), self._base
-        # The values of a base that is quantized and of one that is not cannot be compared by their hashes.
-        if theirs is not None and ours is not None and is_quantized(theirs.stored) == is_quantized(ours.stored):
-            check_base(ref.path, ours.weights)
+        check_fits(ref.path, adapter, self._base, is_sorted=self._is_sorted)
         if adapter.rank > self._slots.max_rank:
             raise ValueError(
                 f"the adapter {ref.path} has rank {adapter.rank}, and max_lora_rank is {self._slots.max_rank}: the "

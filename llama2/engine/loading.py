@@ -27,6 +27,7 @@ from llama2.parallel.process_group import Launched, choose_device, init_process_
 from llama2.text.tokenizer import Tokenizer, load_tokenizer
 from llama2.weights.certificate import Identity
 from llama2.weights.loader import load_model
+from llama2.weights.origin import SORTED, read_origin
 from llama2.weights.readers.dcp import DcpFolder
 
 logger = logging.getLogger(__name__)
@@ -101,7 +102,7 @@ def _make_store(
         device=device,
     )
     base = Base(weights=Identity.of(checkpoint.path).weights, stored=spec.stored()) if checkpoint.has_hashes else None
-    return AdapterStore(spec.args, slots, base)
+    return AdapterStore(spec.args, slots, base, is_sorted=SORTED in read_origin(checkpoint.path))
 
 
 def build_engine(

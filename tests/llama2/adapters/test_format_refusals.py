@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 
 from llama2.adapters.config import AdapterConfig
-from llama2.adapters.format import Base, check_base, read_adapter, read_base, write_adapter
+from llama2.adapters.format import Base, check_fits, read_adapter, read_base, write_adapter
 from tests.llama2.adapters.conftest import ARGS, WEIGHTS
 from tests.support.peft_models import peft_model
 from tests.support.reference import reference_model
@@ -229,14 +230,17 @@ def test_another_base_is_an_error_that_says_so(peft_folder: Path, tmp_path: Path
     base = Base(weights="xxh3_128:11", stored={"nf4": 90, "bfloat16": 10})
     write_adapter(tmp_path / "own", adapter.pairs, AdapterConfig.load(peft_folder), ARGS, base=base)
     assert read_base(tmp_path / "own") == base
-    check_base(tmp_path / "own", "xxh3_128:11")
+    assert check_fits(tmp_path / "own", adapter, base, is_sorted=False)
     with pytest.raises(
         ValueError, match=r"was trained on another base: on weights stored as nf4 and bfloat16 .*:11.*:22"
     ):
-        check_base(tmp_path / "own", "xxh3_128:22")
+        check_fits(tmp_path / "own", adapter, replace(base, weights="xxh3_128:22"), is_sorted=False)
+    # Values before they were quantized have another hash, and may be the same model's.
+    before = Base(weights="xxh3_128:22", stored={"bfloat16": 100})
+    assert not check_fits(tmp_path / "own", adapter, before, is_sorted=False)
     # PEFT's say nothing.
     assert read_base(peft_folder) is None
-    check_base(peft_folder, "xxh3_128:22")
+    assert not check_fits(peft_folder, adapter, base, is_sorted=False)
     (tmp_path / "own" / "base.json").write_text("{}")
     with pytest.raises(ValueError, match=r"base.json must have the hash"):
         read_base(tmp_path / "own")

@@ -13,7 +13,7 @@ from transformers import LlamaForCausalLM
 
 from llama2.adapters.adapter import Adapter
 from llama2.adapters.config import AdapterConfig
-from llama2.adapters.format import Base, read_adapter, write_adapter
+from llama2.adapters.format import Base, check_fits, read_adapter, write_adapter
 from llama2.weights.certificate import Identity
 from llama2.weights.convert import OutputFormat, convert
 from llama2.weights.formats.lut4 import Lut4
@@ -223,8 +223,8 @@ def test_what_cannot_be_compared_is_said(
     models: Path, adapter_folder: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     for source, base, onto, words in (
-        ("plain", "nf4", "original", "weights stored as q8 and nf4 and bfloat16, which cannot be compared with these"),
-        ("meta", "plain", None, "it names its base by a hash, and"),
+        ("plain", "nf4", "original", "weights stored as q8 and nf4 and bfloat16, whose hash cannot be compared with"),
+        ("meta", "plain", None, "weights stored as bfloat16, whose hash cannot be compared with these"),
     ):
         caplog.clear()
         folder = trained_on(adapter_folder, tmp_path / "adapter", models / base)
@@ -254,24 +254,21 @@ def test_sorted_hidden_features(tmp_path: Path) -> None:
 
     convert(tmp_path / "gptq", tmp_path / "sorted")
     args = DcpFolder(tmp_path / "sorted").spec.args
-    with pytest.raises(ValueError, match=r"hidden features .*sorted has in another order than the files"):
-        read_adapter(tmp_path / "adapter", args, checkpoint=tmp_path / "sorted")
-    with pytest.raises(ValueError, match=r"hidden features .*sorted has in another order than the files"):
+    theirs = read_adapter(tmp_path / "adapter", args)
+    with pytest.raises(ValueError, match=r"hidden features these weights have in another order than the files"):
+        check_fits(tmp_path / "adapter", theirs, None, is_sorted=True)
+    with pytest.raises(ValueError, match=r"hidden features these weights have in another order than the files"):
         convert(tmp_path / "sorted", tmp_path / "out", adapter=tmp_path / "adapter")
     # What was trained on the folder itself fits it, and not the files.
     own = Base(weights=Identity.of(tmp_path / "sorted").weights, stored=DcpFolder(tmp_path / "sorted").spec.stored())
-    config, pairs = AdapterConfig.load(tmp_path / "adapter"), read_adapter(tmp_path / "adapter", args).pairs
-    write_adapter(tmp_path / "own", pairs, config, args, base=own)
-    read_adapter(tmp_path / "own", args, checkpoint=tmp_path / "sorted")
+    write_adapter(tmp_path / "own", theirs.pairs, AdapterConfig.load(tmp_path / "adapter"), args, base=own)
+    assert check_fits(tmp_path / "own", theirs, own, is_sorted=True)
+    convert(tmp_path / "sorted", tmp_path / "out", adapter=tmp_path / "own")
     with pytest.raises(ValueError, match=r"was trained on a converted folder, which has hidden features in another"):
-        convert(tmp_path / "gptq", tmp_path / "out", adapter=tmp_path / "own")
-    with pytest.raises(ValueError, match="was trained on another base"):
-        read_adapter(tmp_path / "own", args, checkpoint=tmp_path / "merged")
+        convert(tmp_path / "gptq", tmp_path / "other", adapter=tmp_path / "own")
 
 
 def test_adapters_that_leave_hidden_features_alone_fit_sorted_ones(tmp_path: Path) -> None:
-    save_gptq(tmp_path / "gptq", shuffled=("down_proj",))
-    convert(tmp_path / "gptq", tmp_path / "sorted")
-    args, config = DcpFolder(tmp_path / "sorted").spec.args, AdapterConfig(target_modules=("q_proj",))
-    write_adapter(tmp_path / "adapter", random_pairs(config, args), config, args)
-    assert read_adapter(tmp_path / "adapter", args, checkpoint=tmp_path / "sorted").rank == 8
+    config = AdapterConfig(target_modules=("q_proj",))
+    write_adapter(tmp_path / "adapter", random_pairs(config, ARGS), config, ARGS)
+    assert not check_fits(tmp_path / "adapter", read_adapter(tmp_path / "adapter", ARGS), None, is_sorted=True)

@@ -24,6 +24,7 @@ from llama2.errors import InvalidValue
 from llama2.llm import LLM
 from llama2.weights.certificate import Identity
 from llama2.weights.manifest import Manifest
+from llama2.weights.origin import SORTED, write_origin
 from tests.support.adapters import merged, random_pairs, write_random_adapter
 from tests.support.checkpoints import write_checkpoint
 from tests.support.tokenizers import tiny_sentencepiece
@@ -156,6 +157,14 @@ def test_an_adapter_of_another_base_is_refused_by_its_hash(folder: Path, tmp_pat
     assert outputs["own"][-1].finish_reason == "length"
     assert outputs["other"][-1].finish_reason == "error"
     assert "trained on another base" in outputs["other"][-1].problem
+
+
+def test_an_adapter_is_refused_where_hidden_features_are_in_another_order(folder: Path, tmp_path: Path) -> None:
+    base = shutil.copytree(folder, tmp_path / "base")
+    write_origin(base, (SORTED,))
+    engine = make_engine(base)
+    engine.add(ask("one", write_random_adapter(tmp_path / "one", ARGS)))
+    assert "hidden features these weights have in another order" in drain(engine)["one"][-1].problem
 
 
 def test_without_max_loras_an_adapter_is_refused_with_what_to_set(folder: Path, adapters: list[Path]) -> None:
