@@ -139,7 +139,7 @@ def _csv_rows(path: Path, config: TrainingConfig) -> Iterator[tuple[str, Mapping
                     raise ValueError(f"{place}: must have {len(names)} fields")
                 yield place, {what: row[column] for what, column in columns.items()}
         except csv.Error as error:
-            raise ValueError(f"{path}, line {reader.line_num}: {error}") from None
+            raise ValueError(f"{path}, line {reader.reader.line_num}: {error}") from None
 
 
 def _encode(row: Mapping[str, Any], tokenizer: Tokenizer, config: TrainingConfig) -> Sample:

@@ -11,6 +11,7 @@ import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -79,15 +80,13 @@ def finetune(config: TrainingConfig, *, resume: bool = False) -> Result:
     init_process_group(device)
     rank, degree = dist.get_rank(), dist.get_world_size()
     mesh = build_mesh(spec, device.type)
-    run = {
+    run: dict[str, Any] = {
         "base": weights,
         "data": _digest(training, validation),
         "ranks": degree,
         "dtype": str(dtype),
-        "options": {
-            name: value for name, value in dataclasses.asdict(config).items() if name not in (*_FREE_OPTIONS, "dtype")
-        },
     }
+    run |= {name: value for name, value in dataclasses.asdict(config).items() if name not in (*_FREE_OPTIONS, *run)}
     reserved = memory_plan.reserve(spec, wanted, config, dtype=dtype, degree=degree, device=device.type)
 
     def check_memory() -> int:

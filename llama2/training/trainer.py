@@ -97,7 +97,7 @@ class Trainer:
         loss: float | None = None
         with progress(total=total, desc="training", unit="tok", unit_scale=True, disable=not first) as bar:
             for number, epoch, step, ends_epoch in steps:
-                losses, norm = self._step(number, step)
+                losses, norm = self.step(number, step)
                 since.add(losses, self._count(step))
                 bar.update(self._count(step))
                 tokens += self._count(step)
@@ -167,7 +167,7 @@ class Trainer:
     def _count(self, step: Step) -> int:
         return sum(len(self._training[index]) for batch in step for index in batch)
 
-    def _step(self, number: int, step: Step) -> tuple[list[float], float]:
+    def step(self, number: int, step: Step) -> tuple[list[float], float]:
         """One step; returns the losses of its tokens, summed, and their number; and the gradient's norm."""
         config, adapter = self._config, self._adapter
         batches = [[self._training[index] for index in batch] for batch in step]
