@@ -63,6 +63,7 @@ class Trainer:
         self._training, self._validation = training, validation
         self._optimizer = make_optimizer(config, adapter.parameters)
         self._progress = Progress()
+        self._log: Log | None = None  # rank 0's
         self._epochs = self._plan()
         num_steps = sum(map(len, self._epochs))
         self._num_steps = min(num_steps, config.max_steps or num_steps)
@@ -88,9 +89,8 @@ class Trainer:
             ValueError: a checkpoint cannot be written, or the loss is no number.
         """
         config, first = self._config, self._collectives.rank == 0
-        log: Log | None = None
         if first:
-            log = Log(self._folder.folder, last_step=self._progress.step, tensorboard=config.tensorboard)
+            self._log = Log(self._folder.folder, last_step=self._progress.step, tensorboard=config.tensorboard)
         steps = list(self._remaining())
         total = sum(self._count(step) for _, _, step, _ in steps)
         started, tokens, since = time.monotonic(), 0, Window()
@@ -98,39 +98,21 @@ class Trainer:
         with progress(total=total, desc="training", unit="tok", unit_scale=True, disable=not first) as bar:
             for number, epoch, step, ends_epoch in steps:
                 losses, norm = self.step(number, step)
-                since.add(losses, self._count(step))
-                bar.update(self._count(step))
-                tokens += self._count(step)
                 self._progress = replace(self._progress, step=number)
-                ends = number == self._num_steps
-                if number % config.log_steps == 0 or ends:
-                    loss = since.mean()
+                since.add(losses, self._count(step))
+                tokens += self._count(step)
+                bar.update(self._count(step))
+                if number % config.log_steps == 0 or number == self._num_steps:
+                    loss, rate = since.mean(), learning_rate(config, number, self._num_steps)
                     bar.set_postfix_str(f"loss {loss:.4f}")
-                    if log is not None:
-                        log.add(
-                            Row(
-                                step=number,
-                                epoch=round(epoch, 4),
-                                loss=loss,
-                                learning_rate=learning_rate(config, number, self._num_steps),
-                                gradient_norm=norm,
-                                tokens=since.tokens,
-                                seconds=since.seconds(),
-                            )
-                        )
+                    self._add(since.row(step=number, epoch=epoch, learning_rate=rate, gradient_norm=norm))
                     since = Window()
-                is_best = False
-                if self._validation and (ends or self._is_due(config.evaluate_steps, number, ends_epoch)):
-                    is_best = self._validate(number, epoch, log)
-                saves = ends or self._is_due(config.save_steps, number, ends_epoch)
-                stops = config.early_stopping is not None and self._progress.since_best >= config.early_stopping
-                if is_best or saves or stops:
-                    self._save(write_adapter, whole=saves or stops, is_best=is_best or not self._validation)
-                if stops:
+                self._after(number, epoch, ends_epoch, write_adapter)
+                if self._stopped:
                     self._log_first("no lower loss in %d validations: the run ends", self._progress.since_best)
                     break
-        if log is not None:
-            log.close()
+        if self._log is not None:
+            self._log.close()
         return Result(
             adapter=self._folder.folder / ADAPTER_FOLDER,
             steps=self._progress.step,
@@ -139,6 +121,22 @@ class Trainer:
             tokens=tokens,
             seconds=time.monotonic() - started,
         )
+
+    @property
+    def _stopped(self) -> bool:
+        """Has validation found nothing better for too long?"""
+        patience = self._config.early_stopping
+        return patience is not None and self._progress.since_best >= patience
+
+    def _after(self, number: int, epoch: float, ends_epoch: bool, write_adapter: WriteAdapter) -> None:
+        """Validate and save, where that is due after a step."""
+        config, is_last = self._config, number == self._num_steps
+        is_best = not self._validation
+        if self._validation and (is_last or self._is_due(config.evaluate_steps, number, ends_epoch)):
+            is_best = self._validate(number, epoch)
+        saves = is_last or self._stopped or self._is_due(config.save_steps, number, ends_epoch)
+        if saves or (self._validation and is_best):
+            self._save(write_adapter, whole=saves, is_best=is_best)
 
     def _plan(self) -> list[list[Step]]:
         config = self._config
@@ -157,6 +155,8 @@ class Trainer:
 
     def _remaining(self) -> Iterator[tuple[int, float, Step, bool]]:
         """The steps that are not done: the number, the epochs seen after it, its batches, whether it ends an epoch."""
+        if self._stopped:
+            return
         number = 0
         for epoch, steps in enumerate(self._epochs):
             for place, step in enumerate(steps, start=1):
@@ -194,7 +194,7 @@ class Trainer:
         return [float(total), targets], norm
 
     @torch.no_grad()
-    def _validate(self, number: int, epoch: float, log: Log | None) -> bool:
+    def _validate(self, number: int, epoch: float) -> bool:
         """Measure the loss on the validation samples; returns whether it is the lowest so far."""
         config, total, targets = self._config, 0.0, 0
         lengths = [len(sample) for sample in self._validation]
@@ -209,8 +209,7 @@ class Trainer:
             best_loss=loss if is_best else best,
             since_best=0 if is_best else self._progress.since_best + 1,
         )
-        if log is not None:
-            log.add(Row(step=number, epoch=round(epoch, 4), validation_loss=loss))
+        self._add(Row(step=number, epoch=round(epoch, 4), validation_loss=loss))
         self._log_first("step %d: validation loss %.4f", number, loss)
         return is_best
 
@@ -234,6 +233,10 @@ class Trainer:
     def _is_due(every: int | None, number: int, ends_epoch: bool) -> bool:
         return ends_epoch if every is None else number % every == 0
 
+    def _add(self, row: Row) -> None:
+        if self._log is not None:
+            self._log.add(row)
+
     def _log_first(self, message: str, *values: object) -> None:
         if self._collectives.rank == 0:
             logger.info(message, *values)
@@ -256,5 +259,13 @@ class Window:
     def mean(self) -> float:
         return self._loss / self._targets
 
-    def seconds(self) -> float:
-        return time.monotonic() - self._started
+    def row(self, *, step: int, epoch: float, learning_rate: float, gradient_norm: float) -> Row:
+        return Row(
+            step=step,
+            epoch=round(epoch, 4),
+            loss=self.mean(),
+            learning_rate=learning_rate,
+            gradient_norm=gradient_norm,
+            tokens=self.tokens,
+            seconds=time.monotonic() - self._started,
+        )

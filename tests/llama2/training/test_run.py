@@ -171,7 +171,8 @@ def test_a_full_disk_leaves_the_last_adapter(
 
 
 def test_early_stopping_keeps_the_best_adapter(folder: Path, tmp_path: Path) -> None:
-    result = finetune(config(folder, tmp_path, epochs=40, early_stopping=2, learning_rate=0.3, schedule="constant"))
+    stopping = config(folder, tmp_path, epochs=40, early_stopping=2, learning_rate=0.3, schedule="constant")
+    result = finetune(stopping)
     measured = log(tmp_path, "validation_loss")
     assert len(measured) < 40
     best = min(range(len(measured)), key=measured.__getitem__)
@@ -179,6 +180,7 @@ def test_early_stopping_keeps_the_best_adapter(folder: Path, tmp_path: Path) -> 
     assert result.validation_loss == measured[best]
     newest = sorted(tmp_path.glob("checkpoint-*"))[-1]
     assert adapter(newest / "adapter").identity != adapter(tmp_path / "adapter").identity
+    assert finetune(stopping, resume=True).steps == result.steps
 
 
 def test_a_loss_that_is_no_number_ends_the_run(folder: Path, tmp_path: Path) -> None:
