@@ -6,7 +6,9 @@ Knows of training only the keys of that yaml and the files that it leaves: `adap
 from __future__ import annotations
 
 import csv
+import hashlib
 import random
+import shutil
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
@@ -29,7 +31,8 @@ ADAPTER_FOLDER, LOG_FILE = "adapter", "log.csv"
 
 
 def tune_all(settings: Settings, ablation: Ablation, inputs: Inputs) -> list[tuple[Run, Mapping[str, float]]]:
-    """Tune an adapter for each point and return its run. A point that was tuned before with the same yaml is not again.
+    """Tune an adapter for each point and return its run. One that was tuned before with the same settings and
+    data is not again.
 
     Raises:
         ValueError: the yaml cannot be read, or finetune.py fails; the message has its last line.
@@ -72,19 +75,27 @@ def tuning_seconds(adapter: Path) -> float | None:
 
 
 def _tune(folder: Path, values: Mapping[str, Any], data: Path, lines: list[dict[str, Any]]) -> None:
-    config, done = folder / "finetune.yaml", folder / "done.yaml"
-    text = yaml.safe_dump(dict(values), sort_keys=True)
+    """One process of finetune.py, which goes on where an interrupted one of the same settings and data was."""
+    config, state, output = folder / "finetune.yaml", folder / "state", folder / "finetune.log"
     write_jsonl(data, lines)
-    if done.is_file() and done.read_text(encoding="utf-8") == text:
+    text = yaml.safe_dump(dict(values), sort_keys=True)
+    identity = hashlib.sha256(text.encode() + data.read_bytes()).hexdigest()
+    before = state.read_text() if state.is_file() else ""
+    if before == f"{identity} done":
         return
+    command = [sys.executable, str(FINETUNE), str(config)]
+    if before == f"{identity} begun":
+        command.append("--resume")
+    else:
+        shutil.rmtree(values["output_dir"], ignore_errors=True)
     config.write_text(text, encoding="utf-8")
-    with (folder / "finetune.log").open("w", encoding="utf-8") as log:
-        command = [sys.executable, str(FINETUNE), str(config)]
+    state.write_text(f"{identity} begun")
+    with output.open("w", encoding="utf-8") as log:
         failed = subprocess.run(command, stdout=log, stderr=subprocess.STDOUT).returncode
     if failed:
-        said = (folder / "finetune.log").read_text(encoding="utf-8").strip().splitlines()
+        said = output.read_text(encoding="utf-8").strip().splitlines()
         raise ValueError(f"{FINETUNE.name} {config} failed: {said[-1] if said else f'exit code {failed}'}")
-    done.write_text(text, encoding="utf-8")
+    state.write_text(f"{identity} done")
 
 
 def _read_yaml(path: Path) -> dict[str, Any]:

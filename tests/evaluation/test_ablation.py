@@ -1,4 +1,4 @@
-"""What the points of an ablation are tuned with."""
+"""What the points of an ablation are tuned with, and that each is tuned once and then measured."""
 
 from __future__ import annotations
 
@@ -6,10 +6,15 @@ import itertools
 from pathlib import Path
 
 import pytest
+import yaml
 
-from evaluation.ablation import fraction_of, tuning_seconds
+from evaluation.ablation import fraction_of, tune_all, tuning_seconds
+from evaluation.config import read_settings
+from evaluation.inputs import Inputs
 from evaluation.runs import highest_rank
 from evaluation.samples import Sample
+from tests.evaluation.support import results, run_evaluation, write_config
+from tests.handler.support import byte_tokenizer
 
 SAMPLES = [Sample(text=str(index), target="a") for index in range(100)]
 
@@ -35,3 +40,44 @@ def test_room_is_made_for_the_highest_rank_of_an_adapter(tmp_path: Path) -> None
     (tmp_path / "adapter_config.json").write_text('{"r": null}')
     with pytest.raises(ValueError, match="is no adapter in PEFT's format"):
         highest_rank(tmp_path)
+
+
+@pytest.mark.integration
+def test_each_point_is_tuned_once_and_measured_as_a_run(smollm2_checkpoint: Path, tmp_path: Path) -> None:
+    base = {"max_steps": 1, "validation_fraction": 0, "max_length": 32, "batch_size": 1, "gradient_accumulation": 1}
+    (tmp_path / "finetune.yaml").write_text(yaml.safe_dump(base))
+    grids = [{"rank": [2, 3], "sample_fraction": [0.5]}]
+    changes = {"ablation": {"finetune": str(tmp_path / "finetune.yaml"), "grids": grids}}
+    config = write_config(tmp_path, smollm2_checkpoint, runs=[{"name": "zero-shot"}], **changes)
+    settings = read_settings(config)
+    assert settings.ablation is not None
+    tuned = tune_all(settings, settings.ablation, Inputs.read(settings))
+    assert [point for _, point in tuned] == [{"rank": 2, "sample_fraction": 0.5}, {"rank": 3, "sample_fraction": 0.5}]
+    weights = [run.adapter / "adapter_model.safetensors" for run, _ in tuned if run.adapter]
+    assert [highest_rank(file.parent) for file in weights] == [2, 3]
+    assert len((tmp_path / "out/ablation/rank=2,sample_fraction=0.5/train.jsonl").read_text().splitlines()) == 2
+    times = [file.stat().st_mtime_ns for file in weights]
+
+    figures = results(config)
+    assert [file.stat().st_mtime_ns for file in weights] == times
+    assert [one["run"] for one in figures["runs"]] == ["zero-shot", *(run.name for run, _ in tuned)]
+    assert all(one["tuning_seconds"] > 0 and one["tuning_dollars"] > 0 for one in figures["runs"][1:])
+    assert [(one["run"], one["minus"]) for one in figures["differences"]] == [
+        (run.name, "zero-shot") for run, _ in tuned
+    ]
+    assert (tmp_path / "out" / "ablation.png").stat().st_size > 1000
+
+    weights[0].write_bytes(b"damaged")
+    done = run_evaluation(config)
+    assert done.returncode == 1
+    assert done.stderr.splitlines()[-1].startswith("error: run rank=2,sample_fraction=0.5: adapter cannot be had")
+
+
+def test_a_failure_of_finetune_is_its_last_line(tmp_path: Path) -> None:
+    byte_tokenizer(tmp_path)
+    (tmp_path / "finetune.yaml").write_text("learning_rat: 1\n")
+    changes = {"ablation": {"finetune": str(tmp_path / "finetune.yaml"), "grids": [{"epochs": [2]}]}}
+    settings = read_settings(write_config(tmp_path, tmp_path, **changes))
+    assert settings.ablation is not None
+    with pytest.raises(ValueError, match=r"finetune\.yaml failed: error: .*learning_rat is an unknown key"):
+        tune_all(settings, settings.ablation, Inputs.read(settings))

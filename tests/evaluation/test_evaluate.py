@@ -3,58 +3,12 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
-import yaml
 
-ROOT = Path(__file__).parents[2]
-TOPICS = {
-    "music": ["The band played three songs and the singer forgot the words.", "She tunes her violin before a concert."],
-    "food": ["Boil the potatoes, then mash them with butter and milk.", "This soup needs more salt and some pepper."],
-    "sports": ["The striker scored twice before half time.", "He ran the marathon in under three hours."],
-}
-
-
-def write_config(folder: Path, checkpoint: Path | str, **changes: Any) -> Path:
-    rows = [(text, topic) for topic, texts in TOPICS.items() for text in texts]
-    for part, of in (("train", rows[::2]), ("test", rows[1::2])):
-        lines = [json.dumps({"text": text, "label": topic}) + "\n" for text, topic in of]
-        (folder / f"{part}.jsonl").write_text("".join(lines))
-    values = {
-        "checkpoint": str(checkpoint),
-        "output_dir": str(folder / "out"),
-        "task": "classification",
-        "data": {"train": str(folder / "train.jsonl"), "test": str(folder / "test.jsonl"), "target": "label"},
-        "prompt": {
-            "format": "completion",
-            "instruction": "Topics: {labels}.",
-            "template": "{text}\nTopic:",
-            "max_text_tokens": 8,
-        },
-        "runs": [{"name": "zero-shot"}, {"name": "few-shot", "shots": 3}],
-        "resamples": 50,
-        "price_per_hour": 3.6,
-        "engine": {"max_batch_size": 4, "max_seq_len": 512},
-        **changes,
-    }
-    (folder / "evaluation.yaml").write_text(yaml.safe_dump(values))
-    return folder / "evaluation.yaml"
-
-
-def run(config: Path, *flags: str) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, str(ROOT / "evaluate.py"), str(config), *flags]
-    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=250)
-
-
-def results(config: Path, *flags: str) -> dict[str, Any]:
-    done = run(config, *flags)
-    assert done.returncode == 0, done.stderr
-    figures: dict[str, Any] = json.loads((config.parent / "out" / "results.json").read_text())["figures"]
-    return figures
+from tests.evaluation.support import TOPICS, results, run_evaluation, write_config
 
 
 @pytest.mark.integration
@@ -100,7 +54,7 @@ def test_summaries_in_a_chat(smollm2_checkpoint: Path, tmp_path: Path) -> None:
 @pytest.mark.integration
 def test_training_data_has_the_prompt_that_is_evaluated(smollm2_checkpoint: Path, tmp_path: Path) -> None:
     config = write_config(tmp_path, smollm2_checkpoint)
-    done = run(config, "--training_data", str(tmp_path / "tune.jsonl"))
+    done = run_evaluation(config, "--training_data", str(tmp_path / "tune.jsonl"))
     assert done.returncode == 0, done.stderr
     first = json.loads((tmp_path / "tune.jsonl").read_text().splitlines()[0])
     start = "Topics: food, music, sports.\n\nThe band played three songs"
@@ -112,7 +66,7 @@ def test_training_data_has_the_prompt_that_is_evaluated(smollm2_checkpoint: Path
 @pytest.mark.integration
 def test_a_prompt_that_does_not_fit_is_named_with_its_run(smollm2_checkpoint: Path, tmp_path: Path) -> None:
     config = write_config(tmp_path, smollm2_checkpoint, engine={"max_seq_len": 64, "max_batch_size": 4})
-    done = run(config, "--runs", "few-shot")
+    done = run_evaluation(config, "--runs", "few-shot")
     assert done.returncode == 1
     error = done.stderr.splitlines()[-1]
     assert error.startswith("error: run few-shot: prompts[")
@@ -133,7 +87,7 @@ def test_a_prompt_that_does_not_fit_is_named_with_its_run(smollm2_checkpoint: Pa
     ],
 )
 def test_a_mistake_is_one_line(tmp_path: Path, changes: dict[str, Any], flags: list[str], message: str) -> None:
-    done = run(write_config(tmp_path, "nowhere", **changes), *flags)
+    done = run_evaluation(write_config(tmp_path, "nowhere", **changes), *flags)
     assert done.returncode == 1
     assert done.stderr.startswith("error: ")
     assert message in done.stderr
