@@ -281,25 +281,18 @@ class EngineConfig:
     )
 
     def __post_init__(self) -> None:
-        for name in (
-            "max_seq_len",
-            "max_batch_size",
-            "block_size",
-            "max_step_tokens",
-            "max_lora_rank",
-            "max_cpu_loras",
-        ):
-            value = getattr(self, name)
-            if value is None and name in ("max_seq_len", "max_batch_size", "max_cpu_loras"):
+        later = ("max_seq_len", "max_batch_size", "max_cpu_loras")
+        for name in (*later, "block_size", "max_step_tokens", "max_lora_rank", "max_loras"):
+            value, least = getattr(self, name), 0 if name == "max_loras" else 1
+            if value is None and name in later:
                 continue
-            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-                raise InvalidValue(name, f"must be a positive integer, got {shown(value)}")
+            if not isinstance(value, int) or isinstance(value, bool) or value < least:
+                kind = "positive integer" if least else "whole number of at least 0"
+                raise InvalidValue(name, f"must be a {kind}, got {shown(value)}")
         if self.max_batch_size is not None and self.max_step_tokens < self.max_batch_size:
             raise InvalidValue(
                 "max_step_tokens", f"must be at least max_batch_size={self.max_batch_size}, got {self.max_step_tokens}"
             )
-        if not isinstance(self.max_loras, int) or isinstance(self.max_loras, bool) or self.max_loras < 0:
-            raise InvalidValue("max_loras", f"must be a whole number of at least 0, got {shown(self.max_loras)}")
         if self.max_cpu_loras is not None and self.max_cpu_loras < self.max_loras:
             raise InvalidValue(
                 "max_cpu_loras", f"must be at least max_loras={self.max_loras}, got {self.max_cpu_loras}"
@@ -340,11 +333,6 @@ class EngineConfig:
                 f"{enough} would stretch its positions to that, at some loss of quality",
             )
         return self
-
-    @property
-    def held_loras(self) -> int:
-        """Adapters that are kept in host memory."""
-        return self.max_cpu_loras or max(64, self.max_loras)
 
     @property
     def recorded_tokens(self) -> int:

@@ -27,6 +27,8 @@ from llama2.engine.stats import EngineStats
 from llama2.engine.transfer import row_index, select
 from llama2.text.tokenizer import Tokenizer
 
+# Adapters in host memory, where nobody says how many.
+HELD_ADAPTERS = 64
 # Between two looks whether an adapter has been read, where there is nothing else to do.
 WAIT_SECONDS = 0.001
 
@@ -59,7 +61,8 @@ class Engine:
         self._blocks = BlockManager(num_blocks, config.block_size, prefix_cache=config.prefix_cache)
         residents = Residents(config.max_loras)
         self._scheduler = Scheduler(config, self._blocks, residents)
-        self._adapters = AdapterLoads(group, residents, config.held_loras, self._scheduler.adapters)
+        held = config.max_cpu_loras or max(HELD_ADAPTERS, config.max_loras)
+        self._adapters = AdapterLoads(group, residents, held, self._scheduler.adapters)
         self._sampler = Sampler(
             config.seed, eos_ids=[token_id for token_id in tokenizer.eos_ids if token_id < args.vocab_size]
         )
