@@ -24,7 +24,8 @@ class Adapters:
     """The adapters below one folder. All methods are for any thread."""
 
     def __init__(self, folder: Path | None = None, *, can_change: bool = False) -> None:
-        """Each subfolder of `folder` that has a config is an adapter of that name; None: there are none.
+        """Each subfolder of `folder` that has a config is an adapter of that name, but for hidden ones, which may be
+        half written; None: there are none.
 
         `can_change`: clients may load and unload.
         """
@@ -32,7 +33,7 @@ class Adapters:
         self._can_change = can_change
         self._lock = threading.Lock()
         self._refs: dict[str, AdapterRef] = {}
-        for config in sorted(self._folder.glob(f"*/{CONFIG_FILE}")) if self._folder else ():
+        for config in sorted(self._folder.glob(f"[!.]*/{CONFIG_FILE}")) if self._folder else ():
             name = config.parent.name
             try:
                 self._refs[name] = self._read(name, config.parent)

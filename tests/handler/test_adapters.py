@@ -161,6 +161,12 @@ def test_an_adapter_of_another_kind_is_left_out_with_a_warning(
     assert "DoRA" in caplog.text
 
 
+def test_a_folder_that_is_being_written_is_no_adapter(folder: Path, caplog: pytest.LogCaptureFixture) -> None:
+    (folder / "polite").rename(folder / ".polite.partial")
+    assert Adapters(folder).names == ["brief"]
+    assert not caplog.records
+
+
 def test_a_request_whose_adapter_cannot_be_had_is_refused(folder: Path, tmp_path: Path) -> None:
     call = Call("id")
     (request,) = call.begin(server_of(folder, tmp_path).read("completions", model="brief", prompt="Hi"))
