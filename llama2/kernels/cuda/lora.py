@@ -33,11 +33,11 @@ def add_lora(
         return y_TF
     assert x_TC.is_contiguous()
     assert y_TF.is_contiguous()
-    tile, block = (1, 128) if rows <= FEW_ROWS else (TILE, 64)
+    tile, block = (1, 128) if rows <= FEW_ROWS else (TILE, 32)
     splits = triton.cdiv(inputs, SPLIT)
     padded_rank = max(TILE, triton.next_power_of_2(max_rank))
     shrunk = torch.empty(splits, rows, parts, padded_rank, dtype=torch.float32, device=x_TC.device)
-    constants = {"PARTS": parts, "MAX_RANK": max_rank, "PADDED_R": padded_rank, "M": tile}
+    constants = {"PARTS": parts, "PADDED_R": padded_rank, "M": tile}
     options = {"num_warps": 4, **launch_options(pdl)}
     _shrink[(triton.cdiv(rows, tile), parts, splits)](
         x_TC,
@@ -51,8 +51,9 @@ def add_lora(
         lora.ranks_SP.stride(0),
         lora.scales_SP.stride(0),
         C=inputs,
-        K=128 if padded_rank <= 32 else 64,
+        K=max(TILE, 2048 // padded_rank),
         SPLIT=SPLIT,
+        MAX_RANK=max_rank,
         **constants,
         **options,
     )
@@ -71,6 +72,7 @@ def add_lora(
         F1=outputs[1],
         F2=outputs[2],
         N=block,
+        R=TILE,
         **constants,
         **options,
     )
@@ -92,8 +94,8 @@ def _shrink(
     C: tl.constexpr,
     K: tl.constexpr,
     SPLIT: tl.constexpr,
-    PARTS: tl.constexpr,
     MAX_RANK: tl.constexpr,
+    PARTS: tl.constexpr,
     PADDED_R: tl.constexpr,
     M: tl.constexpr,
     PDL: tl.constexpr,
@@ -148,13 +150,13 @@ def _expand(
     F1: tl.constexpr,
     F2: tl.constexpr,
     N: tl.constexpr,
+    R: tl.constexpr,
     PARTS: tl.constexpr,
-    MAX_RANK: tl.constexpr,
     PADDED_R: tl.constexpr,
     M: tl.constexpr,
     PDL: tl.constexpr,
 ):
-    """Program (tile of rows, block of the outputs of a part): F0, F1 and F2 are the parts' outputs."""
+    """Program (tile of rows, block of a part's outputs), R ranks at a time. F0, F1 and F2 are the parts' outputs."""
     announce(PDL)
     await_earlier(PDL)
     block = tl.program_id(1)
@@ -167,28 +169,31 @@ def _expand(
     before = tl.where(is_beyond_1, blocks1, tl.where(is_beyond_0, blocks0, 0))
     output_N = (block - before) * N + tl.arange(0, N)
     is_output_N = output_N < size
-    rank_R = tl.arange(0, PADDED_R)
     row_M = tl.program_id(0) * M + tl.arange(0, M)
     slot_M = tl.load(slots + row_M, mask=row_M < rows, other=-1)
     slot = tl.max(slot_M, 0)
     if slot >= 0:
-        shrunk_MR = tl.zeros((M, PADDED_R), tl.float32)
-        for split in tl.static_range(SPLITS):
-            at_M = shrunk + ((split * rows + row_M) * PARTS + part).to(tl.int64) * PADDED_R
-            shrunk_MR += tl.load(at_M[:, None] + rank_R[None, :], mask=(slot_M >= 0)[:, None], other=0.0)
         sum_MN = tl.zeros((M, N), tl.float32)
         while slot >= 0:
+            is_own_M = slot_M == slot
             rank = tl.load(ranks + slot * ranks_stride + part)
-            b_RN = tl.load(
-                b + slot.to(tl.int64) * b_stride + (rank_R * (F0 + F1 + F2))[:, None] + (first + output_N)[None, :],
-                mask=(rank_R < rank)[:, None] & is_output_N[None, :],
-                other=0.0,
-            ).to(tl.float32)
-            if M == 1:
-                own_MN = tl.sum(tl.trans(shrunk_MR) * b_RN, 0)[None, :]
-            else:
-                own_MN = tl.dot(shrunk_MR, b_RN, input_precision="ieee")
-            sum_MN = tl.where((slot_M == slot)[:, None], own_MN, sum_MN)
+            own_MN = tl.zeros((M, N), tl.float32)
+            for start in range(0, rank, R):
+                rank_R = start + tl.arange(0, R)
+                shrunk_MR = tl.zeros((M, R), tl.float32)
+                for split in tl.range(0, SPLITS, num_stages=1):
+                    at_M = shrunk + ((split * rows + row_M) * PARTS + part).to(tl.int64) * PADDED_R
+                    shrunk_MR += tl.load(at_M[:, None] + rank_R[None, :], mask=is_own_M[:, None], other=0.0)
+                b_RN = tl.load(
+                    b + slot.to(tl.int64) * b_stride + (rank_R * (F0 + F1 + F2))[:, None] + (first + output_N)[None, :],
+                    mask=(rank_R < rank)[:, None] & is_output_N[None, :],
+                    other=0.0,
+                ).to(tl.float32)
+                if M == 1:
+                    own_MN += tl.sum(tl.trans(shrunk_MR) * b_RN, 0)[None, :]
+                else:
+                    own_MN = tl.dot(shrunk_MR, b_RN, own_MN, input_precision="ieee")
+            sum_MN = tl.where(is_own_M[:, None], own_MN, sum_MN)
             slot = tl.max(tl.where(slot_M < slot, slot_M, -1), 0)
         at_MN = y + row_M[:, None].to(tl.int64) * (F0 + F1 + F2) + (first + output_N)[None, :]
         mask_MN = (slot_M >= 0)[:, None] & is_output_N[None, :]
