@@ -164,12 +164,12 @@ class RandomModel:
 
     def __init__(self, args: ModelArgs, config: EngineConfig, *, dtype: torch.dtype, device: torch.device) -> None:
         spec = Spec(args=args, dtype=dtype)
-        self._mesh = build_mesh(spec, device.type)
+        self.mesh = build_mesh(spec, device.type)
         with undivided() as threads:
             self._collectives = connect(device, symm_mem_all_reduce=config.symm_mem_all_reduce)
-            self._model = build_model(
+            self.model = build_model(
                 spec,
-                self._mesh,
+                self.mesh,
                 self._collectives,
                 device=device,
                 max_seq_len=config.max_seq_len,
@@ -181,7 +181,7 @@ class RandomModel:
     def engine(self, config: EngineConfig) -> Engine:
         """Its max_seq_len is at most the model's."""
         with undivided():
-            return build_engine(self._model, self._mesh, self._collectives, tokenizer=self._tokenizer, config=config)
+            return build_engine(self.model, self.mesh, self._collectives, tokenizer=self._tokenizer, config=config)
 
 
 def _draw(weights: Mapping[str, DTensor]) -> None:
