@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 
@@ -12,18 +13,22 @@ from transformers import LlamaForCausalLM
 from llama2.adapters.adapter import LoraPair
 from llama2.adapters.format import write_adapter
 from llama2.config import ModelArgs
+from llama2.text.tokenizer import load_tokenizer
 from llama2.training import loss
 from llama2.training.config import TrainingConfig
 from llama2.training.data import Sample
 from llama2.weights.convert import convert
+from llama2.weights.readers.dcp import DcpFolder
 from llama2.weights.readers.hf_layout import hf_name, is_rotated, pairs_from_halves
 from tests.support.checkpoints import write_checkpoint
 from tests.support.reference import reference_model
 from tests.support.tokenizers import tiny_sentencepiece
 from tests.support.training import one_step, options, random_pairs, random_samples
-from tests.support.weights import meta_folder, random_weights, tiny_args
+from tests.support.weights import meta_folder, meta_weights, random_weights, tiny_args
 
 peft = pytest.importorskip("peft")
+
+pytestmark = pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing.:FutureWarning")
 
 ARGS = tiny_args()
 WEIGHTS = random_weights(ARGS)
@@ -50,13 +55,16 @@ def largest_difference(ours: dict[str, LoraPair] | None, theirs: dict[str, LoraP
 def peft_step(
     folder: Path, config: TrainingConfig, args: ModelArgs, model: LlamaForCausalLM, samples: list[Sample]
 ) -> tuple[torch.Tensor, dict[str, LoraPair]]:
-    """PEFT's losses and gradients, in Meta's order of outputs; each sample alone."""
+    """PEFT's losses and gradients, in Meta's order of outputs; each sample alone.
+
+    The loss is in fp64: in fp32 that of a token which the model is sure of has few digits, and its gradient no more.
+    """
     write_adapter(folder, random_pairs(config, args), config.adapter_config(), args)
     tuned = peft.PeftModel.from_pretrained(model, folder, is_trainable=True).eval()
     losses = []
     for sample in samples:
         logits = tuned(torch.tensor([sample.ids])).logits[0, :-1]
-        each = torch.nn.functional.cross_entropy(logits.float(), torch.tensor(sample.ids[1:]), reduction="none")
+        each = torch.nn.functional.cross_entropy(logits.double(), torch.tensor(sample.ids[1:]), reduction="none")
         losses.append(each[torch.tensor(sample.counts[1:])])
     all_losses = torch.cat(losses)
     all_losses.mean().backward()
@@ -71,7 +79,7 @@ def peft_step(
         b_FR = pairs_from_halves(b_FR, args.head_dim) if is_rotated(weight) else b_FR
         pairs[weight] = LoraPair(a_RC=of(weight, "A"), b_FR=b_FR, scaling=pair.scaling)
     assert not gradients
-    return all_losses.detach(), pairs
+    return all_losses.detach().float(), pairs
 
 
 @pytest.fixture(scope="module")
@@ -92,6 +100,26 @@ def test_one_step_has_the_gradients_of_peft(folder: Path, tmp_path: Path, config
     assert largest_difference(gradients, their_gradients) < 1e-5
     squares = sum(pair.a_RC.square().sum() + pair.b_FR.square().sum() for pair in their_gradients.values())
     assert norm == pytest.approx(float(squares) ** 0.5, rel=1e-5)
+
+
+@pytest.mark.integration
+def test_a_trained_model_has_the_gradients_of_peft_in_fp64(smollm2_checkpoint: Path, tmp_path: Path) -> None:
+    checkpoint = DcpFolder(smollm2_checkpoint)
+    args, tokenizer = checkpoint.spec.args, load_tokenizer(smollm2_checkpoint)
+    texts = ("The capital of France is Paris, and that of Italy is Rome.", "Once upon a time there was a king.")
+    samples = [
+        Sample(ids=tuple(ids), counts=(False,) * 4 + (True,) * (len(ids) - 4)) for ids in map(tokenizer.encode, texts)
+    ]
+    model = torch.nn.Module.double(reference_model(args, meta_weights(checkpoint)))
+    theirs, expected = peft_step(tmp_path / "adapter", ALL, args, model, samples)
+    ours, gradients, _ = one_step(smollm2_checkpoint, ALL, samples)
+    torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)
+    assert gradients is not None
+
+    def all_of(pairs: Mapping[str, LoraPair]) -> torch.Tensor:
+        return torch.cat([matrix.flatten() for pair in pairs.values() for matrix in (pair.a_RC, pair.b_FR)])
+
+    assert relative(all_of(gradients), all_of(expected)) < 1e-5
 
 
 def test_samples_of_one_batch_do_not_see_each_other(folder: Path) -> None:
