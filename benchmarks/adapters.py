@@ -95,7 +95,7 @@ def ratios(model: RandomModel, cell: Cell, *, rank: int, max_rank: int, rounds: 
         slots.put(slot, share)
     tokens = cell.sequences * cell.length
     config = EngineConfig(max_seq_len=cell.context, max_batch_size=cell.sequences, max_step_tokens=tokens)
-    runner = Runner(transformer, cache, device, config, AdapterStore(args, slots))
+    runner = Runner(transformer, cache, device, config, AdapterStore(args, slots, None, is_sorted=False))
     plans = [cell.plan(with_adapters=with_adapters) for with_adapters in (False, True)]
     clock, found = time.thread_time if one_thread else time.perf_counter, []
     for index in tqdm(range(-2, rounds), desc=name_of(cell), leave=False, disable=None):
