@@ -20,6 +20,7 @@ from llama2 import LLM, SamplingParams
 from llama2.config import KV_CACHE_DTYPES
 from llama2.engine import loading
 from llama2.kernels.cpu import library
+from tests.support.adapters import write_random_adapter
 from tests.support.checkpoints import write_checkpoint
 from tests.support.tokenizers import tiny_sentencepiece
 from tests.support.weights import random_weights, tiny_args
@@ -111,3 +112,21 @@ def test_after_all_were_preempted_again_and_again(
     monkeypatch.setattr(engine, "step", lambda: step() if next(calls) % 11 else engine.preempt_all())
     assert llm.generate(PROMPTS, GREEDY) == alone
     assert next(calls) > 44
+
+
+def test_beside_other_adapters_in_a_batch_of_nine(model: Model, alone: list[Any], tmp_path: Path) -> None:
+    """With three slots for four adapters, and with the base; each adds what it adds in fp32, up to rounding."""
+    folders = [write_random_adapter(tmp_path / str(seed), ARGS, seed, r=3 + 4 * seed, size=0.3) for seed in range(4)]
+    asked = [(*folders, None)[index % 5] for index in range(len(PROMPTS))]
+    llm = model.engine(max_loras=3)
+    by_itself = [
+        llm.generate([prompt], GREEDY, adapter=adapter)[0] for prompt, adapter in zip(PROMPTS, asked, strict=True)
+    ]
+    for pieces in (512, 23):
+        assert model.engine(max_loras=3, max_step_tokens=pieces).generate(PROMPTS, GREEDY, adapter=asked) == by_itself
+    assert [reply == plain for reply, plain in zip(by_itself, alone, strict=True)] == [one is None for one in asked]
+    exact = LLM(model.folder, dtype=torch.float32, device="cpu", max_seq_len=512, max_loras=3)
+    base = exact.score(PROMPTS[3])
+    for folder in folders:
+        expected, ours = (one.score(PROMPTS[3], adapter=folder) for one in (exact, llm))
+        assert (ours - expected).abs().mean() < 0.1 * (base - expected).abs().mean()
