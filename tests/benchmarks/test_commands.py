@@ -16,6 +16,8 @@ from llama2 import flags
         ("convert", "--gigabytes -1"),
         ("convert", "--rounds 0"),
         ("convert", "--processes two"),
+        ("finetune", "--rounds 0"),
+        ("finetune", "--tokens few"),
         ("loading", "--gigabytes 0"),
         ("loading", "--rounds many"),
         ("offline", "--rounds 0"),
@@ -36,6 +38,8 @@ def test_a_value_that_makes_no_sense_is_named(name: str, words: str, monkeypatch
     arguments = words.split()
     if name == "offline":
         arguments += ["--shape", "tiny"]
+    if name == "finetune":
+        arguments += ["--checkpoint", "none"]
     monkeypatch.setattr(sys, "argv", [name, *arguments])
     flag = words.replace("=", " ").split()[0]
     with pytest.raises(SystemExit, match=f"^error: {flag} must be a (whole )?number "):
