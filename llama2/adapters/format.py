@@ -20,6 +20,7 @@ import torch
 from llama2.adapters.adapter import Adapter, LoraPair
 from llama2.adapters.config import CONFIG_FILE, AdapterConfig
 from llama2.adapters.products import PRODUCTS
+from llama2.adapters.reference import WEIGHTS_FILE
 from llama2.config import ModelArgs
 from llama2.text.tokenizer_files import read_small_json
 from llama2.weights.origin import is_quantized
@@ -27,7 +28,6 @@ from llama2.weights.readers.hf_layout import halves_from_pairs, hf_name, hf_shap
 from llama2.weights.readers.tensor_files import open_tensors
 from llama2.weights.staging import StagedFolder
 
-WEIGHTS_FILE = "adapter_model.safetensors"
 BASE_FILE = "base.json"
 
 _PREFIX = "base_model.model."
