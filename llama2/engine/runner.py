@@ -113,7 +113,8 @@ class Runner:
 
     def finish_adapter(self) -> tuple[bytes, str]:
         """See `AdapterStore.finish`."""
-        return self._store.finish()
+        with self._on_device():
+            return self._store.finish()
 
     def drop_adapter(self, ref: AdapterRef) -> None:
         """Forget it: no plan will name it before it is loaded again."""
