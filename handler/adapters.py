@@ -23,14 +23,15 @@ _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.\-]{0,127}")
 class Adapters:
     """The adapters below one folder. All methods are for any thread."""
 
-    def __init__(self, folder: Path | None = None, *, can_change: bool = False) -> None:
+    def __init__(self, folder: Path | None = None, *, can_change: bool = False, max_rank: int | None = None) -> None:
         """Each subfolder of `folder` that has a config is an adapter of that name, but for hidden ones, which may be
         half written; None: there are none.
 
-        `can_change`: clients may load and unload.
+        `can_change`: clients may load and unload. None may have a higher rank than `max_rank`.
         """
         self._folder = None if folder is None else folder.resolve()
         self._can_change = can_change
+        self._max_rank = max_rank
         self._lock = threading.Lock()
         self._refs: dict[str, AdapterRef] = {}
         for config in sorted(self._folder.glob(f"[!.]*/{CONFIG_FILE}")) if self._folder else ():
@@ -131,5 +132,8 @@ class Adapters:
         if not _NAME.fullmatch(name):
             raise ValueError(f"an adapter's name must be letters, digits, '-', '_' and '.', got {shown(name)}")
         ref = AdapterRef.of(folder)
-        AdapterConfig.load(folder)
+        config = AdapterConfig.load(folder)
+        rank = max(config.r, *config.rank_pattern.values()) if config.rank_pattern else config.r
+        if self._max_rank is not None and rank > self._max_rank:
+            raise ValueError(f"its rank is {rank}, and max_lora_rank is {self._max_rank} in model-config.yaml")
         return ref

@@ -34,7 +34,7 @@ class Progress:
 
     def take(self, output: Output) -> None:
         if output.problem:
-            raise RequestError(f"the adapter cannot be had: {output.problem}", param="model", code="invalid_adapter")
+            raise RequestError(f"the adapter cannot be had: {output.problem}", code="invalid_adapter")
         if output.finish_reason == "error":
             raise RequestError(_LEFT_GRAMMAR, code="invalid_value")
         self.text += output.text
@@ -76,6 +76,7 @@ class Format(Protocol):
 
 class State(enum.Enum):
     PREPARING = "preparing"
+    LOADING = "loading"
     RUNNING = "running"
     ENDED = "ended"
 
@@ -95,7 +96,8 @@ class Call:
     """One HTTP call: it takes what the engine makes for it, and gives what can be sent. Any thread may do either.
 
     It is prepared, runs from `begin` on, and has ended when every reply is complete or `fail` says why none will be.
-    While it is prepared there is no `piece`: its status is not known.
+    While it is prepared there is no `piece`, nor while its adapter may have to be loaded, until the engine has first
+    said something of it: its status is not known.
     """
 
     def __init__(self, call_id: str, *, on_news: Callable[[], None] = lambda: None) -> None:
@@ -117,6 +119,11 @@ class Call:
         return len(self._progress)
 
     @property
+    def has_status(self) -> bool:
+        """Is there a `piece`?"""
+        return self.state in (State.RUNNING, State.ENDED)
+
+    @property
     def ended(self) -> bool:
         return self.state is State.ENDED
 
@@ -129,13 +136,13 @@ class Call:
                 replies = [(request.request_id, index) for request in self.requests for index in range(request.n)]
                 self._position = {reply: position for position, reply in enumerate(replies)}
                 self._progress = [Progress() for _ in replies]
-                self._update(State.RUNNING)
+                self._update(State.LOADING if any(one.adapter for one in self.requests) else State.RUNNING)
             return self.requests
 
     def take(self, output: Output) -> None:
         """News of one reply."""
         with self._changed:
-            if self.state is State.RUNNING:
+            if self.state in (State.LOADING, State.RUNNING):
                 position = self._position[output.request_id, output.index]
                 progress = self._progress[position]
                 progress.take(output)
@@ -153,7 +160,7 @@ class Call:
     def piece(self) -> Piece:
         """What can be sent now and has not been; a call that is not streamed has all of it at its end."""
         with self._changed:
-            assert self.state is not State.PREPARING
+            assert self.has_status
             is_first, self.is_new = self.is_new, False
             if self._error is not None and is_first:
                 text, status, content_type = self._error.as_json(), self._error.status, "application/json"

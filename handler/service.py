@@ -107,7 +107,11 @@ class Service:
         served = Served(names=tuple(dict.fromkeys(names)), system_fingerprint=config.fingerprint())
         args = ModelArgs.load(config.model_args_path or config.converted_ckpt_dir)
         tokenizer = load_tokenizer(config.tokenizer_path or config.converted_ckpt_dir)
-        adapters = Adapters(config.adapters_dir, can_change=config.allow_runtime_lora_updating)
+        adapters = Adapters(
+            config.adapters_dir,
+            can_change=config.allow_runtime_lora_updating,
+            max_rank=config.engine.max_lora_rank,
+        )
         certificate = read_certificate(certificate_dir or config.converted_ckpt_dir, weights=config.converted_ckpt_dir)
         engine = RemoteEngine(settings, degree=config.degree, threads=config.threads, step_timeout=config.step_timeout)
         try:

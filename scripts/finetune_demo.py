@@ -41,7 +41,7 @@ def finetune(*, tp: int | None = None, port: int = 8080) -> None:
     config = CONFIGS / f"{NAME}.yaml"
     if not (tuned / "adapter").exists():
         run("write prompts and topics", "evaluate.py", config, "--training_data", data / "finetune.jsonl")
-        run("tune an adapter", "finetune.py", CONFIGS / f"{NAME}-finetune.yaml")
+        run("tune an adapter, in about five minutes", "finetune.py", CONFIGS / f"{NAME}-finetune.yaml")
     # The name of a subfolder is the adapter's.
     adapters.mkdir(exist_ok=True)
     if not (adapters / NAME).is_symlink():
@@ -49,6 +49,12 @@ def finetune(*, tp: int | None = None, port: int = 8080) -> None:
     server = start(converted, tp=tp, ports=ports, adapters_dir=str(adapters))
     settings = read_settings(config)
     inputs = Inputs.read(settings)
+    url = f"http://127.0.0.1:{server.ports.inference}/predictions/{MODEL}"
+    print(f"\n$ KEY={server.key('inference')}")
+    print(
+        f"$ curl {url}/1.0/v1/completions -H \"Authorization: Bearer $KEY\" -H 'Content-Type: application/json' "
+        f'-d \'{{"model": "{NAME}", "prompt": "Post: The goalie was hurt.\\nTopic:"}}\''
+    )
     print("\n{:12}{:12}{}".format("topic", "base", NAME))
     for line in training_lines(settings, inputs, inputs.test[:ASKED]):
         base, adapted = (_ask(server, line["prompt"], adapter) for adapter in (None, NAME))

@@ -76,7 +76,7 @@ class Transport:
             if self._service.deliver(self._patience()):
                 self._note_news()
             calls = [self._calls[call_id] for call_id in call_ids]
-            pieces = [None if call.state is State.PREPARING else call.piece() for call in calls]
+            pieces = [call.piece() if call.has_status else None for call in calls]
             self._replied = {
                 call_id: piece for call_id, piece in zip(call_ids, pieces, strict=True) if piece is not None
             }

@@ -83,7 +83,7 @@ class AdapterStore:
         check_fits(ref.path, adapter, self._base, is_sorted=self._is_sorted)
         if adapter.rank > self._slots.max_rank:
             raise ValueError(
-                f"the adapter {ref.path} has rank {adapter.rank}, and max_lora_rank is {self._slots.max_rank}: the "
-                "engine must be started with a higher one"
+                f"the adapter {ref.path} has rank {adapter.rank}, and max_lora_rank is {self._slots.max_rank}: "
+                f"set max_lora_rank: {adapter.rank} in model-config.yaml, or LLM(…, max_lora_rank={adapter.rank})"
             )
         return adapter.identity, self._slots.take(adapter)

@@ -29,12 +29,18 @@ def main() -> None:
         if first:
             print(f"error: {error}", file=sys.stderr)
         sys.exit(1)
+    except KeyboardInterrupt:
+        if first:
+            print("\nstopped: --resume goes on from the newest checkpoint, if there is one", file=sys.stderr)
+        sys.exit(130)
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()
     if first:
         speed = f", {result.tokens / result.seconds:.0f} tokens/s" if result.tokens else ""
-        logging.getLogger(__name__).info("%s, after %d steps%s", result.adapter, result.steps, speed)
+        logging.getLogger(__name__).info(
+            "%s, after %d step%s%s", result.adapter, result.steps, "" if result.steps == 1 else "s", speed
+        )
 
 
 if __name__ == "__main__":

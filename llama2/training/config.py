@@ -18,6 +18,7 @@ from llama2.dtypes import read_dtype
 from llama2.errors import InvalidValue, shown
 from llama2.names import nearest
 
+LINEAR_MODULES = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 SCHEDULES = ("constant", "linear", "cosine")
 OPTIMIZERS = ("adamw", "paged_adamw_8bit")
 LONG_SAMPLES = ("cut", "skip", "refuse")
@@ -70,6 +71,13 @@ def _is_switch(value: Any) -> bool:
 
 def _is_text_or_none(value: Any) -> bool:
     return value is None or (isinstance(value, str) and value != "")
+
+
+def _number(value: Any) -> Any:
+    try:
+        return float(value) if isinstance(value, str) else value
+    except ValueError:
+        return value
 
 
 def _one_of(*values: str) -> tuple[Callable[[Any], bool], str]:
@@ -163,7 +171,9 @@ class TrainingConfig:
                 raise InvalidValue(one.name, f"must be {one.metadata['allowed']}, got {shown(value)}")
         for name in ("checkpoint_dir", "data", "output_dir", "prompt_column", "completion_column"):
             value = getattr(self, name)
-            if not isinstance(value, str) or not value:
+            if value == "":
+                raise InvalidValue(name, "is missing")
+            if not isinstance(value, str):
                 raise InvalidValue(name, f"must be a text, got {shown(value)}")
         if type(self.seed) is not int:
             raise InvalidValue("seed", f"must be an integer, got {shown(self.seed)}")
@@ -181,6 +191,9 @@ class TrainingConfig:
             raise InvalidValue(
                 "target_modules", f"must be all-linear or a list of names, got {shown(self.target_modules)}"
             )
+        for name in () if isinstance(self.target_modules, str) else self.target_modules:
+            if name.rpartition(".")[2] not in LINEAR_MODULES:
+                raise InvalidValue("target_modules", f"must be of {', '.join(LINEAR_MODULES)}, got {shown(name)}")
         self.adapter_config()
 
     @classmethod
@@ -194,6 +207,9 @@ class TrainingConfig:
         for name in values:
             if name not in known:
                 raise InvalidValue(str(name), f"is an unknown key: {nearest(str(name), known)}")
+        # YAML 1.1 takes 1e-4 for a text.
+        amounts = [one.name for one in dataclasses.fields(cls) if one.type == "float"]
+        values = {name: _number(value) if name in amounts else value for name, value in values.items()}
         preset = values.get("preset", "all-linear")
         return cls(**{**PRESETS.get(preset if isinstance(preset, str) else "", {}), **values})
 

@@ -12,6 +12,7 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
+from llama2.adapters.reference import WEIGHTS_FILE
 from llama2.config import ModelArgs
 from llama2.weights.readers.gguf.file import GgufFile
 from scripts.smollm2 import gguf_file, write
@@ -56,6 +57,8 @@ def main(folder: Path) -> None:
     args = ModelArgs.load(checkpoint)
     for seed, name in enumerate(("first", "second", "spare")):
         write_random_adapter(folder / "adapters" / name, args, seed, r=8, size=0.3)
+    write_random_adapter(folder / "adapters" / "damaged", args, r=8)
+    (folder / "adapters" / "damaged" / WEIGHTS_FILE).write_bytes(b"no adapter" * 9999)
     # fp32: what is computed together cannot change a token. A test can fill a queue this short.
     top = {"deviceType": "cpu", "batchSize": 16, "jobQueueSize": 16}
     config = settings(top, dtype="float32", max_seq_len=1024, max_batch_size=8, max_step_tokens=256)

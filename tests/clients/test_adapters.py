@@ -59,6 +59,14 @@ def test_an_unknown_adapter_is_not_found_and_the_message_names_those_there_are(c
         client.completions.create(model="third", prompt=QUESTION)
 
 
+def test_one_that_cannot_be_read_is_a_400_also_when_the_engine_finds_it_out(client: openai.OpenAI) -> None:
+    for stream in (False, True):
+        with pytest.raises(openai.BadRequestError, match="the adapter cannot be had"):
+            client.completions.create(model="damaged", prompt=QUESTION, stream=stream)
+    with pytest.raises(openai.BadRequestError, match="the adapter cannot be had"):
+        client.post("/load_lora_adapter", body={"lora_name": "x", "lora_path": "damaged"}, cast_to=object)
+
+
 def test_an_adapter_is_loaded_and_unloaded_as_vllm_does(client: openai.OpenAI) -> None:
     asked = {"lora_name": "added", "lora_path": "spare"}
     client.post("/load_lora_adapter", body=asked, cast_to=object)

@@ -8,7 +8,7 @@ import itertools
 import threading
 from collections.abc import AsyncIterator, Iterator
 
-from handler.call import Piece, State
+from handler.call import Piece
 from handler.errors import RequestError
 from handler.service import Service
 
@@ -70,7 +70,7 @@ class AsyncioFront:
         call_id = str(next(self._ids))
         call = await asyncio.to_thread(self._service.open, call_id, path, body, is_json=True, on_news=on_news)
         while not left.done():
-            if call.state is not State.PREPARING:
+            if call.has_status:
                 piece = call.piece()
                 yield piece
                 if piece.is_last:

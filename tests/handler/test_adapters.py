@@ -161,6 +161,13 @@ def test_an_adapter_of_another_kind_is_left_out_with_a_warning(
     assert "DoRA" in caplog.text
 
 
+def test_an_adapter_of_too_high_a_rank_is_left_out(folder: Path, caplog: pytest.LogCaptureFixture) -> None:
+    write_random_adapter(folder / "wide", tiny_args(), r=8)
+    with caplog.at_level(logging.WARNING):
+        assert Adapters(folder, max_rank=4).names == ["brief", "polite"]
+    assert "its rank is 8, and max_lora_rank is 4" in caplog.text
+
+
 def test_a_folder_that_is_being_written_is_no_adapter(folder: Path, caplog: pytest.LogCaptureFixture) -> None:
     (folder / "polite").rename(folder / ".polite.partial")
     assert Adapters(folder).names == ["brief"]
@@ -173,7 +180,18 @@ def test_a_request_whose_adapter_cannot_be_had_is_refused(folder: Path, tmp_path
     assert isinstance(request, Request)
     with pytest.raises(RequestError, match="the adapter cannot be had: it is gone") as caught:
         call.take(Output(request_id="id/0", finish_reason="error", problem="it is gone"))
-    assert (caught.value.status, caught.value.param) == (400, "model")
+    assert (caught.value.status, caught.value.code) == (400, "invalid_adapter")
+
+
+def test_the_status_of_a_call_with_an_adapter_waits_for_the_engines_first_word(folder: Path, tmp_path: Path) -> None:
+    server = server_of(folder, tmp_path)
+    for model, waits in (("brief", True), ("smol", False)):
+        call = Call("id")
+        call.begin(server.read("completions", model=model, prompt="Hi"))
+        assert call.has_status != waits
+        call.take(Output(request_id="id/0", text="a", token_ids=(1,)))
+        assert call.has_status
+        assert call.piece().status == 200
 
 
 def test_a_server_with_a_folder_has_slots(tmp_path: Path) -> None:

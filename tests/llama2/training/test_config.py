@@ -37,7 +37,7 @@ def test_the_page_has_every_option_with_its_default_and_help() -> None:
         ({"preset": "seed"}, "preset must be all-linear or seed001, got 'seed'"),
         ({"rank": 0}, "rank must be a positive integer, got 0"),
         ({"rank": True}, "rank must be a positive integer, got True"),
-        ({"learning_rate": "2e-4"}, "learning_rate must be a number above 0, got '2e-4'"),
+        ({"learning_rate": "fast"}, "learning_rate must be a number above 0, got 'fast'"),
         ({"dropout": 1.0}, r"dropout must be in \[0, 1\), got 1.0"),
         ({"packing": "yes"}, "packing must be true or false, got 'yes'"),
         ({"schedule": "step"}, "schedule must be constant, linear or cosine, got 'step'"),
@@ -86,3 +86,16 @@ def test_the_learning_rate_rises_and_falls(schedule: str) -> None:
     assert rates[55] == pytest.approx({"constant": 1.0, "linear": 0.5, "cosine": 0.5}[schedule])
     assert rates[100] == pytest.approx({"constant": 1.0, "linear": 0.0, "cosine": 0.0}[schedule])
     assert learning_rate(options(warmup=0), 1, 3) == 2e-4
+
+
+def test_a_number_may_be_written_as_yaml_1_2_has_it(tmp_path: Path) -> None:
+    file = tmp_path / "run.yaml"
+    file.write_text("{checkpoint_dir: a, data: b, output_dir: c, learning_rate: 2e-4}")
+    assert TrainingConfig.load(file).learning_rate == 2e-4
+
+
+def test_a_wrong_module_is_named() -> None:
+    with pytest.raises(ValueError, match=r"target_modules must be of q_proj, .*, got 'vproj'"):
+        TrainingConfig.of(
+            {"checkpoint_dir": "a", "data": "b", "output_dir": "c", "target_modules": ["q_proj", "vproj"]}
+        )
