@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 from handler.call import Format, Progress
 from handler.errors import RequestError
 from handler.openai.fields import Body, parse
 from handler.openai.generation import Model
 from handler.openai.replies import to_json
+from llama2.adapters.reference import AdapterRef
 from llama2.engine.sequence import Errand, Output
 
 
@@ -29,14 +30,15 @@ class UnloadBody(Body):
 class ErrandFormat:
     """The reply once the engine has done it."""
 
-    errand: Errand
+    kind: Literal["load", "unload"]
+    adapter: AdapterRef
     reply: Callable[[], Any]
     stream: bool = False
     content_type: str = "application/json"
     prepare: None = None
 
     def requests(self, call_id: str) -> list[Errand]:
-        return [Errand(request_id=f"{call_id}/0", kind=self.errand.kind, adapter=self.errand.adapter)]
+        return [Errand(request_id=f"{call_id}/0", kind=self.kind, adapter=self.adapter)]
 
     def chunk(self, index: int, output: Output, progress: Progress) -> str:
         raise AssertionError("it is not streamed")
@@ -61,7 +63,7 @@ def load(model: Model, raw: Any) -> Format:
         model.adapters.add(body.lora_name, ref)
         return model.describe(body.lora_name)
 
-    return ErrandFormat(errand=Errand(request_id="", kind="load", adapter=ref), reply=reply)
+    return ErrandFormat(kind="load", adapter=ref, reply=reply)
 
 
 def unload(model: Model, raw: Any) -> Format:
@@ -69,6 +71,7 @@ def unload(model: Model, raw: Any) -> Format:
     body = parse(UnloadBody, raw)
     ref = model.adapters.remove(body.lora_name)
     return ErrandFormat(
-        errand=Errand(request_id="", kind="unload", adapter=ref),
+        kind="unload",
+        adapter=ref,
         reply=lambda: {"id": body.lora_name, "object": "model", "deleted": True},
     )

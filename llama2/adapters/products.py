@@ -28,8 +28,8 @@ class LoraProduct:
 
         scales_SP[s, p] * (a_SPRC[s, p, :r] @ x) @ b_SRF[s, :r, p],  where r = ranks_SP[s, p],
 
-    the first product rounded to nothing less than fp32, as is the second until it has been added. `outputs` are the
-    sizes of the parts, whose sum is F. Memory beyond rank r may hold anything. ranks_SP is int32, 0 for a part that the
+    where both products are fp32, and the sum alone is rounded to the row's dtype. `outputs` are the sizes of the parts,
+    whose sum is F. Memory beyond rank r may hold anything. ranks_SP is int32, 0 for a part that the
     adapter does not change; scales_SP is fp32, the others in the dtype of the model. Slots are strided: only the last
     three axes of a_SPRC, and the last two of b_SRF, are contiguous.
     """

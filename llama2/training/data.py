@@ -1,12 +1,10 @@
-"""Owns the way from a file of samples to ids, and to which of them are learned: JSONL and CSV, prompts and dialogs.
+"""Owns the way from a user's rows to ids, and to which of them are learned: prompts and dialogs.
 
 Knows no torch and no model. A sample is wrong for itself: the message names the file and the line.
 """
 
 from __future__ import annotations
 
-import csv
-import json
 import random
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -14,12 +12,10 @@ from pathlib import Path
 from typing import Any
 
 from llama2.errors import InvalidValue, shown
+from llama2.rows import read_rows
 from llama2.text.chat import encode_dialog
 from llama2.text.tokenizer import Tokenizer
 from llama2.training.config import TrainingConfig
-
-# CSV fields may be whole documents.
-LARGEST_FIELD = 1 << 27
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -96,50 +92,17 @@ def split(samples: Sequence[Sample], fraction: float, seed: int) -> tuple[list[S
 
 
 def _rows(path: Path, config: TrainingConfig) -> Iterator[tuple[str, Mapping[str, Any]]]:
-    """Each sample as an object, with its place for messages."""
-    readers = {".jsonl": _jsonl_rows, ".csv": _csv_rows}
-    if path.suffix not in readers:
-        raise ValueError(f"{path} must be a .jsonl or a .csv file")
-    try:
-        yield from readers[path.suffix](path, config)
-    except OSError as error:
-        raise ValueError(f"{path} cannot be read: {error.strerror}") from None
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{path} is not UTF-8: {error.reason} at byte {error.start}") from None
-
-
-def _jsonl_rows(path: Path, config: TrainingConfig) -> Iterator[tuple[str, Mapping[str, Any]]]:
-    with path.open(encoding="utf-8") as lines:
-        for number, line in enumerate(lines, start=1):
-            if not line.strip():
-                continue
-            place = f"{path}, line {number}"
-            try:
-                row = json.loads(line)
-            except (ValueError, RecursionError) as error:
-                raise ValueError(f"{place}: no JSON: {error}") from None
-            if not isinstance(row, dict):
-                raise ValueError(f"{place}: must be an object, got {shown(row)}")
-            yield place, row
-
-
-def _csv_rows(path: Path, config: TrainingConfig) -> Iterator[tuple[str, Mapping[str, Any]]]:
-    csv.field_size_limit(LARGEST_FIELD)
+    """Each sample as an object, with its place for messages. Of a CSV, the two columns that the config names."""
     columns = {"prompt": config.prompt_column, "completion": config.completion_column}
-    with path.open(encoding="utf-8-sig", newline="") as lines:
-        reader = csv.DictReader(lines, strict=True)
-        names = reader.fieldnames or []
+    for line, values in read_rows(path):
+        place = f"{path}, line {line}"
+        if path.suffix == ".jsonl":
+            yield place, values
+            continue
         for option, column in columns.items():
-            if names and column not in names:
-                raise ValueError(f"{path}: {option}_column {column!r} is none of its columns: {', '.join(names)}")
-        try:
-            for row in reader:
-                place = f"{path}, line {reader.line_num}"
-                if None in row or None in row.values():
-                    raise ValueError(f"{place}: must have {len(names)} fields")
-                yield place, {what: row[column] for what, column in columns.items()}
-        except csv.Error as error:
-            raise ValueError(f"{path}, line {reader.reader.line_num}: {error}") from None
+            if column not in values:
+                raise ValueError(f"{path}: {option}_column {column!r} is none of its columns: {', '.join(values)}")
+        yield place, {what: values[column] for what, column in columns.items()}
 
 
 def _encode(row: Mapping[str, Any], tokenizer: Tokenizer, config: TrainingConfig) -> Sample:

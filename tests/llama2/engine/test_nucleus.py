@@ -1,15 +1,11 @@
 """Each device's search finds the floor that a sort finds.
 
-The Triton kernel runs on a GPU, or on any CPU in Triton's interpreter, slowly:
-
-TRITON_INTERPRET=1 python -m pytest tests/llama2/engine/test_nucleus.py
+tests/support/triton.py says where the Triton kernel runs.
 """
 
 from __future__ import annotations
 
-import importlib.util
 import math
-import os
 from collections.abc import Callable
 from typing import Any
 
@@ -21,10 +17,8 @@ from llama2.engine.nucleus import nucleus_floor, plain_nucleus_floor
 from llama2.engine.sampler import Sampler
 from llama2.kernels.cpu.library import load_library
 from tests.support.sampling import make_logits, make_sequence
+from tests.support.triton import DEVICE, needs_triton
 
-HAS_TRITON = importlib.util.find_spec("triton") is not None
-RUNS_TRITON = HAS_TRITON and (torch.cuda.is_available() or os.environ.get("TRITON_INTERPRET") == "1")
-DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 # Less than one chunk of the kernel, not a multiple of a vector's width; two chunks and a piece.
 VOCAB_SIZES = [1, 301, 20_000]
 TOP_P = [5e-324, 1e-9, 0.05, 0.5, 0.9, 0.999, 1 - 1e-12, 1.0]
@@ -52,7 +46,7 @@ def listed(floor: Floor) -> Floors:
         pytest.param(
             on_gpu,
             id="gpu",
-            marks=pytest.mark.skipif(not RUNS_TRITON, reason="needs triton, and a CUDA GPU or TRITON_INTERPRET=1"),
+            marks=needs_triton,
         ),
     ]
 )

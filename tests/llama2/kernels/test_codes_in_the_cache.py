@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import pytest
 import torch
 
@@ -19,13 +17,6 @@ CODES = pytest.mark.parametrize("codes", [torch.int8, torch.float8_e4m3fn], ids=
 DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
 # Relative to values near 1: fp32 sums in another order, and the result rounded to bf16.
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 2**-8}
-
-
-@pytest.fixture(autouse=True)
-def deterministic() -> Iterator[None]:
-    torch.manual_seed(0)
-    with torch.inference_mode():
-        yield
 
 
 def kernels() -> CpuKernels:

@@ -1,24 +1,17 @@
-"""The Triton kernels compute what plain PyTorch computes: on a GPU, or on any CPU in Triton's interpreter, slowly.
-
-`make test-kernels` does the latter.
-"""
+"""The Triton kernels compute what plain PyTorch computes: see tests/support/triton.py for where."""
 
 from __future__ import annotations
 
-import importlib.util
-import os
-from collections.abc import Iterator
 from copy import copy
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
 import torch.nn.functional as functional
 
 from llama2 import LLM, Completion, SamplingParams
-from llama2.kernels import choose_kernels
 from llama2.kernels.plain import PlainKernels
 from llama2.kv_cache import LARGEST_CODE
 from llama2.machine import memory_plan
@@ -26,42 +19,19 @@ from tests.support.batches import BLOCK_SIZE, ragged_batch, random_cache
 from tests.support.checkpoints import write_checkpoint
 from tests.support.recordings import Rerun
 from tests.support.tokenizers import tiny_sentencepiece
+from tests.support.triton import DEVICE, HALF, needs_triton
 from tests.support.weights import random_weights, tiny_args
 
 if TYPE_CHECKING:
     from llama2.kernels.cuda.kernels import CudaKernels
 
-HAS_TRITON = importlib.util.find_spec("triton") is not None
-pytestmark = pytest.mark.skipif(
-    not HAS_TRITON or not (torch.cuda.is_available() or os.environ.get("TRITON_INTERPRET") == "1"),
-    reason="needs triton, and a CUDA GPU or TRITON_INTERPRET=1",
-)
+pytestmark = needs_triton
 
-DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-# The interpreter multiplies the bits of bf16 as if they were integers.
-HALF = torch.bfloat16 if torch.cuda.is_available() else torch.float16
 DTYPES = [torch.float32, HALF]
 # Relative to values near 1: fp32 sums in another order, bf16 rounds to 8 bits and fp16 to 11.
 TOLERANCE = {torch.float32: 2e-5, torch.bfloat16: 2e-2, torch.float16: 3e-3}
 CODES = pytest.mark.parametrize("codes", [torch.int8, torch.float8_e4m3fn], ids=["int8", "fp8"])
 PLAIN = PlainKernels()
-
-
-@pytest.fixture(autouse=True)
-def deterministic() -> Iterator[None]:
-    torch.manual_seed(0)
-    with torch.inference_mode():
-        yield
-
-
-@pytest.fixture(scope="module")
-def kernels() -> CudaKernels:
-    """As they are chosen for a GPU; the interpreter knows nothing of Hopper's own."""
-    from llama2.kernels.cuda.kernels import CudaKernels
-
-    if DEVICE.type == "cuda":
-        return cast("CudaKernels", choose_kernels(DEVICE, torch.bfloat16))
-    return CudaKernels(DEVICE, HALF)
 
 
 def randn(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
-import os
-from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 import pytest
@@ -12,37 +9,17 @@ import torch
 
 from llama2.kernels.plain import PlainKernels
 from tests.support.lora import random_product
+from tests.support.triton import DEVICE, HALF, needs_triton
 
 if TYPE_CHECKING:
     from llama2.kernels.cuda.kernels import CudaKernels
 
-pytestmark = pytest.mark.skipif(
-    importlib.util.find_spec("triton") is None
-    or not (torch.cuda.is_available() or os.environ.get("TRITON_INTERPRET") == "1"),
-    reason="needs triton, and a CUDA GPU or TRITON_INTERPRET=1",
-)
+pytestmark = needs_triton
 
-DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-# The interpreter multiplies the bits of bf16 as if they were integers.
-HALF = torch.bfloat16 if torch.cuda.is_available() else torch.float16
 TOLERANCE = {torch.float32: 2e-5, torch.bfloat16: 2e-2, torch.float16: 3e-3}
 # Of which each is a program's own, and which are computed in tiles.
 ROWS = (5, 37)
 PLAIN = PlainKernels()
-
-
-@pytest.fixture(autouse=True)
-def deterministic() -> Iterator[None]:
-    torch.manual_seed(0)
-    with torch.inference_mode():
-        yield
-
-
-@pytest.fixture(scope="module")
-def kernels() -> CudaKernels:
-    from llama2.kernels.cuda.kernels import CudaKernels
-
-    return CudaKernels(DEVICE, HALF)
 
 
 def randn(*shape: int, dtype: torch.dtype) -> torch.Tensor:

@@ -5,15 +5,11 @@ On a GPU, or on any CPU in Triton's interpreter, as test_cuda.py.
 
 from __future__ import annotations
 
-import importlib.util
-import os
-from collections.abc import Iterator
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
 
-from llama2.kernels import choose_kernels
 from llama2.weights.formats import Format, Weight
 from llama2.weights.formats.lut4 import TABLES, Lut4
 from llama2.weights.formats.plain import Plain
@@ -21,19 +17,13 @@ from llama2.weights.formats.q4 import Q4
 from llama2.weights.formats.q4k import Q4K
 from llama2.weights.formats.q8 import Q8
 from tests.support.formats import FORMATS, copy_of, random_weight
+from tests.support.triton import DEVICE, HALF, needs_triton
 
 if TYPE_CHECKING:
     from llama2.kernels.cuda.kernels import CudaKernels
 
-pytestmark = pytest.mark.skipif(
-    importlib.util.find_spec("triton") is None
-    or not (torch.cuda.is_available() or os.environ.get("TRITON_INTERPRET") == "1"),
-    reason="needs triton, and a CUDA GPU or TRITON_INTERPRET=1",
-)
+pytestmark = needs_triton
 
-DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-# The interpreter multiplies the bits of bf16 as if they were integers.
-HALF = torch.bfloat16 if torch.cuda.is_available() else torch.float16
 # A rounding to it, relative.
 EPSILON = torch.finfo(HALF).eps / 2
 # Three tiles and outputs that fill none; more blocks of inputs than a program has warps.
@@ -44,22 +34,6 @@ ALL_FORMATS = {
     "q4k of large groups": Q4K(group=64, super_group=192),
     **{f"{table} of groups of 64": Lut4(table=table, group=64) for table in TABLES},
 }
-
-
-@pytest.fixture(autouse=True)
-def deterministic() -> Iterator[None]:
-    torch.manual_seed(0)
-    with torch.inference_mode():
-        yield
-
-
-@pytest.fixture(scope="module")
-def kernels() -> CudaKernels:
-    from llama2.kernels.cuda.kernels import CudaKernels
-
-    if DEVICE.type == "cuda":
-        return cast("CudaKernels", choose_kernels(DEVICE, torch.bfloat16))
-    return CudaKernels(DEVICE, HALF)
 
 
 def randn(*shape: int) -> torch.Tensor:

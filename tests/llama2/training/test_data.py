@@ -81,8 +81,8 @@ def test_columns_of_a_csv_file_are_chosen(tmp_path: Path, sp: Tokenizer) -> None
     [
         ([], "there is no sample in it"),
         ([""], "there is no sample in it"),
-        ([QUESTION, "{"], r"line 2: no JSON"),
-        ([QUESTION, "[]"], r"line 2: must be an object, got \[\]"),
+        ([QUESTION, "{"], "line 2: is no JSON"),
+        ([QUESTION, "[]"], r"line 2: must be a JSON object, got \[\]"),
         ([{"prompt": "x"}], r"line 1: must have the keys prompt and completion, or messages.*got \['prompt'\]"),
         ([{**QUESTION, "label": "x"}], "line 1: must have the keys"),
         ([{**QUESTION, "completion": 3}], "line 1: completion must be a text, got 3"),
@@ -107,9 +107,9 @@ def test_a_bad_line_is_named(rows: list[Any], message: str, tmp_path: Path, sp: 
         (["prompt,completion"], "there is no sample in it"),
         (["text,label", "a,b"], "prompt_column 'prompt' is none of its columns: text, label"),
         (["prompt,label", "a,b"], "completion_column 'completion' is none of its columns"),
-        (["prompt,completion", "a,b", "a"], "line 3: must have 2 fields"),
-        (["prompt,completion", "a,b,c"], "line 2: must have 2 fields"),
-        (["prompt,completion", 'a,"b'], "line 2: unexpected end of data"),
+        (["prompt,completion", "a,b", "a"], "line 3: must have 2 columns as the header has, got 1"),
+        (["prompt,completion", "a,b,c"], "line 2: must have 2 columns as the header has, got 3"),
+        (["prompt,completion", 'a,"b'], "line 2: is no CSV: unexpected end of data"),
     ],
 )
 def test_a_bad_line_of_a_csv_file_is_named(lines: list[str], message: str, tmp_path: Path, sp: Tokenizer) -> None:
@@ -118,12 +118,12 @@ def test_a_bad_line_of_a_csv_file_is_named(lines: list[str], message: str, tmp_p
 
 
 def test_files_of_other_kinds_and_missing_ones_are_refused(tmp_path: Path, sp: Tokenizer) -> None:
-    with pytest.raises(ValueError, match=r"must be a \.jsonl or a \.csv file"):
+    with pytest.raises(ValueError, match=r"must be JSONL or CSV"):
         read(write(tmp_path, name="samples.parquet"), sp)
     with pytest.raises(ValueError, match="cannot be read: No such file"):
         read(tmp_path / "none.jsonl", sp)
     (tmp_path / "binary.jsonl").write_bytes(b"\xff\xfe")
-    with pytest.raises(ValueError, match="is not UTF-8"):
+    with pytest.raises(ValueError, match="is not in UTF-8"):
         read(tmp_path / "binary.jsonl", sp)
 
 
