@@ -105,17 +105,24 @@ def test_values_of_16_bits_stay_as_they_are(tmp_path: Path, checkpoint: Path, dt
     torch.testing.assert_close(ours(checkpoint, adapter), peft_logits(model, IDS), atol=1e-4, rtol=0)
 
 
-def test_a_mixed_batch_equals_pefts_adapter_names(tmp_path: Path, checkpoint: Path) -> None:
-    model = peft_model(ARGS, WEIGHTS, target_modules=list(MODULES))
-    other = peft_model(ARGS, WEIGHTS, seed=2, target_modules=["q_proj", "down_proj"], r=3)
-    other.save_pretrained(str(tmp_path / "other"))
-    model.save_pretrained(str(tmp_path / "default"))
-    model.load_adapter(str(tmp_path / "other"), "other")
-    prompts = [IDS[:12], IDS[5:17], IDS[20:32]]
+def test_sixteen_adapters_and_the_base_in_a_batch_equal_pefts_adapter_names(tmp_path: Path, checkpoint: Path) -> None:
+    names = [f"adapter-{seed}" for seed in range(16)]
+    for seed, name in enumerate(names):
+        # Any modules, of any ranks.
+        modules = [module for place, module in enumerate(MODULES) if seed % 3 == 0 or (seed + place) % 3]
+        rank = 1 + seed % 8
+        peft_model(ARGS, WEIGHTS, seed=seed, target_modules=modules, r=rank, lora_alpha=2 * rank).save_pretrained(
+            tmp_path / name
+        )
+    model = PeftModel.from_pretrained(reference_model(ARGS, WEIGHTS), tmp_path / names[0], names[0]).eval()
+    for name in names[1:]:
+        model.load_adapter(str(tmp_path / name), name)
+    order = [*names[5:], "__base__", *names[:5]]
+    prompts = [IDS[start : start + 12] for start in range(17)]
     with torch.no_grad():
-        expected = model(torch.tensor(prompts), adapter_names=["other", "__base__", "default"]).logits.flatten(0, 1)
-    first, second = (read_adapter(tmp_path / name, ARGS) for name in ("default", "other"))
-    together = adapted_logits(checkpoint, list(zip(prompts, (second, None, first), strict=True)))
+        expected = model(torch.tensor(prompts), adapter_names=order).logits.flatten(0, 1)
+    adapters = [None if name == "__base__" else read_adapter(tmp_path / name, ARGS) for name in order]
+    together = adapted_logits(checkpoint, list(zip(prompts, adapters, strict=True)))
     assert together is not None
     torch.testing.assert_close(together, expected, atol=1e-4, rtol=0)
 

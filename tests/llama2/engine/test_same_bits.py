@@ -114,19 +114,21 @@ def test_after_all_were_preempted_again_and_again(
     assert next(calls) > 44
 
 
-def test_beside_other_adapters_in_a_batch_of_nine(model: Model, alone: list[Any], tmp_path: Path) -> None:
-    """With three slots for four adapters, and with the base; each adds what it adds in fp32, up to rounding."""
-    folders = [write_random_adapter(tmp_path / str(seed), ARGS, seed, r=3 + 4 * seed, size=0.3) for seed in range(4)]
-    asked = [(*folders, None)[index % 5] for index in range(len(PROMPTS))]
-    llm = model.engine(max_loras=3)
+def test_sixteen_adapters_and_the_base_in_a_batch(model: Model, alone: list[Any], tmp_path: Path) -> None:
+    """With a slot for each adapter, and with three for all; each adds what it adds in fp32, up to rounding."""
+    folders = [write_random_adapter(tmp_path / str(seed), ARGS, seed, r=3 + seed % 12, size=0.3) for seed in range(16)]
+    prompts, asked = [*PROMPTS, *PROMPTS[:8]], [*folders[4:], None, *folders[:4]]
+    llm = model.engine(max_loras=16, max_batch_size=17)
     by_itself = [
-        llm.generate([prompt], GREEDY, adapter=adapter)[0] for prompt, adapter in zip(PROMPTS, asked, strict=True)
+        llm.generate([prompt], GREEDY, adapter=adapter)[0] for prompt, adapter in zip(prompts, asked, strict=True)
     ]
-    for pieces in (512, 23):
-        assert model.engine(max_loras=3, max_step_tokens=pieces).generate(PROMPTS, GREEDY, adapter=asked) == by_itself
-    assert [reply == plain for reply, plain in zip(by_itself, alone, strict=True)] == [one is None for one in asked]
+    assert llm.generate(prompts, GREEDY, adapter=asked) == by_itself
+    few_slots = model.engine(max_loras=3, max_batch_size=17, max_step_tokens=23)
+    assert few_slots.generate(prompts, GREEDY, adapter=asked) == by_itself
+    same = [reply == plain for reply, plain in zip(by_itself, [*alone, *alone[:8]], strict=True)]
+    assert same == [one is None for one in asked]
     exact = LLM(model.folder, dtype=torch.float32, device="cpu", max_seq_len=512, max_loras=3)
     base = exact.score(PROMPTS[3])
-    for folder in folders:
+    for folder in folders[::5]:
         expected, ours = (one.score(PROMPTS[3], adapter=folder) for one in (exact, llm))
         assert (ours - expected).abs().mean() < 0.1 * (base - expected).abs().mean()
