@@ -18,12 +18,12 @@ from types import FrameType
 from typing import Any, NoReturn
 
 import fire
-import psutil
 import torch
 import torch.distributed as dist
 
 from llama2.dtypes import read_dtype
 from llama2.flags import check_flags
+from llama2.parallel.torchrun import exit_with
 from llama2.weights.capacity import Devices, count_capacity
 from llama2.weights.capacity_report import report
 from llama2.weights.convert import convert
@@ -152,10 +152,7 @@ def main() -> None:
                 print(f"error: {error}", file=sys.stderr)
         except fire.core.FireExit as usage:
             status = usage.code
-    # Rank 0 reports for all, and no process is stopped while it leaves.
-    if first and status:
-        _end_torchrun()
-    sys.exit(status if first else 0)
+    exit_with(status)
 
 
 def _check_alone(words: Sequence[str]) -> None:
@@ -171,17 +168,6 @@ def _plan(*, plan: str, gpus: str | None, tokenizer_path: str | None) -> str:
     check_source(Path(plan), "--plan")
     source = open_source(plan, tokenizer_path=None if tokenizer_path is None else str(tokenizer_path))
     return report(count_capacity(source.reader.spec, devices), plan, source.notes)
-
-
-def _end_torchrun() -> None:
-    """End torchrun without the report of 40 lines and a traceback that it makes of every exit code but 0.
-
-    It makes one of the signals that it handles, too. This one it does not handle, and ends with exit code 138.
-    """
-    parent = psutil.Process(os.getppid())
-    words = " ".join(parent.cmdline())
-    if os.environ.get("GROUP_WORLD_SIZE") == "1" and ("torchrun" in words or "torch.distributed.run" in words):
-        parent.send_signal(signal.SIGUSR1)
 
 
 @contextlib.contextmanager
