@@ -50,24 +50,24 @@ def open_merge(folder: Path | str, source: Source, *, onto: str | None, quantize
         ValueError: the adapter cannot be read, or was trained on something else, or the source has no such values.
     """
     if onto is not None and onto not in get_args(Onto):
-        raise ValueError(f"onto must be {' or '.join(get_args(Onto))}, got {onto!r}")
+        raise ValueError(f"--onto must be {' or '.join(get_args(Onto))}, got {onto!r}")
     reader, stored = source.reader, source.origin[-1]
     adapter, base = read_adapter(folder, reader.spec.args), read_base(folder)
     path, precisions, quantized = reader.path, _words(stored), is_quantized(stored)
     if onto == "original" and quantized:
         raise ValueError(
-            f"onto=original needs values that are not quantized, and {path} is stored as {precisions}: convert from "
+            f"--onto original needs values that are not quantized, and {path} is stored as {precisions}: convert from "
             "what it was quantized from"
         )
     if onto == "quantized" and not quantized and quantize in (None, "none", "gptq"):
         raise ValueError(
-            f"onto=quantized needs quantized values, and {path} is stored as {precisions}: convert from the folder "
-            "that the adapter was trained on, or set quantize to int8, int4 or nf4"
+            f"--onto quantized needs quantized values, and {path} is stored as {precisions}: convert from the folder "
+            "that the adapter was trained on, or set --quantize to int8, int4 or nf4"
         )
     if onto is None and base is not None and is_quantized(base.stored) != quantized:
         raise ValueError(
             f"{folder} was trained on weights stored as {_words(base.stored)}, and {path} is stored as {precisions}: "
-            f"convert from these, or set onto to {'quantized' if quantized else 'original'} to add it nevertheless"
+            f"convert from these, or set --onto to {'quantized' if quantized else 'original'} to add it nevertheless"
         )
     onto = onto or ("quantized" if quantized else "original")
     what = f"the values of {path} as they are stored ({precisions})"

@@ -61,7 +61,8 @@ class Gptq:
             asked = None
         if asked is None or asked.returncode:
             raise ValueError(
-                f"quantize=gptq needs gptqmodel in an environment of its own, {python.parents[1]}: make gptq sets it up"
+                "--quantize gptq needs gptqmodel in an environment of its own, "
+                f"{python.parents[1]}: make gptq sets it up"
             )
         return cls(
             path=path,
@@ -123,7 +124,7 @@ class Gptq:
             sequences += [[*begin, *ids[at : at + step]] for at in range(0, len(ids), step)]
         total = sum(map(len, sequences))
         if total < _FEWEST:
-            raise ValueError(f"calibration {self.path} has {total} tokens: at least {_FEWEST} are needed")
+            raise ValueError(f"--calibration {self.path} has {total} tokens: at least {_FEWEST} are needed")
         return sequences[:: -(-total // _MOST)]
 
 
@@ -132,9 +133,11 @@ def _read(path: Path) -> bytes:
         with path.open("rb") as file:
             data = file.read(_LARGEST_FILE + 1)
     except OSError as error:
-        raise ValueError(f"calibration {path} cannot be read: {error.strerror}") from None
+        raise ValueError(f"--calibration {path} cannot be read: {error.strerror}") from None
     if len(data) > _LARGEST_FILE:
-        raise ValueError(f"calibration {path} has more than {_LARGEST_FILE >> 20} MiB: {_MOST} tokens are used at most")
+        raise ValueError(
+            f"--calibration {path} has more than {_LARGEST_FILE >> 20} MiB: {_MOST} tokens are used at most"
+        )
     return data
 
 
@@ -143,10 +146,10 @@ def _documents(path: Path, data: bytes) -> tuple[str, ...]:
     try:
         text = data.decode("utf-8")
     except UnicodeDecodeError:
-        raise ValueError(f"calibration {path} is no text in UTF-8") from None
+        raise ValueError(f"--calibration {path} is no text in UTF-8") from None
     documents = tuple(_texts(path, text.splitlines()) if path.suffix == ".jsonl" else [text])
     if not any(map(str.strip, documents)):
-        raise ValueError(f"calibration {path} is empty")
+        raise ValueError(f"--calibration {path} is empty")
     return documents
 
 
@@ -158,7 +161,7 @@ def _texts(path: Path, lines: Sequence[str]) -> Iterator[str]:
             except (ValueError, KeyError, TypeError, RecursionError):
                 text = None
             if not isinstance(text, str):
-                raise ValueError(f'calibration {path}: line {number} must be like {{"text": "..."}}')
+                raise ValueError(f'--calibration {path}: line {number} must be like {{"text": "..."}}')
             yield text
 
 

@@ -93,21 +93,24 @@ def convert(
     ranks = _Ranks()
     staged = StagedFolder(save_checkpoint_dir)
     if output_format not in get_args(OutputFormat):
-        raise ValueError(f"output_format must be one of {', '.join(get_args(OutputFormat))}, got {output_format!r}")
+        raise ValueError(f"--output_format must be one of {', '.join(get_args(OutputFormat))}, got {output_format!r}")
     if output_format == "fairscale" and output_model_parallel_size is None:
-        raise ValueError("output_format=fairscale needs output_model_parallel_size, the number of shards to write")
+        raise ValueError("--output_format fairscale needs --output_model_parallel_size, the number of shards to write")
     if output_format != "fairscale" and output_model_parallel_size is not None:
         raise ValueError(
-            f"output_model_parallel_size belongs to output_format=fairscale: a folder of {output_format} has no shards"
+            "--output_model_parallel_size belongs to --output_format fairscale: a folder of "
+            f"{output_format} has no shards"
         )
     if output_format != "dcp" and quantize not in (None, "none"):
-        raise ValueError(f"output_format={output_format} holds plain values: quantize must be none, got {quantize!r}")
+        raise ValueError(
+            f"--output_format {output_format} holds plain values: --quantize must be none, got {quantize!r}"
+        )
     if (quantize == "gptq") != (calibration is not None):
-        raise ValueError("quantize=gptq and calibration, the file of a text, go together")
+        raise ValueError("--quantize gptq and --calibration, the file of a text, go together")
     if calibration is not None and ranks.world_size > 1:
-        raise ValueError("quantize=gptq runs in one process, and not under torchrun")
+        raise ValueError("--quantize gptq runs in one process, and not under torchrun")
     if onto is not None and adapter is None:
-        raise ValueError("onto says what an adapter is merged into, and there is no adapter")
+        raise ValueError("--onto says what an adapter is merged into, and there is no --adapter")
     gptq = None if calibration is None else Gptq.open(calibration)
 
     opened = ranks.agree(
@@ -253,15 +256,15 @@ def _message(error: BaseException) -> str:
 
 def _check_target(target: Path, source: Path, *, overwrite: bool) -> None:
     if target == source or target in source.parents:
-        raise ValueError(f"save_checkpoint_dir {target} must not be or contain original_ckpt_dir {source}")
+        raise ValueError(f"--save_checkpoint_dir {target} must not be or contain --original_ckpt_dir {source}")
     if not target.exists() or (target.is_dir() and not any(target.iterdir())):
         return
     if not target.is_dir():
-        raise ValueError(f"save_checkpoint_dir {target} is a file")
+        raise ValueError(f"--save_checkpoint_dir {target} is a file")
     if not any((target / name).exists() for name in (MODEL_ARGS_FILE, PARAMS_FILE, *FILE_NAMES)):
-        raise ValueError(f"save_checkpoint_dir {target} exists and holds no checkpoint: choose another name")
+        raise ValueError(f"--save_checkpoint_dir {target} exists and holds no checkpoint: choose another name")
     if not overwrite:
-        raise ValueError(f"save_checkpoint_dir {target} exists; --overwrite replaces it")
+        raise ValueError(f"--save_checkpoint_dir {target} exists; --overwrite replaces it")
 
 
 def _write_dcp(ranks: _Ranks, source: Converted, folder: Path) -> dict[str, FileHashes]:

@@ -74,12 +74,12 @@ def target(
             if axes.inputs and (quantize_head or name not in _HEAD)
         }
     else:
-        raise ValueError(f"quantize must be none, {', '.join(PRECISIONS)} or gptq, got {quantize!r}")
+        raise ValueError(f"--quantize must be none, {', '.join(PRECISIONS)} or gptq, got {quantize!r}")
     kept = stored.formats == formats and quantize != "gptq" and not merged
     if stored.formats and formats and not kept and not requantize:
         raise ValueError(
-            "these weights are quantized already: without quantize they keep their precision; requantize allows to "
-            f"make {quantize} of what is left of them"
+            "these weights are quantized already: without --quantize they keep their precision; --requantize allows "
+            f"to make {quantize} of what is left of them"
         )
     return replace(spec, formats=formats)
 

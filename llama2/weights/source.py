@@ -49,7 +49,7 @@ def open_source(path: Path | str, *, tokenizer_path: Path | str | None = None, n
     path = Path(path)
     kind = check_source(path)
     if num_shards is not None and kind is not Kind.META:
-        raise ValueError(f"model_parallel_size counts Meta's shards, and {path} {kind.value}")
+        raise ValueError(f"--model_parallel_size counts Meta's shards, and {path} {kind.value}")
     if kind is Kind.GGUF:
         # gguf and its tokenizers take a moment to import, which nobody else shall wait for.
         from llama2.weights.readers.gguf.file import GgufFile

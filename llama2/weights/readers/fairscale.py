@@ -257,10 +257,10 @@ def _count_shards(folder: Path, expected: int | None) -> int:
     count = len(names) if expected is None else expected
     for index in range(max(count, len(names))):
         if shard_file(folder, index).name not in names and index < count:
-            wanted = "" if expected is None else f" (model_parallel_size is {expected})"
+            wanted = "" if expected is None else f" (--model_parallel_size is {expected})"
             raise ValueError(f"{shard_file(folder, index)} is missing: the folder holds {len(names)} shards{wanted}")
     if len(names) != count:
-        raise ValueError(f"model_parallel_size is {expected}, but {folder} holds {len(names)} shards")
+        raise ValueError(f"--model_parallel_size is {expected}, but {folder} holds {len(names)} shards")
     return count
 
 

@@ -135,7 +135,7 @@ def test_the_sums_are_quantized_if_that_is_asked_for(
     """Of plain weights, of what they would be as NF4, and of NF4 as it is stored."""
     convert(models / "plain", tmp_path / "original", adapter=adapter_folder, quantize="nf4")
     convert(models / "plain", tmp_path / "made", adapter=adapter_folder, quantize="nf4", onto="quantized")
-    with pytest.raises(ValueError, match="requantize allows to make nf4"):
+    with pytest.raises(ValueError, match="--requantize allows to make nf4"):
         convert(models / "nf4", tmp_path / "stored", adapter=adapter_folder, quantize="nf4")
     convert(models / "nf4", tmp_path / "stored", adapter=adapter_folder, quantize="nf4", requantize=True)
     made, stored = (meta_weights(DcpFolder(tmp_path / name)) for name in ("made", "stored"))
@@ -186,11 +186,11 @@ def test_a_folder_says_what_was_merged_into_it(
 
 
 REFUSALS: list[tuple[str, str | None, dict[str, Any], str]] = [
-    ("nf4", None, {"onto": "original"}, r"onto=original needs values that are not quantized, .*nf4 is stored as q8"),
-    ("plain", None, {"onto": "quantized"}, r"onto=quantized needs quantized values, .*plain is stored as bfloat16"),
+    ("nf4", None, {"onto": "original"}, r"--onto original needs values that are not quantized, .*nf4 is stored as q8"),
+    ("plain", None, {"onto": "quantized"}, r"--onto quantized needs quantized values, .*plain is stored as bfloat16"),
     ("plain", None, {"onto": "both"}, r"onto must be original or quantized, got 'both'"),
-    ("plain", "nf4", {}, r"was trained on weights stored as q8 and nf4 and bfloat16, .* set onto to original"),
-    ("nf4", "plain", {}, r"was trained on weights stored as bfloat16, .* set onto to quantized"),
+    ("plain", "nf4", {}, r"was trained on weights stored as q8 and nf4 and bfloat16, .* set --onto to original"),
+    ("nf4", "plain", {}, r"was trained on weights stored as bfloat16, .* set --onto to quantized"),
     ("other", "plain", {}, r"was trained on another base: on weights stored as bfloat16 with the hash xxh3_128"),
     ("other", "plain", {"onto": "original"}, r"was trained on another base"),
 ]
@@ -234,7 +234,7 @@ def test_what_cannot_be_compared_is_said(
 
 
 def test_onto_without_an_adapter_is_refused(models: Path, tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="onto says what an adapter is merged into, and there is no adapter"):
+    with pytest.raises(ValueError, match="--onto says what an adapter is merged into, and there is no --adapter"):
         convert(models / "plain", tmp_path / "out", onto="original")
 
 

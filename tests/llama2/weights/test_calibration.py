@@ -59,7 +59,7 @@ def test_a_file_that_is_no_text_is_refused(source, library, tmp_path, command, n
     code, lines = command(*flags(source, tmp_path / "out"), "--quantize", "gptq", "--calibration", tmp_path / name)
     lines = [line for line in lines if "calibrating:" not in line]
     assert (code, len(lines)) == (1, 1), lines
-    assert lines[0].startswith(f"error: calibration {tmp_path / name}")
+    assert lines[0].startswith(f"error: --calibration {tmp_path / name}")
     assert message in lines[0]
     assert sorted(tmp_path.rglob("*")) == before
 
@@ -70,8 +70,8 @@ def test_a_missing_library_is_one_line_that_says_how_to_install_it(source, tmp_p
     before = sorted(tmp_path.rglob("*"))
     options = (*flags(source, tmp_path / "out"), "--quantize", "gptq", "--calibration", "text.txt")
     expected = [
-        f"error: quantize=gptq needs gptqmodel in an environment of its own, {tmp_path}/{ENVIRONMENT}: make gptq sets "
-        "it up"
+        "error: --quantize gptq needs gptqmodel in an environment of its own, "
+        f"{tmp_path}/{ENVIRONMENT}: make gptq sets it up"
     ]
     assert command(*options) == (1, expected)
     # An environment without the library, as this one is.
@@ -84,12 +84,15 @@ def test_a_missing_library_is_one_line_that_says_how_to_install_it(source, tmp_p
 @pytest.mark.parametrize(
     ("extra", "message"),
     [
-        (["--quantize", "gptq"], "quantize=gptq and calibration, the file of a text, go together"),
-        (["--calibration", "text.txt"], "quantize=gptq and calibration, the file of a text, go together"),
-        (["--quantize", "int4", "--calibration", "text.txt"], "quantize=gptq and calibration, the file of a text, go"),
+        (["--quantize", "gptq"], "--quantize gptq and --calibration, the file of a text, go together"),
+        (["--calibration", "text.txt"], "--quantize gptq and --calibration, the file of a text, go together"),
+        (
+            ["--quantize", "int4", "--calibration", "text.txt"],
+            "--quantize gptq and --calibration, the file of a text, go",
+        ),
         (
             ["--quantize", "gptq", "--calibration", "text.txt", "--output_format", "hf"],
-            "output_format=hf holds plain values: quantize must be none, got 'gptq'",
+            "--output_format hf holds plain values: --quantize must be none, got 'gptq'",
         ),
         (["--quantize", "gptq", "--calibration"], "--calibration needs a file"),
     ],
@@ -108,7 +111,9 @@ def test_a_quantized_source_needs_requantize(source, library, tmp_path, command)
     options = [*flags(tmp_path / "int4", tmp_path / "out"), "--quantize", "gptq", "--calibration", "text.txt"]
     code, lines = command(*options)
     assert (code, len(lines)) == (1, 1), lines
-    assert "quantized already: without quantize they keep their precision; requantize allows to make gptq" in lines[0]
+    assert (
+        "quantized already: without --quantize they keep their precision; --requantize allows to make gptq" in lines[0]
+    )
     # Allowed, it gets as far as the library.
     assert "gptqmodel 7.6.0 ended with exit code 9" in command(*options, "--requantize")[1][-1]
 

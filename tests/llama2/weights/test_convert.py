@@ -51,7 +51,7 @@ def test_the_readmes_torchrun_command_works_as_typed(source, tmp_path):
     again = subprocess.run([*launch, *options.split()], cwd=ROOT, capture_output=True, text=True, timeout=100)
     assert again.returncode != 0
     errors = [line for line in again.stderr.splitlines() if line.startswith("error: ")]
-    assert errors == [f"error: save_checkpoint_dir {tmp_path}/out exists; --overwrite replaces it"]
+    assert errors == [f"error: --save_checkpoint_dir {tmp_path}/out exists; --overwrite replaces it"]
 
 
 def test_dtype_casts_and_verify_compares_with_the_cast_source(source, tmp_path, command):

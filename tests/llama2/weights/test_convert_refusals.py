@@ -1,5 +1,6 @@
 """What cannot be converted is one line on stderr, and exit code 1, and nothing is written."""
 
+import inspect
 import os
 import re
 import shutil
@@ -12,6 +13,7 @@ import pytest
 import torch
 
 from llama2 import LLM
+from llama2.weights.convert_command import options
 from tests.support.conversion import ROOT, flags
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*single process.*")
@@ -60,11 +62,19 @@ FAULTS: dict[str, tuple[Callable[[Path], object] | None, list, str]] = {
     "an unknown format": (
         None,
         ["--output_format", "gguf"],
-        "output_format must be one of dcp, fairscale, hf, got 'gguf'",
+        "error: --output_format must be one of dcp, fairscale, hf, got 'gguf'",
     ),
-    "no size for the way back": (None, ["--output_format", "fairscale"], "needs output_model_parallel_size"),
+    "no size for the way back": (
+        None,
+        ["--output_format", "fairscale"],
+        "--output_format fairscale needs --output_model_parallel_size",
+    ),
     "a size that is no number": (None, ["--model_parallel_size", "all"], "must be a positive integer, got 'all'"),
-    "onto without an adapter": (None, ["--onto", "original"], "onto says what an adapter is merged into, and there is"),
+    "onto without an adapter": (
+        None,
+        ["--onto", "original"],
+        "error: --onto says what an adapter is merged into, and there is",
+    ),
     "an adapter that is not there": (None, ["--adapter", "/nowhere"], "/nowhere/adapter_config.json cannot be read"),
     "an adapter without a value": (None, ["--adapter"], "--adapter needs a folder"),
     "a switch with a value": (None, ["--overwrite", "3"], "--overwrite is a switch and takes no value, got 3"),
@@ -86,6 +96,8 @@ def test_an_error_is_one_line_and_exit_code_1_and_leaves_nothing(source, tmp_pat
     assert (code, len(lines)) == (1, 1), lines
     assert lines[0].startswith("error: ")
     assert message in lines[0]
+    names = [name for name in inspect.signature(options).parameters if "_" in name or name in ("onto", "requantize")]
+    assert not re.findall(rf"(?<!--)\b(?:{'|'.join(names)})\b", lines[0]), "an option is not named as it is typed"
     assert sorted(tmp_path.rglob("*")) == before
 
 
@@ -151,8 +163,8 @@ def test_under_torchrun_an_error_is_one_line_of_one_rank(tmp_path, processes):
         ("holiday photos", [], "holds no checkpoint: choose another name"),
         ("file", ["--overwrite"], "is a file"),
         ("file/out", [], "/file'"),
-        ("source", ["--overwrite"], "must not be or contain original_ckpt_dir"),
-        (".", ["--overwrite"], "must not be or contain original_ckpt_dir"),
+        ("source", ["--overwrite"], "must not be or contain --original_ckpt_dir"),
+        (".", ["--overwrite"], "must not be or contain --original_ckpt_dir"),
     ],
 )
 def test_a_target_that_must_not_be_replaced_is_left_alone(source, tmp_path, command, place, extra, message):

@@ -158,8 +158,8 @@ def test_a_bad_folder_is_one_line_that_names_the_fault_and_no_code_runs(tmp_path
 @pytest.mark.parametrize(
     ("claimed", "message"),
     [
-        (2, "model_parallel_size is 2, but .* holds 3 shards"),
-        (4, r"consolidated.03.pth is missing: the folder holds 3 shards \(model_parallel_size is 4\)"),
+        (2, "--model_parallel_size is 2, but .* holds 3 shards"),
+        (4, r"consolidated.03.pth is missing: the folder holds 3 shards \(--model_parallel_size is 4\)"),
     ],
 )
 def test_a_wrong_model_parallel_size_is_refused(tmp_path, claimed, message):

@@ -100,8 +100,8 @@ def test_verify_sees_a_value_that_was_written_wrongly(tmp_path: Path, monkeypatc
 @pytest.mark.parametrize(
     ("options", "problem"),
     [
-        ({"quantize": "int8"}, "output_format=hf holds plain values: quantize must be none, got 'int8'"),
-        ({"output_model_parallel_size": 2}, "output_model_parallel_size belongs to output_format=fairscale"),
+        ({"quantize": "int8"}, "--output_format hf holds plain values: --quantize must be none, got 'int8'"),
+        ({"output_model_parallel_size": 2}, "--output_model_parallel_size belongs to --output_format fairscale"),
     ],
 )
 def test_what_the_format_does_not_have_is_refused(tmp_path: Path, options: dict[str, Any], problem: str) -> None:
