@@ -43,15 +43,21 @@ _FIELDS = _SAMPLING_FIELDS | {"prompt", "dialog", "mode", "stream", "adapter"}
 # What only OpenAI's API has, by the names that users know, and as it is written there.
 _OPENAI_FIELDS = {
     "messages": '"messages": [{"role": "user", "content": "Hi"}]',
+    "input": '"input": "Hi"',
     "tools": '"tools": [{"type": "function", "function": {"name": "add"}}]',
     "response_format": '"response_format": {"type": "json_object"}',
     "json_schema": '"guided_json": {"type": "object"}',
     "regex": '"guided_regex": "[0-9]+"',
     "choice": '"guided_choice": ["yes", "no"]',
+    "guided_json": '"guided_json": {"type": "object"}',
+    "guided_regex": '"guided_regex": "[0-9]+"',
+    "guided_choice": '"guided_choice": ["yes", "no"]',
     "n": '"n": 2',
     "logit_bias": '"logit_bias": {"42": -100}',
-    "model": '"model": "llama"',
+    "model": '"model": "llama"; here adapter names an adapter, and without it the model itself replies',
 }
+# Where those are taken that say themselves what a body is.
+_OPENAI_PATHS = {"messages": "chat/completions", "tools": "chat/completions", "input": "responses"}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -142,8 +148,7 @@ class NativeApi:
         fields = {"prompt": body} if isinstance(body, str) else body
         for name, example in _OPENAI_FIELDS.items():
             if name in fields:
-                is_chat = name in ("messages", "tools") or "prompt" not in fields
-                path = "chat/completions" if is_chat else "completions"
+                path = _OPENAI_PATHS.get(name) or ("completions" if "prompt" in fields else "chat/completions")
                 place = f"/predictions/llama/1.0/v1/{path}"
                 raise InvalidValue(name, f"belongs to the OpenAI-compatible API, at {place}, as {example}")
         for name in fields:

@@ -49,6 +49,9 @@ class CommonFields(SamplingFields):
     stream: bool = False
     truncate_prompt_tokens: Annotated[int, Field(ge=-1, le=MAX_INT)] | None = None
 
+    # The native API's.
+    adapter: Annotated[Any, only(why="the name of an adapter is given as model")] = None
+
     @property
     def never_ends(self) -> str | None:
         """The field that keeps a reply from its end, if there is one."""

@@ -86,6 +86,23 @@ def test_the_native_api_takes_an_adapter_by_name(folder: Path, tmp_path: Path) -
         api.read({"prompt": "Hi", "adapter": 3})
 
 
+@pytest.mark.parametrize("path", ["completions", "chat/completions", "responses"])
+def test_each_api_says_how_the_other_ones_name_of_an_adapter_is_written_in_it(
+    folder: Path, tmp_path: Path, path: str
+) -> None:
+    bodies: dict[str, dict[str, Any]] = {"completions": {"prompt": "Hi"}, "chat/completions": {"messages": [USER]}}
+    shape = bodies.get(path, {"input": "Hi"})
+    server = server_of(folder, tmp_path)
+    assert server.refused(path, **shape, adapter="brief") == (
+        *(400, "adapter"),
+        "adapter is not supported: the name of an adapter is given as model",
+    )
+    assert server.request(path, **shape, adapter=None).adapter is None
+    api = NativeApi(byte_tokenizer(tmp_path), config(tmp_path), Adapters(folder))
+    with pytest.raises(InvalidValue, match=r"^model belongs to .*/v1/.*here adapter names an adapter, and without it"):
+        api.read({"prompt": "Hi", "model": "brief"})
+
+
 def run(server: Server, path: str, problem: str = "", **body: Any) -> tuple[int, Any]:
     """The status and the reply of what the engine does, where it has this `problem`."""
     call = Call("id")

@@ -249,9 +249,10 @@ def test_a_field_of_the_openai_api_is_told_where_and_how_it_is_taken(
     with pytest.raises(InvalidValue) as caught:
         api.read({**shape, name: [5]})
     assert caught.value.field == name
-    found = re.search(r" at /predictions/llama/1\.0/(v1/\S+), as (.*)$", str(caught.value))
+    found = re.search(r" at /predictions/llama/1\.0/(v1/\S+), as ([^;]*)", str(caught.value))
     assert found
-    rest = {"prompt": "a"} if found[1] == "v1/completions" else {"messages": [SAID]}
+    rest: dict[str, Any] = {"prompt": "a"} if found[1] == "v1/completions" else {"messages": [SAID]}
+    rest = {} if found[1] == "v1/responses" else rest
     assert make_server(tmp_path, max_seq_len=500).request(found[1], **{**rest, **json.loads(f"{{{found[2]}}}")})
 
 
