@@ -13,10 +13,12 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from llama2.text.tokenizer import load_tokenizer
 from llama2.weights.calibration import CALIBRATION_FILE
+from llama2.weights.certificate import Identity
 from llama2.weights.convert import convert
 from llama2.weights.formats.q4 import Q4
 from llama2.weights.formats.q8 import Q8
 from llama2.weights.readers.dcp import DcpFolder
+from tests.support.adapters import write_random_adapter
 from tests.support.conversion import ROOT, flags
 from tests.support.hugging_face import save_model
 from tests.support.tokenizers import SENTENCES
@@ -63,6 +65,25 @@ def test_calibrated_weights_are_better_on_their_text_than_the_nearest(tmp_path, 
     logits, *others = (model(torch.tensor([ids])).logits.detach() for model in (exact, calibrated, nearest))
     near, far = ((other - logits).square().mean().sqrt() for other in others)
     assert near < 0.9 * far
+
+
+def test_an_adapter_is_merged_before_the_text_is_seen(tmp_path, command, monkeypatch):
+    """The same bits as of the merged model; and without the adapter they are others."""
+    monkeypatch.chdir(ROOT)
+    save_model(tmp_path / "source", dtype=torch.bfloat16, **SIZES)
+    (tmp_path / "text.txt").write_text(TEXT)
+    convert(tmp_path / "source", tmp_path / "plain")
+    write_random_adapter(tmp_path / "adapter", DcpFolder(tmp_path / "plain").spec.args)
+    convert(tmp_path / "source", tmp_path / "merged", adapter=tmp_path / "adapter")
+    folders = []
+    for source, adapter in (("source", ["--adapter", tmp_path / "adapter"]), ("merged", []), ("plain", [])):
+        folders.append(tmp_path / f"calibrated-{source}")
+        options = [*flags(tmp_path / source, folders[-1]), *adapter, "--quantize", "gptq"]
+        code, lines = command(*options, "--calibration", tmp_path / "text.txt")
+        assert code == 0, lines
+    at_once, after, without = (Identity.of(folder).weights for folder in folders)
+    assert at_once == after
+    assert at_once != without
 
 
 def rounded(values_FC: torch.Tensor) -> torch.Tensor:
