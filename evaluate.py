@@ -22,6 +22,8 @@ from evaluation.inputs import Inputs
 from evaluation.report import Report
 from evaluation.runs import run_all
 from evaluation.samples import write_jsonl
+from llama2.adapters.reference import AdapterRef
+from llama2.errors import InvalidValue
 
 
 def evaluate(settings: Settings, inputs: Inputs, runs: Sequence[Run], ablation: Ablation | None) -> str:
@@ -55,8 +57,11 @@ def chosen_runs(settings: Settings, names: str | None) -> list[Run]:
             raise ValueError(f"--runs {name}: there is no such run, but {', '.join(runs)}")
     chosen = [runs[name] for name in (names.split(",") if names else runs)]
     for run in chosen:
-        if run.adapter is not None and not run.adapter.is_dir():
-            raise ValueError(f"run {run.name}: there is no adapter in {run.adapter}; other runs: --runs NAME,NAME")
+        try:
+            if run.adapter is not None:
+                AdapterRef.of(run.adapter)
+        except InvalidValue as error:
+            raise ValueError(f"run {run.name}: {error}; other runs: --runs NAME,NAME") from None
     return chosen
 
 

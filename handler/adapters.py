@@ -34,6 +34,7 @@ class Adapters:
         self._max_rank = max_rank
         self._lock = threading.Lock()
         self._refs: dict[str, AdapterRef] = {}
+        self._loaded: set[str] = set()  # those of them that clients have loaded
         for config in sorted(self._folder.glob(f"[!.]*/{CONFIG_FILE}")) if self._folder else ():
             name = config.parent.name
             try:
@@ -78,17 +79,20 @@ class Adapters:
         once it is added.
 
         Raises:
-            InvalidValue: a value is wrong, or there is one of that name, and `again` is false.
+            InvalidValue: a value is wrong; or `again` is false, and the name is another adapter's, or loaded already.
             RequestError: clients may not do that (403).
         """
         self._check_can_change()
         assert self._folder is not None
         if not _NAME.fullmatch(name):
             raise InvalidValue("lora_name", f"must be letters, digits, '-', '_' and '.', got {shown(name)}")
-        if name in self._refs and not again:
-            raise InvalidValue("lora_name", f"{name} is loaded: unload it first, or say load_inplace")
+        named, place = self.find(name), self._folder / path
+        # The server's own choice, read now and not at the first request; it may be a link out of the folder.
+        is_listed = named is not None and name not in self._loaded and place == Path(named.path)
+        if named is not None and not again and not is_listed:
+            raise InvalidValue("lora_name", f"{name} is there already: unload it first, or say load_inplace")
         try:
-            place = (self._folder / path).resolve()
+            place = place if is_listed else place.resolve()
         except (OSError, ValueError, RuntimeError):
             raise InvalidValue("lora_path", f"must be a path, got {shown(path)}") from None
         if place == self._folder or not place.is_relative_to(self._folder):
@@ -104,6 +108,7 @@ class Adapters:
         """From now on requests may have it."""
         with self._lock:
             self._refs[name] = ref
+            self._loaded.add(name)
 
     def remove(self, name: str) -> AdapterRef:
         """No more requests may have it.
@@ -117,6 +122,7 @@ class Adapters:
                 raise RequestError(
                     f"there is no adapter {shown(name)}", param="lora_name", status=404, code="model_not_found"
                 )
+            self._loaded.discard(name)
             return self._refs.pop(name)
 
     def _check_can_change(self) -> None:

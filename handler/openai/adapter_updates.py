@@ -19,6 +19,9 @@ class LoadBody(Body):
     lora_name: str
     lora_path: str
     load_inplace: bool = False
+    # vLLM's own number for it, and its base: the name is enough, and there is one base.
+    lora_int_id: int | None = None
+    base_model_name: str | None = None
 
 
 class UnloadBody(Body):

@@ -99,8 +99,6 @@ def read_adapter(folder: Path | str, args: ModelArgs) -> Adapter:
     except ValueError as error:
         raise ValueError(f"{folder / CONFIG_FILE}: {error}") from None
     path = folder / WEIGHTS_FILE
-    if not path.is_file() and (pickled := folder / "adapter_model.bin").is_file():
-        raise ValueError(f"{pickled} is a pickle, which is not read: save the adapter as {WEIGHTS_FILE}")
     tensors = open_tensors(path)
     names = {name for weight in wanted for name in _names(weight)}
     for name in sorted(tensors.keys() - names):

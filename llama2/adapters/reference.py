@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -9,6 +10,7 @@ from llama2.adapters.config import CONFIG_FILE
 from llama2.errors import InvalidValue, shown
 
 WEIGHTS_FILE = "adapter_model.safetensors"
+_PICKLE_FILE = "adapter_model.bin"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -29,8 +31,10 @@ class AdapterRef:
         try:
             files = [(path / name).stat() for name in (CONFIG_FILE, WEIGHTS_FILE)]
         except (OSError, ValueError):
+            pickled = f": {_PICKLE_FILE} is a pickle, which is not read" if os.path.isfile(path / _PICKLE_FILE) else ""
             raise InvalidValue(
                 field,
-                f"must be a folder with {CONFIG_FILE} and {WEIGHTS_FILE}, as PEFT writes it, got {shown(str(folder))}",
+                f"must be a folder with {CONFIG_FILE} and {WEIGHTS_FILE}, as PEFT writes it, "
+                f"got {shown(str(folder))}{pickled}",
             ) from None
         return cls(path=str(path), stamp=tuple(number for one in files for number in (one.st_mtime_ns, one.st_size)))

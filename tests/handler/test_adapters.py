@@ -136,6 +136,33 @@ def test_a_name_is_there_when_the_engine_has_loaded_the_adapter_and_gone_when_it
     assert server.refused("unload_lora_adapter", lora_name="mine")[:2] == (404, "lora_name")
 
 
+def test_one_that_is_listed_is_read_when_a_client_loads_it_by_its_own_name(folder: Path, tmp_path: Path) -> None:
+    """And where it cannot be read, the reply says why; a link that the server's owner made is as good as a folder."""
+    write_random_adapter(tmp_path / "elsewhere", tiny_args())
+    (folder / "linked").symlink_to(tmp_path / "elsewhere")
+    server = server_of(folder, tmp_path)
+    assert server.refused("load_lora_adapter", lora_name="brief", lora_path="polite")[:2] == (400, "lora_name")
+    for name in ("brief", "linked"):
+        body = {"lora_name": name, "lora_path": name}
+        status, reply = run(server, "load_lora_adapter", "it is damaged", **body)
+        assert (status, "cannot be had: it is damaged" in reply["error"]["message"]) == (400, True)
+        status, reply = run(server, "load_lora_adapter", **body)
+        assert (status, reply["root"]) == (200, name)
+        assert server.refused("load_lora_adapter", **body)[1] == "lora_name"
+    (folder / "polite" / "adapter_config.json").unlink()
+    _, field, message = server.refused("load_lora_adapter", lora_name="polite", lora_path="polite")
+    assert field == "lora_path"
+    assert "must be a folder with adapter_config.json" in message
+
+
+def test_what_vllms_clients_say_beside_the_name_is_taken_and_changes_nothing(folder: Path, tmp_path: Path) -> None:
+    server = server_of(folder, tmp_path)
+    body: dict[str, Any] = {"lora_name": "mine", "lora_path": "brief", "lora_int_id": 7, "base_model_name": "other"}
+    status, reply = run(server, "v1/load_lora_adapter", **body)
+    assert (status, reply["root"], reply["parent"]) == (200, "brief", "smol")
+    assert run(server, "v1/unload_lora_adapter", lora_name="mine", lora_int_id=3)[0] == 200
+
+
 @pytest.mark.parametrize(
     ("name", "path", "field"),
     [

@@ -16,6 +16,8 @@ from safetensors.torch import load_file, save_file
 
 from llama2.adapters.config import AdapterConfig
 from llama2.adapters.format import Base, check_fits, read_adapter, read_base, write_adapter
+from llama2.adapters.reference import AdapterRef
+from llama2.errors import InvalidValue
 from tests.llama2.adapters.conftest import ARGS, WEIGHTS
 from tests.support.peft_models import peft_model
 from tests.support.reference import reference_model
@@ -197,13 +199,12 @@ def test_a_pickle_is_not_opened(folder: Path) -> None:
     torch.save({FIRST: Hostile()}, folder / "adapter_model.bin")
     (folder / TENSORS).unlink()
     with pytest.raises(
-        ValueError, match=r"adapter_model.bin is a pickle, which is not read: save .* as adapter_model.s"
+        InvalidValue, match=r"adapter_model.safetensors, as PEFT .* adapter_model.bin is a pickle, which"
     ):
-        read_adapter(folder, ARGS)
-    assert not (folder / "code ran").exists()
-    (folder / "adapter_model.bin").unlink()
+        AdapterRef.of(folder)
     with pytest.raises(ValueError, match=r"adapter_model.safetensors does not exist"):
         read_adapter(folder, ARGS)
+    assert not (folder / "code ran").exists()
 
 
 def test_any_cut_and_many_flipped_bytes_of_the_head_are_refused_or_harmless(folder: Path) -> None:

@@ -233,6 +233,12 @@ def test_what_cannot_be_compared_is_said(
         assert words in caplog.text
 
 
+def test_a_folder_that_is_no_adapter_is_named_with_its_option(models: Path, tmp_path: Path) -> None:
+    for folder in (tmp_path / "nothere", models / "plain"):
+        with pytest.raises(ValueError, match=r"^adapter must be a folder with adapter_config.json and .*, got '/"):
+            convert(models / "plain", tmp_path / "out", adapter=folder)
+
+
 def test_onto_without_an_adapter_is_refused(models: Path, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="--onto says what an adapter is merged into, and there is no --adapter"):
         convert(models / "plain", tmp_path / "out", onto="original")
