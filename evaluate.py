@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import logging
 import os
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -24,6 +25,7 @@ from evaluation.runs import run_all
 from evaluation.samples import write_jsonl
 from llama2.adapters.reference import AdapterRef
 from llama2.errors import InvalidValue
+from llama2.parallel.torchrun import exit_with, read_arguments
 
 
 def evaluate(settings: Settings, inputs: Inputs, runs: Sequence[Run], ablation: Ablation | None) -> str:
@@ -72,7 +74,7 @@ def main() -> None:
         "--runs", help="names of the runs to make, separated by commas; by default all, and the ablation"
     )
     known.add_argument("--training_data", type=Path, help="write the train samples there, for finetune.py, and end")
-    given = known.parse_args()
+    given = read_arguments(known)
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
     try:
         settings = read_settings(given.config)
@@ -86,7 +88,9 @@ def main() -> None:
         ablation = None if given.runs else settings.ablation
         text = evaluate(settings, inputs, chosen_runs(settings, given.runs), ablation)
     except ValueError as error:
-        raise SystemExit(f"error: {error}") from None
+        if os.environ.get("RANK", "0") == "0":
+            print(f"error: {error}", file=sys.stderr)
+        exit_with(1)
     if text:
         print(text)
         print(f"wrote {settings.output_dir}")

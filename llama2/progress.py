@@ -6,6 +6,7 @@ Knows nothing of what is in progress.
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, Protocol
 
 
@@ -31,6 +32,15 @@ def progress(items: Iterable[Any] | None = None, **settings: Any) -> Bar:
         return _NoBar(items or ())
     bar: Bar = tqdm(items, **settings)
     return bar
+
+
+def log_above_bars() -> AbstractContextManager[None]:
+    """While it is open, what goes to the log on a terminal is written above the bars, and not behind them."""
+    try:
+        from tqdm.contrib.logging import logging_redirect_tqdm
+    except ImportError:
+        return nullcontext()
+    return logging_redirect_tqdm()
 
 
 class _NoBar:

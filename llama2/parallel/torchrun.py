@@ -5,6 +5,9 @@ Knows no process group.
 
 from __future__ import annotations
 
+import argparse
+import contextlib
+import io
 import os
 import signal
 import sys
@@ -24,6 +27,16 @@ def exit_with(status: int) -> NoReturn:
         _end_torchrun()
     # Any other code would make torchrun report this rank, and stop rank 0.
     sys.exit(status if first else 0)
+
+
+def read_arguments(parser: argparse.ArgumentParser) -> argparse.Namespace:
+    """This process's command line; where it is wrong, or asks for help, rank 0 says so for all, and they end."""
+    first = os.environ.get("RANK", "0") == "0"
+    with contextlib.nullcontext() if first else contextlib.redirect_stderr(io.StringIO()):
+        try:
+            return parser.parse_args()
+        except SystemExit as usage:
+            exit_with(usage.code if isinstance(usage.code, int) else 1)
 
 
 def _end_torchrun() -> None:

@@ -14,19 +14,15 @@ Batch = list[int]
 Step = list[Batch]
 
 
-def epoch_steps(
-    lengths: Sequence[int],
-    epoch: int,
-    *,
-    seed: int,
-    row_length: int | None,
-    batch_size: int,
-    gradient_accumulation: int,
-) -> list[Step]:
-    """The steps of an epoch over samples of these lengths, each sample once. `row_length`: None packs nothing."""
+def epoch_rows(lengths: Sequence[int], epoch: int, *, seed: int, row_length: int | None) -> list[Batch]:
+    """The rows of an epoch over samples of these lengths, each sample once. `row_length`: None packs nothing."""
     order = list(range(len(lengths)))
     random.Random(f"epoch {epoch} of {seed}").shuffle(order)
-    rows = [[index] for index in order] if row_length is None else pack(lengths, order, row_length)
+    return [[index] for index in order] if row_length is None else pack(lengths, order, row_length)
+
+
+def steps_of(rows: Sequence[Batch], *, batch_size: int, gradient_accumulation: int) -> list[Step]:
+    """Batches of `batch_size` rows, and steps of `gradient_accumulation` batches; the last ones may have fewer."""
     batches = [list(chain(*rows[start : start + batch_size])) for start in range(0, len(rows), batch_size)]
     return [batches[start : start + gradient_accumulation] for start in range(0, len(batches), gradient_accumulation)]
 

@@ -13,7 +13,7 @@ import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar, cast
 
 import torch
 import torch.distributed as dist
@@ -21,6 +21,8 @@ import torch.distributed as dist
 from llama2.parallel.process_group import gather_objects
 from llama2.text.tokenizer_files import read_small_json
 from llama2.weights.staging import StagedFolder
+
+T = TypeVar("T")
 
 ADAPTER_FOLDER = "adapter"
 _RUN_FILE = "run.json"
@@ -104,7 +106,9 @@ class RunFolder:
         checkpoints = self._checkpoints()
         if not checkpoints:
             return None
-        folder = checkpoints[-1]
+        return together(lambda: self._read(checkpoints[-1]))
+
+    def _read(self, folder: Path) -> tuple[Progress, dict[str, Any]]:
         stored = read_small_json(folder / _RUN_FILE)
         run = stored.get("run", {})
         for name, value in self._run.items():
@@ -125,17 +129,18 @@ class RunFolder:
         return sorted(found, key=lambda path: int(path.name.removeprefix(_PREFIX)))
 
 
-def together(action: Callable[[], None]) -> None:
+def together(action: Callable[[], T]) -> T:
     """Do what may fail on one rank alone.
 
     Raises:
         ValueError: on all ranks, if it failed on one.
     """
-    problem = None
+    problem = result = None
     try:
-        action()
+        result = action()
     except (OSError, ValueError, RuntimeError) as error:
         problem = str(error)
     for rank, theirs in enumerate(gather_objects(problem)):
         if theirs is not None:
             raise ValueError(theirs if dist.get_world_size() == 1 else f"rank {rank}: {theirs}")
+    return cast(T, result)

@@ -10,15 +10,17 @@ import sys
 import torch.distributed as dist
 
 from llama2.parallel.process_group import LockstepError
+from llama2.parallel.torchrun import exit_with, read_arguments
 from llama2.training.config import TrainingConfig
 
 
 def main() -> None:
-    """Exit with 0, or with 1 after one line for an error."""
-    parser = argparse.ArgumentParser(description="Fine-tune a Llama model: LoRA, or QLoRA on an nf4 checkpoint.")
+    """Exit with 0, with 1 after one line for an error, or with 2 after the usage."""
+    about = "Fine-tune a Llama model: LoRA, or QLoRA on an nf4 checkpoint."
+    parser = argparse.ArgumentParser(description=about, allow_abbrev=False)
     parser.add_argument("config", help="a yaml file with the options of docs/finetuning.md")
     parser.add_argument("--resume", action="store_true", help="go on from the newest checkpoint in output_dir")
-    arguments = parser.parse_args()
+    arguments = read_arguments(parser)
     first = os.environ.get("RANK", "0") == "0"
     logging.basicConfig(level=logging.INFO if first else logging.ERROR, format="%(message)s")
     try:
@@ -28,7 +30,7 @@ def main() -> None:
     except (ValueError, LockstepError) as error:
         if first:
             print(f"error: {error}", file=sys.stderr)
-        sys.exit(1)
+        exit_with(1)
     except KeyboardInterrupt:
         if first:
             print("\nstopped: --resume goes on from the newest checkpoint, if there is one", file=sys.stderr)

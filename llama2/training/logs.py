@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import importlib.util
 import logging
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
@@ -29,23 +30,26 @@ class Row:
     seconds: float | None = None
 
 
+def check_tensorboard() -> None:
+    """
+    Raises:
+        InvalidValue: its package is not there.
+    """
+    if importlib.util.find_spec("tensorboard") is None:
+        raise InvalidValue("tensorboard", "needs a package: pip install tensorboard")
+
+
 class Log:
     """The logs of a run in its folder; of a resumed one, rows after `last_step` are forgotten."""
 
     def __init__(self, folder: Path, *, last_step: int, tensorboard: bool) -> None:
-        """
-        Raises:
-            InvalidValue: TensorBoard's package is asked for, and is not there.
-        """
         self._folder = folder
         self._rows = [row for row in _read(folder / LOG_FILE) if row["step"] <= last_step]
         self._write()
         self._tensorboard: Any = None
         if tensorboard:
-            try:
-                from torch.utils.tensorboard import SummaryWriter
-            except ImportError:
-                raise InvalidValue("tensorboard", "needs a package: pip install tensorboard") from None
+            from torch.utils.tensorboard import SummaryWriter
+
             self._tensorboard = SummaryWriter(str(folder / "tensorboard"), purge_step=last_step + 1)
 
     def add(self, row: Row) -> None:

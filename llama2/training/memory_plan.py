@@ -79,7 +79,7 @@ def reserve(
         reserved["dequantized weight"] = largest * itemsize + min(largest, DEQUANTIZED_VALUES) * DEQUANTIZING_BYTES
     if device == "cpu":
         passing = reserved["one layer"] + reserved["loss"] + (layers if config.gradient_checkpointing else 0)
-        reserved["kept by malloc"] = int(KEPT_BY_MALLOC * passing)
+        reserved["freed memory that the process keeps"] = int(KEPT_BY_MALLOC * passing)
     if device == "cuda":
         reserved |= {"cuBLAS": CUBLAS_WORKSPACE_BYTES, "kernels": KERNELS_BYTES}
         reserved |= {"NCCL": NCCL_BYTES} if degree > 1 else {}

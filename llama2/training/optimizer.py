@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import math
 from typing import Any
 
@@ -13,21 +14,26 @@ from llama2.training.config import TrainingConfig
 BETAS = (0.9, 0.999)
 
 
-def make_optimizer(config: TrainingConfig, parameters: torch.Tensor) -> torch.optim.Optimizer:
-    """AdamW (arXiv:1711.05101) over `parameters`, whose `grad` is set.
-
+def check_optimizer(config: TrainingConfig, device: torch.device) -> None:
+    """
     Raises:
         InvalidValue: bitsandbytes' is asked for where it cannot run.
     """
+    if config.optimizer == "adamw":
+        return
+    if device.type != "cuda":
+        raise InvalidValue("optimizer", f"{config.optimizer} is for GPUs: choose adamw")
+    if importlib.util.find_spec("bitsandbytes") is None:
+        raise InvalidValue("optimizer", f"{config.optimizer} needs a package: pip install bitsandbytes")
+
+
+def make_optimizer(config: TrainingConfig, parameters: torch.Tensor) -> torch.optim.Optimizer:
+    """AdamW (arXiv:1711.05101) over `parameters`, whose `grad` is set."""
     settings: dict[str, Any] = {"lr": config.learning_rate, "betas": BETAS, "weight_decay": config.weight_decay}
     if config.optimizer == "adamw":
         return torch.optim.AdamW([parameters], fused=True, **settings)
-    if parameters.device.type != "cuda":
-        raise InvalidValue("optimizer", f"{config.optimizer} is for GPUs: choose adamw")
-    try:
-        from bitsandbytes.optim import PagedAdamW8bit
-    except ImportError:
-        raise InvalidValue("optimizer", f"{config.optimizer} needs a package: pip install bitsandbytes") from None
+    from bitsandbytes.optim import PagedAdamW8bit
+
     optimizer: torch.optim.Optimizer = PagedAdamW8bit([parameters], **settings)
     return optimizer
 

@@ -34,7 +34,9 @@ from llama2.training.collectives import TrainingCollectives
 from llama2.training.config import TrainingConfig
 from llama2.training.data import Sample, Samples, read_samples, split
 from llama2.training.kernels import TrainingKernels
+from llama2.training.logs import check_tensorboard
 from llama2.training.lora import TrainedAdapter
+from llama2.training.optimizer import check_optimizer
 from llama2.training.passes import Passes
 from llama2.training.trainer import Result, Trainer
 from llama2.weights.certificate import Identity
@@ -74,6 +76,9 @@ def finetune(config: TrainingConfig, *, resume: bool = False) -> Result:
     given = torch.bfloat16 if device.type == "cuda" or spec.dtype == torch.float16 else spec.dtype
     dtype: torch.dtype = getattr(torch, dtype_name) if dtype_name else given
     spec = replace(spec, dtype=dtype)
+    check_optimizer(config, device)
+    if config.tensorboard:
+        check_tensorboard()
     training, validation = _read(config, tokenizer)
     weights = Identity.of(checkpoint.path).weights if Manifest.read(checkpoint.path) is not None else None
 
@@ -103,10 +108,13 @@ def finetune(config: TrainingConfig, *, resume: bool = False) -> Result:
         logger.info("memory of each rank: %s", describe(reserved))
     folder = RunFolder(Path(config.output_dir), run)
     folder.prepare(resume=resume)
+    found = folder.load() if resume else None
+    if resume and found is None and rank == 0:
+        logger.info("there is no checkpoint in %s: the run begins anew", config.output_dir)
     passes, adapter, collectives = load(checkpoint, wanted, config, mesh=mesh, dtype=dtype, device=device)
     trainer = Trainer(config, passes, adapter, collectives, folder, training, validation)
-    if resume:
-        trainer.resume()
+    if found is not None:
+        trainer.resume(*found)
     base = None if weights is None else Base(weights=weights, stored=checkpoint.spec.stored())
 
     def write(path: Path, pairs: Mapping[str, LoraPair]) -> None:

@@ -17,8 +17,8 @@ import torch
 
 from llama2.adapters.adapter import LoraPair
 from llama2.parallel.collectives import Collectives
-from llama2.progress import progress
-from llama2.training.batches import Step, batches_in_order, epoch_steps
+from llama2.progress import log_above_bars, progress
+from llama2.training.batches import Step, batches_in_order, epoch_rows, steps_of
 from llama2.training.checkpoints import ADAPTER_FOLDER, Progress, RunFolder, together
 from llama2.training.config import TrainingConfig
 from llama2.training.data import Sample
@@ -64,20 +64,22 @@ class Trainer:
         self._optimizer = make_optimizer(config, adapter.parameters)
         self._progress = Progress()
         self._log: Log | None = None  # rank 0's
-        self._epochs = self._plan()
+        lengths, row_length = [len(sample) for sample in training], config.max_length if config.packing else None
+        rows = [epoch_rows(lengths, epoch, seed=config.seed, row_length=row_length) for epoch in range(config.epochs)]
+        sizes = {"batch_size": config.batch_size, "gradient_accumulation": config.gradient_accumulation}
+        self._epochs = [steps_of(one, **sizes) for one in rows]
         num_steps = sum(map(len, self._epochs))
         self._num_steps = min(num_steps, config.max_steps or num_steps)
+        self._log_first(
+            "%s in %s of at most %d tokens; a step takes up to %s: %s in %s",
+            _counted(len(training), "sample"), _counted(len(rows[0]), "row"), config.max_length,
+            _counted(config.batch_size * config.gradient_accumulation, "row"),
+            _counted(self._num_steps, "step"), _counted(config.epochs, "epoch"),
+        )  # fmt: skip
 
-    def resume(self) -> None:
-        """Go on from the newest checkpoint, if there is one.
-
-        Raises:
-            ValueError: it is damaged, or of another run.
-        """
-        found = self._folder.load()
-        if found is None:
-            return
-        self._progress, state = found
+    def resume(self, progress: Progress, state: Mapping[str, Any]) -> None:
+        """Go on from a checkpoint, with this rank's state."""
+        self._progress = progress
         self._adapter.parameters.copy_(state["values"])
         self._optimizer.load_state_dict(state["optimizer"])
         self._log_first("resuming after step %d of %d", self._progress.step, self._num_steps)
@@ -95,7 +97,8 @@ class Trainer:
         total = sum(self._count(step) for _, _, step, _ in steps)
         started, tokens, since = time.monotonic(), 0, Window()
         loss: float | None = None
-        with progress(total=total, desc="training", unit="tok", unit_scale=True, disable=not first) as bar:
+        bar = progress(total=total, desc="training", unit="tok", unit_scale=True, disable=not first)
+        with log_above_bars(), bar:
             for number, epoch, step, ends_epoch in steps:
                 losses, norm = self.step(number, step)
                 self._progress = replace(self._progress, step=number)
@@ -137,21 +140,6 @@ class Trainer:
         saves = is_last or self._stopped or self._is_due(config.save_steps, number, ends_epoch)
         if saves or (self._validation and is_best):
             self._save(write_adapter, whole=saves, is_best=is_best)
-
-    def _plan(self) -> list[list[Step]]:
-        config = self._config
-        lengths = [len(sample) for sample in self._training]
-        return [
-            epoch_steps(
-                lengths,
-                epoch,
-                seed=config.seed,
-                row_length=config.max_length if config.packing else None,
-                batch_size=config.batch_size,
-                gradient_accumulation=config.gradient_accumulation,
-            )
-            for epoch in range(config.epochs)
-        ]
 
     def _remaining(self) -> Iterator[tuple[int, float, Step, bool]]:
         """The steps that are not done: the number, the epochs seen after it, its batches, whether it ends an epoch."""
@@ -269,3 +257,7 @@ class Window:
             tokens=self.tokens,
             seconds=time.monotonic() - self._started,
         )
+
+
+def _counted(number: int, noun: str) -> str:
+    return f"{number} {noun}{'' if number == 1 else 's'}"

@@ -10,7 +10,7 @@ import pytest
 
 from llama2.text.chat import encode_dialog
 from llama2.text.tokenizer import Tokenizer
-from llama2.training.batches import batches_in_order, epoch_steps, pack
+from llama2.training.batches import batches_in_order, epoch_rows, pack, steps_of
 from llama2.training.data import Sample, Samples, read_samples, split
 from tests.support.training import options
 
@@ -156,11 +156,11 @@ def test_a_split_follows_from_the_seed() -> None:
 
 def test_each_epoch_has_every_sample_once_in_another_order() -> None:
     lengths = [1 + index * 7 % 60 for index in range(200)]
-    plan: dict[str, Any] = {"seed": 0, "row_length": 64, "batch_size": 4, "gradient_accumulation": 2}
     orders = []
     for epoch in range(2):
-        steps = epoch_steps(lengths, epoch, **plan)
-        assert steps == epoch_steps(lengths, epoch, **plan)
+        rows = epoch_rows(lengths, epoch, seed=0, row_length=64)
+        assert rows == epoch_rows(lengths, epoch, seed=0, row_length=64)
+        steps = steps_of(rows, batch_size=4, gradient_accumulation=2)
         batches = [batch for step in steps for batch in step]
         orders.append([index for batch in batches for index in batch])
         assert sorted(orders[-1]) == list(range(200))
@@ -169,8 +169,8 @@ def test_each_epoch_has_every_sample_once_in_another_order() -> None:
         assert len(batches) <= 1 + sum(lengths) / (4 * 64 * 0.9)
         assert {len(step) for step in steps[:-1]} == {2}
     assert orders[0] != orders[1]
-    unpacked = epoch_steps(lengths, 0, **{**plan, "row_length": None})
-    assert {len(batch) for step in unpacked for batch in step} == {4}
+    unpacked = epoch_rows(lengths, 0, seed=0, row_length=None)
+    assert {len(batch) for step in steps_of(unpacked, batch_size=4, gradient_accumulation=2) for batch in step} == {4}
 
 
 def test_rows_never_hold_more_than_their_length() -> None:

@@ -49,7 +49,7 @@ before = status("VmRSS")
 passes.losses(samples).sum().backward()
 plan = reserve(spec, wanted, config, dtype=torch.float32, degree=1, device="cpu")
 step = sum(plan.values()) - plan["weights"] - plan["adapter and optimizer"]
-print(step, plan["kept by malloc"], status("VmHWM") - before)
+print(step, plan["freed memory that the process keeps"], status("VmHWM") - before)
 """
 
 

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import csv
+import importlib.util
 import itertools
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -116,9 +118,11 @@ def test_a_resumed_run_is_the_uninterrupted_one_bit_for_bit(
         assert torch.equal(ours, theirs)
 
 
-def test_another_run_is_not_resumed(folder: Path, tmp_path: Path) -> None:
+def test_another_run_is_not_resumed(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And no weight is read to find that out."""
     changes = {"max_steps": 1, "epochs": 1}
     finetune(config(folder, tmp_path / "run", **changes))
+    monkeypatch.delattr(run, "load_model")
     with pytest.raises(ValueError, match="has checkpoints: go on with --resume, or choose another output_dir"):
         finetune(config(folder, tmp_path / "run", **changes))
     with pytest.raises(ValueError, match=r"is of another run: its rank is 8, and here it is 4"):
@@ -188,12 +192,32 @@ def test_a_loss_that_is_no_number_ends_the_run(folder: Path, tmp_path: Path) -> 
         finetune(config(folder, tmp_path, epochs=9, learning_rate=1e20, warmup=0, optimizer="adamw"))
 
 
-def test_what_cannot_run_here_is_refused(folder: Path, tmp_path: Path) -> None:
+def test_what_cannot_run_here_is_refused_before_weights_are_read(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delattr(run, "load_model")
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     for changes, message in (
         ({"optimizer": "paged_adamw_8bit"}, "optimizer paged_adamw_8bit is for GPUs"),
+        ({"tensorboard": True}, "tensorboard needs a package: pip install tensorboard"),
         ({"target_modules": ["w9"]}, "target_modules must be of q_proj"),
         ({"target_modules": ["lm_head"]}, "target_modules must be of q_proj"),
         ({"batch_size": 1 << 30}, r"this run needs \d+ MiB, and \d+ MiB are free: .* try a smaller batch_size"),
     ):
         with pytest.raises(ValueError, match=message):
             finetune(config(folder, tmp_path / "run", **changes))
+
+
+def test_tensorboard_has_what_the_log_has_and_of_a_resumed_run_each_step_once(folder: Path, tmp_path: Path) -> None:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    changes = {"epochs": 2, "save_steps": 3, "evaluate_steps": 2, "batch_size": 2, "tensorboard": True}
+    finetune(config(folder, tmp_path, **changes))
+    shutil.rmtree(sorted(tmp_path.glob("checkpoint-*"))[-1])
+    finetune(config(folder, tmp_path, **changes), resume=True)
+    written = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
+    assert len(list((tmp_path / "tensorboard").iterdir())) == 2
+    for column in ("loss", "validation_loss", "learning_rate", "gradient_norm", "tokens", "seconds"):
+        events = written.Scalars(column)
+        assert [event.value for event in events] == pytest.approx(log(tmp_path, column), rel=1e-5)
+    assert [event.step for event in written.Scalars("loss")] == list(range(1, len(log(tmp_path, "loss")) + 1))
