@@ -5,6 +5,7 @@ Knows no file, no device and no rank.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -49,3 +50,24 @@ class Adapter:
     def rank(self) -> int:
         """The largest of its pairs."""
         return max(pair.rank for pair in self.pairs.values())
+
+
+def layers_by_shape(ranks: Mapping[str, int]) -> dict[tuple[str, int], list[int]]:
+    """The layers whose matrices are of one shape, so that one operation does for all of them.
+
+    Args:
+        ranks: by the weight's name, such as `layers.0.attention.wq`.
+
+    Returns:
+        The numbers of the layers, by the weight's name in a layer, such as `attention.wq`, and the rank.
+    """
+    found: dict[tuple[str, int], list[int]] = {}
+    for name, rank in ranks.items():
+        _, layer, weight = name.split(".", 2)
+        found.setdefault((weight, rank), []).append(int(layer))
+    return found
+
+
+def is_finite(values: torch.Tensor) -> bool:
+    """Is none of the values NaN or infinite? Reads them once, and makes no other tensor as `isfinite` does."""
+    return all(math.isfinite(extreme.item()) for extreme in values.aminmax())

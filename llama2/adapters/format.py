@@ -3,21 +3,21 @@
 Knows no slot and no name of an adapter. Outputs of queries and keys are in transformers' order in the file, and in
 Meta's here. PEFT ignores `base.json`, and writes none.
 
-Shape suffixes: R adapter rank, C inputs, F outputs.
+Shape suffixes: L layers, R adapter rank, C inputs, F outputs.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
 
-from llama2.adapters.adapter import Adapter, LoraPair
+from llama2.adapters.adapter import Adapter, LoraPair, is_finite, layers_by_shape
 from llama2.adapters.config import CONFIG_FILE, AdapterConfig
 from llama2.adapters.products import PRODUCTS
 from llama2.adapters.reference import WEIGHTS_FILE
@@ -86,8 +86,8 @@ def targets(config: AdapterConfig, args: ModelArgs) -> dict[str, Target]:
 def read_adapter(folder: Path | str, args: ModelArgs) -> Adapter:
     """Read an adapter for a model. Nothing in the folder is run, and nothing of it is needed afterwards.
 
-    Its identity is the SHA-256 of all that is computed with: each weight's name, its scaling, and the dtypes, shapes
-    and bytes of its two matrices.
+    Its identity is the SHA-256 of all that is computed with: the weights' names, their scalings, and the dtypes, shapes
+    and bytes of their matrices, those of the layers together that have one shape.
 
     Raises:
         ValueError: a file is missing or damaged, or the adapter is of another kind or for another model.
@@ -104,15 +104,25 @@ def read_adapter(folder: Path | str, args: ModelArgs) -> Adapter:
     for name in sorted(tensors.keys() - names):
         raise ValueError(f"{path}: {_unexpected(name)}")
     shapes = hf_shapes(args)
-    pairs = {}
-    for weight, (rank, scaling) in wanted.items():
-        outputs, inputs = shapes[weight]
-        name_a, name_b = _names(weight)
-        a_RC = _take(tensors, name_a, (rank, inputs), path)
-        b_FR = _take(tensors, name_b, (outputs, rank), path)
-        b_FR = pairs_from_halves(b_FR, args.head_dim) if is_rotated(weight) else b_FR
-        pairs[weight] = LoraPair(a_RC=a_RC, b_FR=b_FR, scaling=scaling)
-    return Adapter(identity=_identity(pairs), pairs=pairs)
+    pairs: dict[str, LoraPair] = {}
+    hashing = hashlib.sha256()
+    ranks = {weight: target.rank for weight, target in wanted.items()}
+    for (kind, rank), layers in layers_by_shape(ranks).items():
+        weights = [f"layers.{layer}.{kind}" for layer in layers]
+        outputs, inputs = shapes[weights[0]]
+        names_a, names_b = zip(*map(_names, weights), strict=True)
+        a_LRC = _take(tensors, names_a, (rank, inputs), path)
+        b_LFR = _take(tensors, names_b, (outputs, rank), path)
+        if is_rotated(kind):
+            b_LFR = pairs_from_halves(b_LFR.flatten(0, 1), args.head_dim).view_as(b_LFR)
+        scalings = [wanted[weight].scaling for weight in weights]
+        for values in (a_LRC, b_LFR):
+            described = (weights, [scaling.hex() for scaling in scalings], str(values.dtype), tuple(values.shape))
+            hashing.update(repr(described).encode())
+            hashing.update(values.view(torch.uint8).numpy().data)
+        for weight, a_RC, b_FR, scaling in zip(weights, a_LRC, b_LFR, scalings, strict=True):
+            pairs[weight] = LoraPair(a_RC=a_RC, b_FR=b_FR, scaling=scaling)
+    return Adapter(identity=hashing.digest(), pairs=pairs)
 
 
 def write_adapter(
@@ -234,28 +244,22 @@ def _unexpected(name: str) -> str:
     return f"tensor {shown} is unknown: expected {_PREFIX}MODULE.lora_A.weight and lora_B.weight"
 
 
-def _take(tensors: Mapping[str, torch.Tensor], name: str, shape: tuple[int, ...], path: Path) -> torch.Tensor:
-    """A copy in memory."""
-    if name not in tensors:
-        raise ValueError(f"{path}: tensor {name!r} is missing, which {CONFIG_FILE} asks for")
-    values = tensors[name]
-    if tuple(values.shape) != shape:
-        raise ValueError(
-            f"{path}: {name} has shape {tuple(values.shape)}, expected {shape} by {CONFIG_FILE} and the model"
-        )
-    if values.dtype not in _DTYPES:
-        raise ValueError(f"{path}: {name} is {values.dtype}, expected one of {', '.join(map(str, _DTYPES))}")
-    values = values.clone()
-    if not values.isfinite().all():
+def _take(
+    tensors: Mapping[str, torch.Tensor], names: Sequence[str], shape: tuple[int, ...], path: Path
+) -> torch.Tensor:
+    """Copies in memory, as one tensor (len(names), *shape)."""
+    for name in names:
+        if name not in tensors:
+            raise ValueError(f"{path}: tensor {name!r} is missing, which {CONFIG_FILE} asks for")
+        values = tensors[name]
+        if tuple(values.shape) != shape:
+            raise ValueError(
+                f"{path}: {name} has shape {tuple(values.shape)}, expected {shape} by {CONFIG_FILE} and the model"
+            )
+        if values.dtype not in _DTYPES:
+            raise ValueError(f"{path}: {name} is {values.dtype}, expected one of {', '.join(map(str, _DTYPES))}")
+    taken = torch.stack([tensors[name] for name in names])
+    if not is_finite(taken):
+        name = next(name for name, values in zip(names, taken, strict=True) if not is_finite(values))
         raise ValueError(f"{path}: {name} has values that are not finite (NaN or infinity)")
-    return values
-
-
-def _identity(pairs: Mapping[str, LoraPair]) -> bytes:
-    hashing = hashlib.sha256()
-    for weight, pair in sorted(pairs.items()):
-        for values in (pair.a_RC, pair.b_FR):
-            described = (weight, pair.scaling.hex(), str(values.dtype), tuple(values.shape))
-            hashing.update(repr(described).encode())
-            hashing.update(values.contiguous().view(torch.uint8).numpy().data)
-    return hashing.digest()
+    return taken

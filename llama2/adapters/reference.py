@@ -21,11 +21,11 @@ class AdapterRef:
     stamp: tuple[int, ...]
 
     @classmethod
-    def of(cls, folder: Path | str, field: str = "adapter") -> AdapterRef:
+    def of(cls, folder: Path | str) -> AdapterRef:
         """The adapter that is in `folder` now.
 
         Raises:
-            InvalidValue: of `field`, there is none.
+            InvalidValue: there is none.
         """
         path = Path(folder).absolute()
         try:
@@ -33,7 +33,7 @@ class AdapterRef:
         except (OSError, ValueError):
             pickled = f": {_PICKLE_FILE} is a pickle, which is not read" if os.path.isfile(path / _PICKLE_FILE) else ""
             raise InvalidValue(
-                field,
+                "adapter",
                 f"must be a folder with {CONFIG_FILE} and {WEIGHTS_FILE}, as PEFT writes it, "
                 f"got {shown(str(folder))}{pickled}",
             ) from None

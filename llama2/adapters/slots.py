@@ -17,7 +17,7 @@ from dataclasses import dataclass
 import torch
 from torch.distributed.device_mesh import DeviceMesh
 
-from llama2.adapters.adapter import Adapter
+from llama2.adapters.adapter import Adapter, is_finite, layers_by_shape
 from llama2.adapters.products import PRODUCTS, LoraProduct
 from llama2.config import ModelArgs
 from llama2.machine.memory import zeros
@@ -31,10 +31,6 @@ class Share:
     values_LN: torch.Tensor
     ranks_LP: torch.Tensor
     scales_LP: torch.Tensor
-
-    @property
-    def nbytes(self) -> int:
-        return self.values_LN.nbytes
 
 
 class AdapterSlots:
@@ -53,7 +49,6 @@ class AdapterSlots:
     ) -> None:
         """`units` are those of the model's weights, between which their axes are cut (`Spec.units`)."""
         self.max_rank = max_rank
-        self._num_layers = args.n_layers
         self._sizes, self._axes = args.axis_sizes, args.weight_axes()
         self._portions = {
             axis: local_portion(axis, size, mesh, units.get(axis, 1)) for axis, size in self._sizes.items()
@@ -65,6 +60,12 @@ class AdapterSlots:
                 tuple(self._local_size(self._axes[f"layers.0.{weight}"].outputs) for weight in weights),
             )
             for product, weights in PRODUCTS.items()
+        }
+        # By weight: its product, which part of it, and which of its outputs.
+        self._places = {
+            weight: (product, part, slice(sum(outputs[:part]), sum(outputs[: part + 1])))
+            for product, (_, outputs) in self._shapes.items()
+            for part, weight in enumerate(PRODUCTS[product])
         }
         self._room = sum(
             len(outputs) * max_rank * inputs + max_rank * sum(outputs) for inputs, outputs in self._shapes.values()
@@ -80,10 +81,6 @@ class AdapterSlots:
             for layer in range(args.n_layers)
         ]
 
-    @property
-    def nbytes(self) -> int:
-        return self._values_SLN.nbytes
-
     def take(self, adapter: Adapter) -> Share:
         """This rank's share of an adapter, whose rank is no larger than `max_rank`. For any thread.
 
@@ -95,22 +92,20 @@ class AdapterSlots:
         values_LN, ranks_LP, scales_LP = (
             torch.zeros(one.shape[1:], dtype=one.dtype, pin_memory=pinned) for one in (values_SLN, *others)
         )
-        layers = [
-            self._products(values_LN[None, layer], ranks_LP[None, layer], scales_LP[None, layer])
-            for layer in range(self._num_layers)
-        ]
-        for product, weights in PRODUCTS.items():
-            for layer, products in enumerate(layers):
-                lora, first = products[product], 0
-                for part, (weight, outputs) in enumerate(zip(weights, lora.outputs, strict=True)):
-                    pair = adapter.pairs.get(f"layers.{layer}.{weight}")
-                    if pair is not None:
-                        axes = self._axes[f"layers.{layer}.{weight}"]
-                        lora.a_SPRC[0, part, : pair.rank] = self._local(pair.a_RC, 1, axes.inputs)
-                        lora.b_SRF[0, : pair.rank, first : first + outputs] = self._local(pair.b_FR, 0, axes.outputs).T
-                        lora.ranks_SP[0, part], lora.scales_SP[0, part] = pair.rank, pair.scaling
-                    first += outputs
-        if not values_LN.isfinite().all():
+        # Their first axis is the layer, not the slot.
+        products = self._products(values_LN, ranks_LP, scales_LP)
+        ranks = {name: pair.rank for name, pair in adapter.pairs.items()}
+        for (weight, rank), layers in layers_by_shape(ranks).items():
+            product, part, outputs = self._places[weight]
+            lora, axes = products[product], self._axes[f"layers.0.{weight}"]
+            pairs = [adapter.pairs[f"layers.{layer}.{weight}"] for layer in layers]
+            a_LRC = self._local(torch.stack([pair.a_RC for pair in pairs]), 2, axes.inputs)
+            b_LFR = self._local(torch.stack([pair.b_FR for pair in pairs]), 1, axes.outputs)
+            lora.a_SPRC[layers, part, :rank] = a_LRC.to(values_LN)
+            lora.b_SRF[layers, :rank, outputs] = b_LFR.mT.to(values_LN)
+            lora.ranks_SP[layers, part] = rank
+            lora.scales_SP[layers, part] = torch.tensor([pair.scaling for pair in pairs])
+        if not is_finite(values_LN):
             raise ValueError(f"the adapter has values that are too large for a model of {values_LN.dtype}")
         return Share(values_LN=values_LN, ranks_LP=ranks_LP, scales_LP=scales_LP)
 
@@ -123,7 +118,7 @@ class AdapterSlots:
     def _products(
         self, values_SN: torch.Tensor, ranks_SP: torch.Tensor, scales_SP: torch.Tensor
     ) -> dict[str, LoraProduct]:
-        """Views of one layer's memory."""
+        """Views of the memory of one layer of all slots."""
         found, place, part = {}, 0, 0
         for product, (inputs, outputs) in self._shapes.items():
             count, last = len(outputs), part + len(outputs)

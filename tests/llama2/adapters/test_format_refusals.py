@@ -31,6 +31,7 @@ pytestmark = [
 
 CONFIG, TENSORS = "adapter_config.json", "adapter_model.safetensors"
 FIRST = "base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight"
+LATER = "base_model.model.model.layers.1.mlp.up_proj.lora_B.weight"
 Change = Callable[[dict[str, torch.Tensor]], object]
 
 
@@ -119,9 +120,9 @@ def renamed(old: str, new: str) -> Change:
     return change
 
 
-def poked(value: float) -> Change:
+def poked(value: float, name: str = FIRST) -> Change:
     def change(tensors: dict[str, torch.Tensor]) -> None:
-        tensors[FIRST][1, 2] = value
+        tensors[name][1, 2] = value
 
     return change
 
@@ -133,8 +134,9 @@ def added(name: str) -> Change:
 LAYER = "base_model.model.model.layers.0"
 FAULTS: dict[str, tuple[Change, str]] = {
     "half of a pair": (lambda tensors: tensors.pop(FIRST), f"tensor '{FIRST}' is missing"),
-    "NaN": (poked(float("nan")), "values that are not finite"),
-    "infinity": (poked(float("-inf")), "values that are not finite"),
+    "NaN": (poked(float("nan")), f"{FIRST} has values that are not finite"),
+    "infinity": (poked(float("-inf")), f"{FIRST} has values that are not finite"),
+    "NaN in another layer": (poked(float("nan"), LATER), f"{LATER} has values that are not finite"),
     "other dims": (lambda t: t.update({FIRST: torch.zeros(4, 63)}), "has shape (4, 63), expected (4, 64)"),
     "a vector": (lambda t: t.update({FIRST: torch.zeros(4)}), "has shape (4,), expected (4, 64)"),
     "integers": (lambda t: t.update({FIRST: torch.zeros(4, 64, dtype=torch.int8)}), "is torch.int8, expected one of"),
