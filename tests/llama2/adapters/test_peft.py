@@ -114,7 +114,7 @@ def test_sixteen_adapters_and_the_base_in_a_batch_equal_pefts_adapter_names(tmp_
         peft_model(ARGS, WEIGHTS, seed=seed, target_modules=modules, r=rank, lora_alpha=2 * rank).save_pretrained(
             tmp_path / name
         )
-    model = PeftModel.from_pretrained(reference_model(ARGS, WEIGHTS), tmp_path / names[0], names[0]).eval()
+    model = PeftModel.from_pretrained(reference_model(ARGS, WEIGHTS), str(tmp_path / names[0]), names[0]).eval()
     for name in names[1:]:
         model.load_adapter(str(tmp_path / name), name)
     order = [*names[5:], "__base__", *names[:5]]
