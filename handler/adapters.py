@@ -7,6 +7,7 @@ from __future__ import annotations
 import logging
 import re
 import threading
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,16 @@ from llama2.errors import InvalidValue, shown
 
 logger = logging.getLogger(__name__)
 
+MAX_NAMES = 32  # that a message lists
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.\-]{0,127}")
+
+
+def not_found(field: str, problem: str, names: Sequence[str]) -> RequestError:
+    """A 404 with the names that there are, if they are not too many for a message."""
+    known = ", ".join(map(repr, names[:MAX_NAMES])) or "none"
+    more = ", and others" if len(names) > MAX_NAMES else ""
+    message = f"{problem}; this server has {known}{more}"
+    return RequestError(message, param=field, status=404, code="model_not_found")
 
 
 class Adapters:
@@ -64,9 +74,7 @@ class Adapters:
             raise InvalidValue("adapter", f"must be the name of an adapter, got {shown(name)}")
         ref = self.find(name)
         if ref is None:
-            known = ", ".join(self.names[:32]) or "none"
-            message = f"there is no adapter {shown(name)}; this server has {known}"
-            raise RequestError(message, param="adapter", status=404, code="model_not_found")
+            raise not_found("adapter", f"there is no adapter {shown(name)}", self.names)
         return ref
 
     def place(self, ref: AdapterRef) -> str:

@@ -12,9 +12,8 @@ from typing import Annotated, Any
 
 from pydantic import Field
 
-from handler.adapters import Adapters
+from handler.adapters import Adapters, not_found
 from handler.config import HandlerConfig
-from handler.errors import RequestError
 from handler.openai.constraints import ConstraintFields, Grammars
 from handler.openai.fields import Body, only
 from handler.openai.logprobs import TokenNames
@@ -30,7 +29,6 @@ from llama2.text.tokenizer import Tokenizer
 
 MAX_N = 128
 MAX_REPLIES = 1024  # of one call
-MAX_NAMES = 32  # that a message lists
 
 
 class StreamOptions(Body):
@@ -145,10 +143,8 @@ class Model:
         base, colon, rest = asked.partition(":")
         ref = self.adapters.find(rest if colon and base in self.served.names else asked)
         if ref is None:
-            names = (*self.served.names, *self.adapters.names)
-            known = " or ".join(map(repr, names[:MAX_NAMES])) + (", and others" if len(names) > MAX_NAMES else "")
-            message = f"the model {asked!r} does not exist; this server has {known}"
-            raise RequestError(message, param="model", status=404, code="model_not_found")
+            names = [*self.served.names, *self.adapters.names]
+            raise not_found("model", f"the model {asked!r} does not exist", names)
         return ref
 
     def check_new_name(self, name: str) -> None:

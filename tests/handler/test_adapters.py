@@ -62,7 +62,7 @@ def test_a_name_chooses_the_adapter_and_comes_back(
 def test_an_unknown_name_is_a_404_that_names_those_there_are(folder: Path, tmp_path: Path, model: str) -> None:
     status, field, message = server_of(folder, tmp_path).refused("completions", model=model, prompt="Hi")
     assert (status, field) == (404, "model")
-    assert "'smol' or 'llama' or 'brief' or 'polite'" in message
+    assert "this server has 'smol', 'llama', 'brief', 'polite'" in message
 
 
 def test_models_lists_adapters_with_root_and_parent(folder: Path, tmp_path: Path) -> None:
@@ -79,7 +79,7 @@ def test_the_native_api_takes_an_adapter_by_name(folder: Path, tmp_path: Path) -
     api = NativeApi(tokenizer, config(tmp_path), Adapters(folder))
     (request,) = api.read({"prompt": "Hi", "adapter": "brief"}).requests("id")
     assert request.adapter == AdapterRef.of(folder / "brief")
-    with pytest.raises(RequestError, match="this server has brief, polite") as caught:
+    with pytest.raises(RequestError, match="this server has 'brief', 'polite'") as caught:
         api.read({"prompt": "Hi", "adapter": "nobody"})
     assert caught.value.status == 404
     with pytest.raises(InvalidValue, match="adapter must be the name"):

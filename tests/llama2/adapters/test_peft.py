@@ -112,7 +112,7 @@ def test_sixteen_adapters_and_the_base_in_a_batch_equal_pefts_adapter_names(tmp_
         modules = [module for place, module in enumerate(MODULES) if seed % 3 == 0 or (seed + place) % 3]
         rank = 1 + seed % 8
         peft_model(ARGS, WEIGHTS, seed=seed, target_modules=modules, r=rank, lora_alpha=2 * rank).save_pretrained(
-            tmp_path / name
+            str(tmp_path / name)
         )
     model = PeftModel.from_pretrained(reference_model(ARGS, WEIGHTS), str(tmp_path / names[0]), names[0]).eval()
     for name in names[1:]:
