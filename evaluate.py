@@ -15,6 +15,7 @@ import logging
 import os
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from evaluation.ablation import training_lines, tune_all
@@ -44,7 +45,8 @@ def evaluate(settings: Settings, inputs: Inputs, runs: Sequence[Run], ablation: 
     replies = list(run_all(settings, runs, inputs))
     if os.environ.get("RANK", "0") != "0":
         return ""
-    return Report(settings=settings, inputs=inputs, replies=replies, points=points).write()
+    ranks = int(os.environ.get("WORLD_SIZE", "1"))
+    return Report(settings=settings, inputs=inputs, replies=replies, points=points, ranks=ranks).write()
 
 
 def chosen_runs(settings: Settings, names: str | None) -> list[Run]:
@@ -85,8 +87,11 @@ def main() -> None:
             write_jsonl(given.training_data, training_lines(settings, inputs, inputs.train))
             print(f"wrote {len(inputs.train)} samples to {given.training_data}")
             return
-        ablation = None if given.runs else settings.ablation
-        text = evaluate(settings, inputs, chosen_runs(settings, given.runs), ablation)
+        runs, ablation = chosen_runs(settings, given.runs), settings.ablation
+        if given.runs:
+            # The report of all runs stays as it is.
+            settings, ablation = replace(settings, output_dir=settings.output_dir / f"runs-{given.runs}"), None
+        text = evaluate(settings, inputs, runs, ablation)
     except ValueError as error:
         if os.environ.get("RANK", "0") == "0":
             print(f"error: {error}", file=sys.stderr)

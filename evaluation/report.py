@@ -23,12 +23,14 @@ from evaluation.samples import write_jsonl
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Report:
-    """Of all runs of an evaluation, in order. `points` has the settings of those that an ablation tuned."""
+    """Of the runs of an evaluation, in order. `points` has the settings of those that an ablation tuned, `ranks` is how
+    many processes the model ran on."""
 
     settings: Settings
     inputs: Inputs
     replies: Sequence[Replies]
     points: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
+    ranks: int = 1
 
     def write(self) -> str:
         """Write everything, and return the Markdown."""
@@ -108,6 +110,7 @@ class Report:
         data = self.settings.data
         return {
             "samples": len(self.inputs.test),
+            "ranks": self.ranks,
             "rule": self.inputs.task.rule,
             "test": describe_file(data.test),
             "train": describe_file(data.train) if data.train else None,
@@ -131,6 +134,7 @@ class Report:
         examples = f" Examples are of the train samples, drawn by seed {settings.seed}." if has_examples else ""
         parts = [
             f"# {settings.task.capitalize()}: {settings.checkpoint.name}",
+            *([f"{len(runs)} of {len(settings.runs)} runs."] if len(runs) < len(settings.runs) else []),
             f"{len(self.inputs.test)} samples of {settings.data.test.name}, as {prompts}, greedy.{examples} {cut} "
             f"documents were cut to their first {settings.prompt.max_text_tokens} tokens. {task.rule}",
             f"In brackets: {percent} intervals, from {settings.resamples} bootstrap resamples of the samples.",
@@ -153,7 +157,8 @@ class Report:
                     ],
                 ),
             ]
-        parts += [f"Time on {processor}, without loading:", _times(runs), "![scores](scores.png)"]
+        ranks = "" if self.ranks == 1 else f", {self.ranks} ranks"
+        parts += [f"Time on {processor}{ranks}, without loading:", _times(runs), "![scores](scores.png)"]
         if self.points:
             parts.append("![ablation](ablation.png)")
         parts += [f"![{run['run']}](confusion-{run['run']}.png)" for run in runs if "confusion_matrix" in run]

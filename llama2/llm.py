@@ -132,6 +132,10 @@ class LLM:
         ((output,),) = self._run([self._arguments.score(token_ids, adapter)], use_tqdm)
         return cast(torch.Tensor, output.prompt_logits)
 
+    def reset_prefix_cache(self) -> None:
+        """Forget earlier prompts: the next ones take as long as if they were the first. Under torchrun as any call."""
+        self._turns.reset_prefix_cache()
+
     def close(self) -> None:
         """Give the memory back, on a GPU that of recorded passes, too. Calls after it raise RuntimeError.
 

@@ -98,6 +98,11 @@ class BlockManager:
                 self._block_of[digest] = block
                 self._digest_of[block] = digest
 
+    def forget_prefixes(self) -> None:
+        """No block has a name any more: what comes next computes its prompt from the start."""
+        self._block_of.clear()
+        self._digest_of.clear()
+
     def share(self, block_table: Iterable[int]) -> None:
         """One more sequence holds these blocks."""
         for block in block_table:

@@ -148,6 +148,10 @@ class Engine:
         self._scheduler.preempt_all()
         return outputs
 
+    def reset_prefix_cache(self) -> None:
+        """Forget which blocks hold a known prefix; sequences that run keep theirs."""
+        self._blocks.forget_prefixes()
+
     @property
     def has_work(self) -> bool:
         """Would `step` do anything?"""

@@ -95,6 +95,12 @@ class Turns:
             if not self._is_stepping:
                 self._empty_inbox()
 
+    def reset_prefix_cache(self) -> None:
+        """Between two steps."""
+        with self._changed:
+            self._changed.wait_for(lambda: not self._is_stepping)
+            self.engine.reset_prefix_cache()
+
     def close(self) -> None:
         """Let go of the engine, after the step that runs. Every rank calls it; calls after it raise RuntimeError."""
         with self._changed:

@@ -44,13 +44,16 @@ def write_config(folder: Path, checkpoint: Path | str, **changes: Any) -> Path:
     return folder / "evaluation.yaml"
 
 
-def run_evaluation(config: Path, *flags: str) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, str(ROOT / "evaluate.py"), str(config), *flags]
+def run_evaluation(config: Path, *flags: str, ranks: int = 0) -> subprocess.CompletedProcess[str]:
+    """`ranks`: how many torchrun starts; 0 is without it."""
+    launch = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(ranks)] if ranks else []
+    command = [sys.executable, *launch, str(ROOT / "evaluate.py"), str(config), *flags]
     return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=250)
 
 
-def results(config: Path, *flags: str) -> dict[str, Any]:
-    done = run_evaluation(config, *flags)
+def results(config: Path, *flags: str, folder: str = "out", ranks: int = 0) -> dict[str, Any]:
+    done = run_evaluation(config, *flags, ranks=ranks)
     assert done.returncode == 0, done.stderr
-    figures: dict[str, Any] = json.loads((config.parent / "out" / "results.json").read_text())["figures"]
+    assert done.stdout == f"{(config.parent / folder / 'report.md').read_text()}\nwrote {config.parent / folder}\n"
+    figures: dict[str, Any] = json.loads((config.parent / folder / "results.json").read_text())["figures"]
     return figures

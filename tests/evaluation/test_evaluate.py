@@ -30,12 +30,13 @@ def test_labels_with_a_grammar_and_without(smollm2_checkpoint: Path, tmp_path: P
     text = (tmp_path / "out" / "report.md").read_text()
     assert "Each reply was held to the set of labels by a grammar." in text
 
-    free = results(
-        write_config(tmp_path, smollm2_checkpoint, labels=[*TOPICS, "quantum chromodynamics"]), "--runs", "zero-shot"
-    )
+    config = write_config(tmp_path, smollm2_checkpoint, labels=[*TOPICS, "quantum chromodynamics"])
+    free = results(config, "--runs", "zero-shot", folder="out/runs-zero-shot")
     assert "after normalisation" in free["rule"]
+    assert (tmp_path / "out" / "report.md").read_text() == text
+    assert "1 of 2 runs." in (tmp_path / "out" / "runs-zero-shot" / "report.md").read_text()
     (only,) = free["runs"]
-    replies = [json.loads(line) for line in (tmp_path / "out" / "replies-zero-shot.jsonl").open()]
+    replies = [json.loads(line) for line in (tmp_path / "out" / "runs-zero-shot" / "replies-zero-shot.jsonl").open()]
     assert only["replies_without_label"] == sum(row["prediction"] is None for row in replies)
     assert only["documents_cut"] > 0
 
@@ -44,11 +45,43 @@ def test_labels_with_a_grammar_and_without(smollm2_checkpoint: Path, tmp_path: P
 def test_summaries_in_a_chat(smollm2_checkpoint: Path, tmp_path: Path) -> None:
     prompt = {"template": "{text}\n\nWhat is this about? Answer in five words."}
     config = write_config(tmp_path, smollm2_checkpoint, task="summarization", prompt=prompt, max_new_tokens=12)
-    figures = results(config, "--runs", "few-shot")
+    figures = results(config, "--runs", "few-shot", folder="out/runs-few-shot")
     (only,) = figures["runs"]
     assert set(only["metrics"]) == {"rouge_1", "rouge_2", "rouge_l"}
     assert 0 < only["new_tokens"] <= 36
     assert "confusion_matrix" not in only
+
+
+@pytest.mark.integration
+def test_two_ranks_have_the_report_of_one(smollm2_checkpoint: Path, tmp_path: Path) -> None:
+    engine = {"max_batch_size": 4, "max_seq_len": 512, "dtype": "float32"}
+    alone, together = (
+        results(
+            write_config(tmp_path, smollm2_checkpoint, engine=engine, match="grammar", output_dir=str(tmp_path / name)),
+            folder=name,
+            ranks=ranks,
+        )
+        for name, ranks in (("one", 0), ("two", 2))
+    )
+    assert (alone.pop("ranks"), together.pop("ranks")) == (1, 2)
+    for figures in (alone, together):
+        for run in figures["runs"]:
+            for name in ("seconds", "samples_per_second", "dollars"):
+                assert run.pop(name) > 0
+    assert alone == together
+    for run in ("zero-shot", "few-shot"):
+        texts = [(tmp_path / name / f"replies-{run}.jsonl").read_text() for name in ("one", "two")]
+        assert texts[0] == texts[1]
+    assert ", 2 ranks, without loading" in (tmp_path / "two" / "report.md").read_text()
+
+
+@pytest.mark.integration
+def test_a_mistake_is_one_line_under_torchrun(tmp_path: Path) -> None:
+    done = run_evaluation(write_config(tmp_path, "nowhere"), "--runs", "tuned", ranks=2)
+    assert done.returncode != 0
+    assert done.stderr.splitlines()[-1].startswith("error: --runs tuned: there is no such run, but zero-shot")
+    assert "Traceback" not in done.stderr
+    assert "ChildFailedError" not in done.stderr
 
 
 @pytest.mark.integration

@@ -122,6 +122,16 @@ def test_a_prefix_is_shared_while_its_owner_lives_and_found_again_afterwards() -
     blocks.check_integrity([third])
 
 
+def test_a_forgotten_prefix_is_computed_again_and_then_known() -> None:
+    blocks, first, second, third = BlockManager(20, 4), of(range(10)), of(range(10), 1), of(range(10), 2)
+    table = fill(blocks, first)
+    blocks.forget_prefixes()
+    again = fill(blocks, second)
+    assert not set(table) & set(again)
+    assert fill(blocks, third)[:2] == again[:2]
+    blocks.check_integrity([first, second, third])
+
+
 def test_the_last_token_is_always_left_to_compute() -> None:
     blocks, first, second = BlockManager(20, 4), of(range(8)), of(range(8), 1)
     fill(blocks, first)
