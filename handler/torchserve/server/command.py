@@ -33,13 +33,16 @@ def serve(*, config: str | None = None, checkpoint: str | None = None, port: int
         config: the model-config.yaml; by default the one in the current folder, else the one of the package.
         checkpoint: what convert_checkpoints.py wrote; by default the yaml's converted_ckpt_dir.
         port: of the inference API; the management, metrics and two gRPC ports are the next four.
-        stop: instead of all this, stop a server of that port that was left behind when this command was killed.
+        stop: instead of all this, stop the server of that port that was started in the current folder.
     """
     if not isinstance(stop, bool):
         raise ValueError(f"--stop is a switch and takes no value, got {stop!r}")
     folder = Path.cwd() / f"llama2-serve-{port}"
     server = TorchServe(folder=folder, ports=Ports.counted_from(port))
+    asked_to_stop = folder / "asked_to_stop"  # by another llama2-serve, for the one that waits here
     if stop:
+        if server.running:
+            asked_to_stop.touch()
         if not server.stop():
             raise ServerError(f"no server of {folder} is running: --stop goes where llama2-serve was started")
         print("the server has stopped")
@@ -57,6 +60,7 @@ def serve(*, config: str | None = None, checkpoint: str | None = None, port: int
     seconds = yaml.safe_load((archive / CONFIG).read_text(encoding="utf-8")).get("startupTimeout", 1200)
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, _end)
+    asked_to_stop.unlink(missing_ok=True)
     try:
         print(f"== start TorchServe; its logs are in {folder}/logs")
         server.start(model_store=archive.parent, model=MODEL)
@@ -64,7 +68,11 @@ def serve(*, config: str | None = None, checkpoint: str | None = None, port: int
         _show(server)
         while server.running:
             time.sleep(2)
-        raise ServerError(f"TorchServe has ended: --stop was used elsewhere, or {folder}/logs/ts_log.log says why")
+        raise ServerError(f"TorchServe has ended: {folder}/logs/ts_log.log says why")
+    except ServerError:
+        if not asked_to_stop.exists():
+            raise
+        print("the server was stopped from elsewhere")
     finally:
         if server.stop():
             print("the server has stopped")

@@ -123,8 +123,8 @@ def started() -> Iterator[list[subprocess.Popen[str]]]:
         one.communicate(timeout=60)
 
 
-def start(commands: list[subprocess.Popen[str]], project: Path, port: int) -> subprocess.Popen[str]:
-    command = [sys.executable, "-m", "handler.torchserve.server.command", "--port", str(port)]
+def start(commands: list[subprocess.Popen[str]], project: Path, port: int, *options: str) -> subprocess.Popen[str]:
+    command = [sys.executable, "-m", "handler.torchserve.server.command", "--port", str(port), *options]
     environ = {**os.environ, "PYTHONPATH": str(ROOT)}
     commands.append(
         subprocess.Popen(command, cwd=project, env=environ, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
@@ -163,6 +163,28 @@ def test_it_serves_from_any_folder_until_it_is_told_to_end(project: Path, starte
     assert process.wait(60) == 0
     assert not psutil.wait_procs(family, timeout=10)[1]
     Ports.counted_from(port).check_free()
+
+
+@pytest.mark.integration
+@pytest.mark.parametrize("sign", ["== wait until", "Ctrl-C"], ids=["loading", "serving"])
+def test_a_stop_from_another_shell_is_no_error_and_an_end_of_its_own_is(
+    project: Path, started: list[subprocess.Popen[str]], sign: str
+) -> None:
+    port = free_port()
+    process = start(started, project, port)
+    read_until(process, sign)
+    stop = start(started, project, port, "--stop")
+    assert (stop.communicate(timeout=60)[0], stop.returncode) == ("the server has stopped\n", 0)
+    output, _ = process.communicate(timeout=60)
+    assert (output.splitlines()[-1], process.returncode) == ("the server was stopped from elsewhere", 0)
+    if sign == "Ctrl-C":
+        process = start(started, project, port)
+        read_until(process, sign)
+        server = TorchServe(folder=project / f"llama2-serve-{port}", ports=Ports.counted_from(port))
+        server.stop()
+        output, _ = process.communicate(timeout=60)
+        assert process.returncode == 1
+        assert output.splitlines()[-1].startswith("error: TorchServe has ended: ")
 
 
 @pytest.mark.integration
