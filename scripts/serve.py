@@ -39,7 +39,8 @@ def serve(*, quantize: str | None = None, tp: int | None = None, port: int = 808
     """Convert, archive and serve SmolLM2-135M-Instruct, and ask it two things.
 
     Args:
-        quantize: int8, int4 or nf4, or none for bf16; by default the file's own precision, 4 bits with groups' minima.
+        quantize: int8, int4, nf4 or nf4_double, or none for bf16; by default the file's own precision, 4 bits with
+            groups' minima.
         tp: ranks; by default 2, or as many GPUs as there are up to 2. On GPUs where each rank has one, else on the CPU.
         port: of the inference API; the management, metrics and gRPC APIs have the next four.
     """

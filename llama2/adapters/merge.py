@@ -64,7 +64,7 @@ def open_merge(folder: Path | str, source: Source, *, onto: str | None, quantize
     if onto == "quantized" and not quantized and quantize in (None, "none", "gptq"):
         raise ValueError(
             f"--onto quantized needs quantized values, and {path} is stored as {precisions}: convert from the folder "
-            "that the adapter was trained on, or set --quantize to int8, int4 or nf4"
+            "that the adapter was trained on, or set --quantize to int8, int4, nf4 or nf4_double"
         )
     if onto is None and base is not None and is_quantized(base.stored) != quantized:
         raise ValueError(

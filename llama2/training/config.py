@@ -100,7 +100,9 @@ class TrainingConfig:
         InvalidValue: an option is out of range.
     """
 
-    checkpoint_dir: str = _option("", "the folder that convert_checkpoints.py wrote; nf4 in it makes it QLoRA")
+    checkpoint_dir: str = _option(
+        "", "the folder that convert_checkpoints.py wrote; nf4 or nf4_double in it makes it QLoRA"
+    )
     tokenizer_path: str | None = _option(
         None, "tokenizer.model or tokenizer.json; none: the checkpoint's", *_TEXT_OR_NONE
     )

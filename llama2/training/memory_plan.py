@@ -98,7 +98,7 @@ def check(reserved: Mapping[str, int], free: int, config: TrainingConfig) -> Non
     advice = [
         "gradient_checkpointing: true" if not config.gradient_checkpointing else "",
         "a smaller batch_size, with more gradient_accumulation" if config.batch_size > 1 else "a smaller max_length",
-        "a checkpoint converted with --quantize nf4" if "dequantized weight" not in reserved else "",
+        "a checkpoint converted with --quantize nf4_double" if "dequantized weight" not in reserved else "",
         "more ranks",
     ]
     raise ValueError(

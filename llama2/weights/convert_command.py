@@ -62,8 +62,8 @@ def options(
         tokenizer_path: tokenizer.model or tokenizer.json; by default the one in original_ckpt_dir.
         model_parallel_size: how many consolidated.NN.pth there must be; by default as many as there are.
         dtype: bfloat16 (bf16), float16 (fp16) or float32 (fp32); by default the source's.
-        quantize: int8, int4, nf4 or gptq for the weights of all linear layers, none for values in dtype; by default as
-            the source is. gptq needs calibration, and gptqmodel, which make gptq installs.
+        quantize: int8, int4, nf4, nf4_double or gptq for the weights of all linear layers, none for values in dtype; by
+            default as the source is. gptq needs calibration, and gptqmodel, which make gptq installs.
         quantize_head: with it the embedding and the head get int8; --quantize_head=False leaves them in dtype.
         requantize: allow quantize where the source is quantized otherwise, or an adapter is merged into it: errors add
             up.

@@ -23,7 +23,14 @@ from llama2.weights.formats.q8 import Q8
 from llama2.weights.readers import Chunk, Reader, whole
 from llama2.weights.spec import Spec, fitting
 
-PRECISIONS: Mapping[str, Format] = MappingProxyType({"int8": Q8(), "int4": Q4(), "nf4": Lut4(table="nf4")})
+PRECISIONS: Mapping[str, Format] = MappingProxyType(
+    {
+        "int8": Q8(),
+        "int4": Q4(),
+        "nf4": Lut4(table="nf4"),
+        "nf4_double": Lut4(table="nf4", scales=torch.uint8),
+    }
+)
 # What gptqmodel is asked for.
 _GPTQ = Q4(zero=8)
 # Values that are quantized at once: as fp32, with a few intermediates, some hundred MB.
@@ -54,7 +61,7 @@ def target(
 
     Args:
         dtype: of the plain values; None: as stored.
-        quantize: "none", "int8", "int4", "nf4" or "gptq"; None: the formats stored. Norms stay plain.
+        quantize: "none", "int8", "int4", "nf4", "nf4_double" or "gptq"; None: the formats stored. Norms stay plain.
         quantize_head: int8 for the embedding and the head, too.
         requantize: allow it where weights are quantized otherwise, or `merged`.
         merged: the weights to which something is added. Of those `stored` these become plain.

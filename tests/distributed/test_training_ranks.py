@@ -65,14 +65,15 @@ def test_every_degree_has_the_gradients_of_one_rank(
                 assert norm == results[0][2]
 
 
-def test_a_quantized_base_is_cut_between_its_groups(tmp_path: Path) -> None:
+@pytest.mark.parametrize("quantize", ["nf4", "nf4_double"])
+def test_a_quantized_base_is_cut_between_its_groups(tmp_path: Path, quantize: str) -> None:
     args = tiny_args(vocab_size=512)
     source = meta_folder(tmp_path / "meta", args, random_weights(args), num_shards=1)
     tiny_sentencepiece(source)
-    convert(source, tmp_path / "nf4", quantize="nf4")
+    convert(source, tmp_path / "quantized", quantize=quantize)
     samples = random_samples([20, 9], args.vocab_size)
-    alone = step(str(tmp_path / "nf4"), options(), samples)
-    compare(run_ranks(2, step, str(tmp_path / "nf4"), options(), samples)[0], alone)
+    alone = step(str(tmp_path / "quantized"), options(), samples)
+    compare(run_ranks(2, step, str(tmp_path / "quantized"), options(), samples)[0], alone)
 
 
 def train(config: TrainingConfig, resume: bool = False) -> tuple[int, float | None]:

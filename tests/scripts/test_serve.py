@@ -106,7 +106,7 @@ def test_a_running_server_is_not_kept_after_an_edit_of_what_is_in_its_archive(
     [
         (["--tp", "x"], "TP must be a whole number from 1 to 1024, got 'x'"),
         (["--tp", "0"], "TP must be a whole number from 1 to 1024, got 0"),
-        (["--quantize", "int3"], "QUANTIZE must be none, int8, int4, nf4, got 'int3'"),
+        (["--quantize", "int3"], "QUANTIZE must be none, int8, int4, nf4, nf4_double, got 'int3'"),
         (["--port", "1023"], "the port must be a whole number from 1024 to 65531, got 1023"),
         (["--port", "99999"], "the port must be a whole number from 1024 to 65531, got 99999"),
     ],

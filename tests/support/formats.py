@@ -26,6 +26,7 @@ FORMATS: Mapping[str, Format] = MappingProxyType(
         "q4k of two levels": Q4K(group=32, super_group=96),
         "q4k of small groups": Q4K(group=16, super_group=96),
         "nf4": Lut4(table="nf4", group=32),
+        "nf4_double": Lut4(table="nf4", group=32, scales=torch.uint8),
         "iq4_nl": Lut4(table="iq4_nl", group=32, scales=torch.float16),
     }
 )

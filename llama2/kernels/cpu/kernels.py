@@ -106,7 +106,8 @@ class CpuKernels(PlainKernels):
             return torch.ops.llama2_cpu.prepare_bf16(weight.parts["weight"])
         if self._dtype == torch.bfloat16 and _has_product(weight):
             parts = {name: part.view(len(part), -1) for name, part in weight.parts.items()}
-            others = (parts.get(name) for name in ("zeros", "mins", "super_scales", "super_mins"))
+            super_scales = parts.get("super_scales", parts.get("output_scales"))
+            others = (parts.get("zeros"), parts.get("mins"), super_scales, parts.get("super_mins"))
             return torch.ops.llama2_cpu.prepare_quantized(
                 parts["codes"], parts["scales"], *others, _table(weight.format), self._rounds
             )

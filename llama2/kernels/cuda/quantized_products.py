@@ -1,9 +1,9 @@
 """Owns products with quantized weights on a GPU, as Triton kernels: codes become values in registers.
 
 For few rows a kernel multiplies by the codes themselves, so that a product's time is that of their way through memory.
-Codes are exact in 16 bits, sums are in fp32, and each group's sum is multiplied by its scale: only the values of a
-table are rounded. Each row is computed by itself, in the same order for every number of rows. For more rows the values
-are written out, in 16 bits.
+Codes are exact in 16 bits, sums are in fp32, and each group's sum is multiplied by its scale, an output's at the end by
+that of the output, if it has one: only the values of a table are rounded. Each row is computed by itself, in the same
+order for every number of rows. For more rows the values are written out, in 16 bits.
 
 Shape suffixes in the kernels: W warps, each with a block of inputs of its own, K inputs of a chunk, M outputs of a
 tile, R rows of x.
@@ -90,7 +90,7 @@ def dequantize(weight: Quantized, first_tile: int, out_FC: torch.Tensor, *, pdl:
 
 
 def _parts(weight: Quantized) -> tuple[torch.Tensor | None, ...]:
-    names = ("codes", "scales", "zeros", "mins", "super_scales", "super_mins")
+    names = ("codes", "scales", "zeros", "mins", "super_scales", "super_mins", "output_scales")
     return (*(weight.parts.get(name) for name in names), weight.table)
 
 
@@ -117,6 +117,7 @@ def _linear_quantized(
     mins,
     super_scales,
     super_mins,
+    output_scales,
     table,
     out,
     bias,
@@ -154,6 +155,7 @@ def _linear_quantized(
     weight = empty()
     next_weight = empty()
     sums = empty()
+    scales_of_outputs = empty()
     for index in tl.static_range(TILES):
         # A tile too many is the last one again, and is not written.
         tile = tile + (program + index * (tiles // 2) if GATED else min(program * TILES + index, tiles - 1),)
@@ -165,6 +167,8 @@ def _linear_quantized(
                        C, BITS, BLOCK, CHUNK, GROUP, SUPER_GROUP, W)  # fmt: skip
         next_weight = next_weight + (parts,)
         sums = sums + (tl.zeros((W, 16, PADDED_R), tl.float32),)
+        if output_scales is not None:
+            scales_of_outputs = scales_of_outputs + (tl.load(output_scales + tile[index] * 16 + tl.arange(0, 16)),)
     await_earlier(PDL)
     dtype: tl.constexpr = out.dtype.element_ty
     words = _fetch_x(x, 0, rows, PADDED_R, C, BLOCK, W)
@@ -206,15 +210,19 @@ def _linear_quantized(
         weight = next_weight
         next_weight = last_weight
         words = next_words
+    totals = empty()
+    for index in tl.static_range(TILES):
+        total_MR = tl.sum(sums[index], 0)
+        if output_scales is not None:
+            total_MR *= scales_of_outputs[index][:, None]
+        totals = totals + (total_MR,)
     row_R = tl.arange(0, PADDED_R)
     if GATED:
-        gate_MR = tl.sum(sums[0], 0)
-        up_MR = tl.sum(sums[1], 0)
-        _store(out, silu(gate_MR) * up_MR, tile[0], row_R, outputs, out_stride, rows)
+        _store(out, silu(totals[0]) * totals[1], tile[0], row_R, outputs, out_stride, rows)
     else:
         for index in tl.static_range(TILES):
             if program * TILES + index < tiles:
-                _store(out, tl.sum(sums[index], 0), tile[index], row_R, outputs, out_stride, rows)
+                _store(out, totals[index], tile[index], row_R, outputs, out_stride, rows)
 
 
 @triton.jit(do_not_specialize=["first_tile"])
@@ -225,6 +233,7 @@ def _dequantize(
     mins,
     super_scales,
     super_mins,
+    output_scales,
     table,
     out,
     bias,
@@ -256,6 +265,9 @@ def _dequantize(
     scale_WMH1 = _both(weight, 1, BLOCK // CHUNK, per_chunk)
     if super_scales is not None:
         scale_WMH1 = scale_WMH1 * _both(weight, 3, BLOCK // CHUNK, per_chunk)
+    if output_scales is not None:
+        scale_M = tl.load(output_scales + tile * 16 + tl.arange(0, 16))
+        scale_WMH1 = scale_WMH1 * scale_M[None, :, None, None]
     value_WMHK *= scale_WMH1
     if mins is not None:
         min_WMH1 = _both(weight, 2, BLOCK // CHUNK, per_chunk)

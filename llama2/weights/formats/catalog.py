@@ -63,9 +63,10 @@ def load_formats(folder: Path, names: Iterable[str]) -> dict[str, Format]:
 
 
 def name_of(format: Format) -> str:
-    """What a user calls it: its kind, or the table that it chooses from."""
-    table: str | None = getattr(format, "table", None)
-    return table or str(_describe(format)["format"])
+    """What a user calls it: its kind; or the table that it chooses from, and whether its scales are quantized, too."""
+    if isinstance(format, Lut4):
+        return f"{format.table}_double" if format.is_double else format.table
+    return str(_describe(format)["format"])
 
 
 def _describe(format: Format) -> dict[str, Any]:
@@ -92,6 +93,8 @@ def _read(description: Mapping[str, Any]) -> Format:
     if values.get("table", "nf4") not in TABLES:
         raise ValueError(f"table must be one of {', '.join(TABLES)}, got {values['table']!r}")
     if "scales" in values:
-        values["scales"] = getattr(torch, read_dtype(values["scales"], "scales") or "float32")
+        is_double = (kind, values["scales"]) == ("lut4", "uint8")
+        name = "uint8" if is_double else read_dtype(values["scales"], "scales")
+        values["scales"] = getattr(torch, name or "float32")
     result: Format = _KINDS[kind](**values)
     return result

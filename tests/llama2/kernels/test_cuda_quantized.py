@@ -33,6 +33,7 @@ ALL_FORMATS = {
     "q4 of groups of 64": Q4(group=64),
     "q4k of large groups": Q4K(group=64, super_group=192),
     **{f"{table} of groups of 64": Lut4(table=table, group=64) for table in TABLES},
+    "nf4_double of groups of 64": Lut4(table="nf4", group=64, scales=torch.uint8),
 }
 
 
@@ -122,7 +123,7 @@ def test_several_weights_of_one_input_are_one(kernels: CudaKernels, rows: int) -
     assert torch.equal(kernels.linear(x, prepared(kernels, *weights)), expected)
 
 
-@pytest.mark.parametrize("name", ["q8 of small groups", "q4", "q4k of two levels", "nf4"])
+@pytest.mark.parametrize("name", ["q8 of small groups", "q4", "q4k of two levels", "nf4", "nf4_double"])
 def test_a_prepared_weight_takes_no_memory(kernels: CudaKernels, name: str) -> None:
     """Where outputs fill tiles."""
     with torch.inference_mode(False):

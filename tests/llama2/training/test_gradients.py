@@ -147,13 +147,14 @@ def test_the_loss_does_not_depend_on_how_many_rows_are_computed_at_once(
     assert largest_difference(others, gradients) < 1e-5
 
 
-def test_a_quantized_base_has_the_gradients_of_its_values(tmp_path: Path) -> None:
+@pytest.mark.parametrize("quantize", ["nf4", "nf4_double"])
+def test_a_quantized_base_has_the_gradients_of_its_values(tmp_path: Path, quantize: str) -> None:
     """QLoRA: nf4 as it is stored, and a checkpoint of the values that it stands for."""
     args = tiny_args(vocab_size=512)
     source = meta_folder(tmp_path / "meta", args, random_weights(args), num_shards=1)
     tiny_sentencepiece(source)
-    quantized, values = tmp_path / "nf4", tmp_path / "values"
-    convert(source, quantized, quantize="nf4")
+    quantized, values = tmp_path / quantize, tmp_path / "values"
+    convert(source, quantized, quantize=quantize)
     convert(quantized, values, quantize="none")
     samples = random_samples([20, 9], args.vocab_size)
     ours, gradients, _ = one_step(quantized, ALL, samples)

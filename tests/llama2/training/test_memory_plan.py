@@ -64,6 +64,7 @@ def test_7b_in_nf4_fits_on_a_gpu_of_8_gb() -> None:
     assert sum(plan(LLAMA_7B, quantize="nf4").values()) < 8e9
     assert sum(plan(LLAMA_7B, quantize="nf4", preset="seed001", rank=64).values()) < 8e9
     assert sum(plan(LLAMA_7B, quantize="nf4", rank=64, optimizer="paged_adamw_8bit").values()) < 8e9
+    assert sum(plan(LLAMA_7B, quantize="nf4_double").values()) < 5.9e9
     assert sum(plan(LLAMA_7B).values()) > 14e9
 
 
@@ -80,7 +81,7 @@ def test_what_does_not_fit_is_refused_with_what_to_change() -> None:
     check(reserved, sum(reserved.values()), config)
     with pytest.raises(ValueError, match=r"needs \d+ MiB, and \d+ MiB are free: weights") as caught:
         check(reserved, sum(reserved.values()) - 1, config)
-    for advice in ("gradient_checkpointing: true", "a smaller batch_size", "--quantize nf4", "more ranks"):
+    for advice in ("gradient_checkpointing: true", "a smaller batch_size", "--quantize nf4_double", "more ranks"):
         assert advice in str(caught.value)
 
 

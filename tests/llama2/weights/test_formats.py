@@ -39,6 +39,7 @@ FORMATS: list[tuple[Format, dict[str, float]]] = [
     (Q4K(group=16), {"scales": 0.02, "mins": -0.15}),
     (Q4K(group=16, super_group=32), {"super_scales": 2e-4, "super_mins": -1e-3}),
     (Lut4(table="nf4", group=16), {"scales": 0.2}),
+    (Lut4(table="nf4", group=16, scales=torch.uint8), {"output_scales": 2e-3}),
 ]
 # A layer for each. Heads of 8 features are narrower than a group; 16 groups of hidden features are 6, 6 and 4 on 3
 # ranks.
@@ -187,7 +188,8 @@ def test_a_degree_that_groups_exclude_is_refused_with_both() -> None:
         ('[{"format": "q4", "zero": -1, "weights": ["output"]}]', "zero must be 0 to 16"),
         ('[{"format": "lut4", "table": "x", "weights": ["output"]}]', "table must be one of nf4"),
         ('[{"format": "lut4", "table": [], "weights": ["output"]}]', "is damaged"),
-        ('[{"format": "q8", "scales": "int8", "weights": ["output"]}]', "scales must be bfloat16"),
+        ('[{"format": "q8", "scales": "uint8", "weights": ["output"]}]', "scales must be bfloat16"),
+        ('[{"format": "lut4", "table": "nf4", "scales": "int8", "weights": ["output"]}]', "scales must be bfloat16"),
         ('[{"format": "q8", "color": 1, "weights": ["output"]}]', "is damaged"),
         ('[{"format": "q8", "weights": ["norm.color"]}]', "'norm.color' is no weight"),
         ('[{"format": "q8", "weights": ["output", "output"]}]', "or in it twice"),
