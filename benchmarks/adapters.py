@@ -5,14 +5,20 @@
 The two take turns, step by step, in one process, on random weights and no scheduler. A figure is the median over the
 rounds of the ratio of their tokens per second; above 1 would be faster than without. With one thread processor time is
 taken, which other programs on the machine change less than the time on the clock. Targets are in `CELLS`.
+
+The last row is of whole requests to whole engines: for 16 adapters of 1,000 that are registered by name, while others
+fill host memory, beside the same for 16 that are all there are.
 """
 
 from __future__ import annotations
 
 import statistics
+import tempfile
 import time
 from array import array
+from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 import torch.distributed as dist
@@ -22,14 +28,17 @@ from benchmarks.engines import RandomModel
 from benchmarks.results import RESULTS, save
 from benchmarks.shapes import find_shape
 from benchmarks.tables import table
+from handler.adapters import Adapters
 from llama2.adapters.adapter import Adapter, LoraPair
 from llama2.adapters.config import ALL_LINEAR, AdapterConfig
-from llama2.adapters.format import targets
-from llama2.adapters.slots import AdapterSlots
+from llama2.adapters.format import targets, write_adapter
 from llama2.adapters.store import AdapterStore
 from llama2.config import EngineConfig, ModelArgs
+from llama2.engine.engine import HELD_ADAPTERS
 from llama2.engine.runner import Runner
+from llama2.engine.sampling_params import SamplingParams
 from llama2.engine.scheduler import Chunk, Plan
+from llama2.engine.sequence import Request
 from llama2.flags import check_counts, run
 from llama2.kv_cache import KVCache
 from llama2.parallel.process_group import init_process_group
@@ -68,6 +77,9 @@ class Cell:
         )
 
 
+ACTIVE, REGISTERED, WANTED_OF_REGISTERED = 16, 1000, 0.95
+NEW_TOKENS = 32  # and as many of the prompt
+NAME_OF_REGISTERED = f"requests for {ACTIVE} adapters of {REGISTERED} registered, beside {ACTIVE} registered"
 QUERY_VALUE = ("q_proj", "v_proj")
 CELLS = (
     Cell(sequences=1, adapters=1),
@@ -89,7 +101,7 @@ def ratios(model: RandomModel, cell: Cell, *, rank: int, max_rank: int, rounds: 
     cache = KVCache(
         args, num_blocks=blocks, block_size=BLOCK_SIZE, n_kv_heads=args.n_kv_heads, dtype=dtype, device=device
     )
-    slots = AdapterSlots(args, model.mesh, {}, num_slots=cell.adapters, max_rank=max_rank, dtype=dtype, device=device)
+    slots = model.slots(cell.adapters, max_rank=max_rank)
     share = slots.take(random_adapter(args, AdapterConfig(r=rank, target_modules=cell.modules)))
     for slot in range(cell.adapters):
         slots.put(slot, share)
@@ -112,12 +124,75 @@ def ratios(model: RandomModel, cell: Cell, *, rank: int, max_rank: int, rounds: 
     return found
 
 
-def random_adapter(args: ModelArgs, config: AdapterConfig) -> Adapter:
+class Server:
+    """An engine, and `registered` adapters by name, of which requests ask for ACTIVE."""
+
+    def __init__(self, model: RandomModel, place: Path, registered: int, config: EngineConfig) -> None:
+        """`place` has ACTIVE adapters, by their numbers: more are these under other names."""
+        folder = place / f"{registered}-registered"
+        folder.mkdir()
+        for index in range(registered):
+            (folder / f"adapter-{index}").symlink_to(place / str(index % ACTIVE))
+        start = time.perf_counter()
+        self._adapters = Adapters(folder)
+        self.start_seconds = time.perf_counter() - start
+        self._engine = model.engine(config)
+        names = self._adapters.names
+        self._names = names[: ACTIVE * (registered // ACTIVE) : registered // ACTIVE]
+        self._answer(names[:HELD_ADAPTERS], new_tokens=1)  # host memory is full
+        self.run()
+
+    def run(self) -> None:
+        """A request for each adapter, to the last token."""
+        self._answer(self._names, new_tokens=NEW_TOKENS)
+
+    def _answer(self, names: Sequence[str], *, new_tokens: int) -> None:
+        params = SamplingParams(temperature=0, max_new_tokens=new_tokens, ignore_eos=True)
+        for index, name in enumerate(names):
+            request = Request(
+                request_id=str(index),
+                prompt_ids=(1 + index,) * NEW_TOKENS,
+                params=params,
+                adapter=self._adapters.named(name),
+            )
+            self._engine.add(request)
+        while self._engine.has_work:
+            for output in self._engine.step():
+                assert output.finish_reason != "error", output.problem
+
+
+def ratios_of_registered(
+    model: RandomModel, *, rank: int, max_rank: int, rounds: int, one_thread: bool
+) -> tuple[list[float], float]:
+    """Seconds of requests where ACTIVE adapters are registered, over those of the same where REGISTERED are, of each
+    round; and the seconds that it takes to register these.
+    """
+    config = EngineConfig(
+        max_seq_len=2 * NEW_TOKENS, max_batch_size=ACTIVE, max_loras=ACTIVE, max_lora_rank=max_rank, prefix_cache=False
+    )
+    args, adapter_config = model.model.args, AdapterConfig(r=rank)
+    clock, found = time.thread_time if one_thread else time.perf_counter, []
+    with tempfile.TemporaryDirectory() as folder:
+        for index in range(ACTIVE):
+            pairs = random_adapter(args, adapter_config, model.model.dtype).pairs
+            write_adapter(Path(folder, str(index)), pairs, adapter_config, args)
+        servers = [Server(model, Path(folder), count, config) for count in (ACTIVE, REGISTERED)]
+        for index in tqdm(range(rounds), desc=NAME_OF_REGISTERED, leave=False, disable=None):
+            taken = [0.0, 0.0]
+            for which in (0, 1) if index % 2 else (1, 0):
+                start = clock()
+                servers[which].run()
+                taken[which] = clock() - start
+            found.append(taken[0] / taken[1])
+    return found, servers[1].start_seconds
+
+
+def random_adapter(args: ModelArgs, config: AdapterConfig, dtype: torch.dtype = torch.float32) -> Adapter:
     shapes = hf_shapes(args)
     pairs = {
         weight: LoraPair(
-            a_RC=torch.randn(target.rank, shapes[weight][1]) / shapes[weight][1] ** 0.5,
-            b_FR=torch.randn(shapes[weight][0], target.rank) / 100,
+            a_RC=(torch.randn(target.rank, shapes[weight][1]) / shapes[weight][1] ** 0.5).to(dtype),
+            b_FR=(torch.randn(shapes[weight][0], target.rank) / 100).to(dtype),
             scaling=target.scaling,
         )
         for weight, target in targets(config, args).items()
@@ -148,7 +223,7 @@ def benchmark(
         dtype: bfloat16 or float32.
         rank: that of the adapters.
         max_rank: that for which slots have room.
-        rounds: steps with and without, each; of prompts a tenth.
+        rounds: steps with and without, each; of prompts and of whole requests a tenth.
         threads: PyTorch's; by default as many as it takes.
         device: cpu or cuda.
         out: the JSON file to write.
@@ -166,13 +241,21 @@ def benchmark(
         find_shape(shape), EngineConfig(max_seq_len=longest), dtype=DTYPES[dtype], device=torch.device(device)
     )
     figures, rows = [], []
+
+    def record(name: str, found: list[float], wanted: float | None, **others: float) -> None:
+        figures.append({"cell": name, "ratios": found, "median": statistics.median(found), **others})
+        low, middle, high = statistics.quantiles(found, n=4) if len(found) > 1 else found * 3
+        rows.append([name, f"{middle:.3f}", f"{low:.3f} to {high:.3f}", str(wanted or "")])
+
+    one_thread = device == "cpu" and torch.get_num_threads() == 1
     for cell in CELLS:
         count = rounds if cell.length == 1 else -(-rounds // 10)
-        one_thread = device == "cpu" and torch.get_num_threads() == 1
         found = ratios(model, cell, rank=rank, max_rank=max_rank, rounds=count, one_thread=one_thread)
-        figures.append({"cell": name_of(cell), "ratios": found, "median": statistics.median(found)})
-        low, middle, high = statistics.quantiles(found, n=4) if len(found) > 1 else found * 3
-        rows.append([name_of(cell), f"{middle:.3f}", f"{low:.3f} to {high:.3f}", str(cell.wanted or "")])
+        record(name_of(cell), found, cell.wanted)
+    found, seconds = ratios_of_registered(
+        model, rank=rank, max_rank=max_rank, rounds=-(-rounds // 10), one_thread=one_thread
+    )
+    record(NAME_OF_REGISTERED, found, WANTED_OF_REGISTERED, start_seconds=seconds)
     print(table(["step", "with / without", "quartiles", "target"], rows))
     settings = {"shape": shape, "dtype": dtype, "rank": rank, "max_rank": max_rank, "rounds": rounds}
     print(f"written to {save(out, 'adapters', {**settings, 'threads': torch.get_num_threads()}, figures)}")

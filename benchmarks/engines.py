@@ -20,6 +20,8 @@ from torch.distributed.tensor import DTensor
 
 from benchmarks.limits import Sizes, read_parameters
 from benchmarks.peers.protocol import Done, Work
+from llama2.adapters.slots import AdapterSlots
+from llama2.adapters.store import AdapterStore
 from llama2.config import EngineConfig, ModelArgs
 from llama2.engine.engine import Engine
 from llama2.engine.loading import build_engine
@@ -179,9 +181,22 @@ class RandomModel:
         self._tokenizer = MadeUpTokenizer(args.vocab_size)
 
     def engine(self, config: EngineConfig) -> Engine:
-        """Its max_seq_len is at most the model's."""
+        """Its max_seq_len is at most the model's. Its slots take any adapter of the shape."""
         with undivided():
-            return build_engine(self.model, self.mesh, self._collectives, tokenizer=self._tokenizer, config=config)
+            adapters = None
+            if config.max_loras:
+                slots = self.slots(config.max_loras, max_rank=config.max_lora_rank)
+                adapters = AdapterStore(self.model.args, slots, None, is_sorted=False)
+            return build_engine(
+                self.model, self.mesh, self._collectives, tokenizer=self._tokenizer, config=config, adapters=adapters
+            )
+
+    def slots(self, count: int, *, max_rank: int) -> AdapterSlots:
+        """Memory for `count` adapters."""
+        model = self.model
+        return AdapterSlots(
+            model.args, self.mesh, {}, num_slots=count, max_rank=max_rank, dtype=model.dtype, device=model.device
+        )
 
 
 def _draw(weights: Mapping[str, DTensor]) -> None:
