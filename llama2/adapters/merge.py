@@ -13,6 +13,7 @@ from typing import Literal, get_args
 from llama2.adapters.adapter import HIDDEN, Adapter, LoraPair
 from llama2.adapters.format import Base, check_fits, read_adapter, read_base
 from llama2.adapters.reference import AdapterRef
+from llama2.errors import InvalidValue
 from llama2.weights.certificate import Identity
 from llama2.weights.manifest import MANIFEST_FILE
 from llama2.weights.origin import SORTED, Merged, Stored, is_quantized
@@ -52,7 +53,10 @@ def open_merge(folder: Path | str, source: Source, *, onto: str | None, quantize
     """
     if onto is not None and onto not in get_args(Onto):
         raise ValueError(f"--onto must be {' or '.join(get_args(Onto))}, got {onto!r}")
-    AdapterRef.of(folder)  # names the option, where there is no adapter
+    try:
+        AdapterRef.of(folder)
+    except InvalidValue as error:
+        raise ValueError(f"--adapter {error.problem}") from None
     reader, stored = source.reader, source.origin[-1]
     adapter, base = read_adapter(folder, reader.spec.args), read_base(folder)
     path, precisions, quantized = reader.path, _words(stored), is_quantized(stored)

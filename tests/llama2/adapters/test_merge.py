@@ -235,7 +235,7 @@ def test_what_cannot_be_compared_is_said(
 
 def test_a_folder_that_is_no_adapter_is_named_with_its_option(models: Path, tmp_path: Path) -> None:
     for folder in (tmp_path / "nothere", models / "plain"):
-        with pytest.raises(ValueError, match=r"^adapter must be a folder with adapter_config.json and .*, got '/"):
+        with pytest.raises(ValueError, match=r"^--adapter must be a folder with adapter_config.json and .*, got '/"):
             convert(models / "plain", tmp_path / "out", adapter=folder)
 
 
