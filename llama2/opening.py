@@ -38,12 +38,11 @@ def open_model(
     """
     if checkpoint_dir is not None and model is not None:
         raise InvalidValue("model", "is a second name of checkpoint_dir: give one of them")
+    config = _engine_config(options)  # before the folder, whose name may be what is misspelt
     folder = model if checkpoint_dir is None else checkpoint_dir
     if folder is None:
         raise InvalidValue("checkpoint_dir", "is missing: it is the folder that convert_checkpoints.py wrote")
-    engine = load_engine(
-        folder, tokenizer_path=tokenizer_path, dtype=dtype, device=device, config=_engine_config(options)
-    )
+    engine = load_engine(folder, tokenizer_path=tokenizer_path, dtype=dtype, device=device, config=config)
     return engine, ArgumentReader(engine.tokenizer, engine.limits)
 
 

@@ -5,6 +5,7 @@ Knows no model and no vocabulary file: it asks the tokenizer for each token's by
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -19,7 +20,7 @@ class TextStream:
     longest. What is shown therefore does not depend on how the text was split into tokens.
     """
 
-    def __init__(self, tokenizer: Tokenizer, *, stop: tuple[str, ...] = (), continues_prompt: bool = True) -> None:
+    def __init__(self, tokenizer: Tokenizer, *, stop: Sequence[str] = (), continues_prompt: bool = True) -> None:
         """`continues_prompt` False: a new text, without the space that SentencePiece puts before a first word."""
         self.stopped = False
         self._tokenizer = tokenizer

@@ -59,6 +59,8 @@ def test_the_folder_has_a_second_name_and_may_not_be_missing(folder: Path) -> No
     for make in (LLM, AsyncLLM):
         with pytest.raises(ValueError, match="checkpoint_dir is missing: it is the folder that convert_checkpoints"):
             make(max_seq_len=32)
+        with pytest.raises(ValueError, match="modell is an unknown name: did you mean 'model'"):
+            make(modell=folder)
         with pytest.raises(ValueError, match=r"checkpoint_dir '/no/where' does not exist"):
             make(model="/no/where")
 

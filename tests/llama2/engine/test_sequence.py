@@ -155,5 +155,6 @@ def test_numbers_of_numpy_and_lists_become_plain_values() -> None:
 def test_top_k_of_minus_one_is_off_and_max_tokens_a_second_name() -> None:
     assert SamplingParams(top_k=-1) == SamplingParams(top_k=0)
     assert SamplingParams(max_tokens=5) == SamplingParams(max_new_tokens=5)  # type checkers know it, too
+    assert SamplingParams(stop="a") == SamplingParams(stop=["a"]) == SamplingParams(stop=("a",))  # and these types
     with pytest.raises(InvalidValue, match=r"max_token is an unknown name: did you mean 'max_tokens'\?"):
         SamplingParams(max_token=5)  # type: ignore[call-arg]
