@@ -7,7 +7,8 @@ rounds of the ratio of their tokens per second; above 1 would be faster than wit
 taken, which other programs on the machine change less than the time on the clock. Targets are in `CELLS`.
 
 The last row is of whole requests to whole engines: for 16 adapters of 1,000 that are registered by name, while others
-fill host memory, beside the same for 16 that are all there are.
+fill host memory, beside the same for 16 that are all there are. Then 16 loads, one after the other, beside decoding
+sequences, on the clock.
 """
 
 from __future__ import annotations
@@ -32,13 +33,14 @@ from handler.adapters import Adapters
 from llama2.adapters.adapter import Adapter, LoraPair
 from llama2.adapters.config import ALL_LINEAR, AdapterConfig
 from llama2.adapters.format import targets, write_adapter
+from llama2.adapters.reference import AdapterRef
 from llama2.adapters.store import AdapterStore
 from llama2.config import EngineConfig, ModelArgs
 from llama2.engine.engine import HELD_ADAPTERS
 from llama2.engine.runner import Runner
 from llama2.engine.sampling_params import SamplingParams
 from llama2.engine.scheduler import Chunk, Plan
-from llama2.engine.sequence import Request
+from llama2.engine.sequence import Errand, Output, Request
 from llama2.flags import check_counts, run
 from llama2.kv_cache import KVCache
 from llama2.parallel.process_group import init_process_group
@@ -78,6 +80,7 @@ class Cell:
 
 
 ACTIVE, REGISTERED, WANTED_OF_REGISTERED = 16, 1000, 0.95
+BESIDE_LOADS = 8
 NEW_TOKENS = 32  # and as many of the prompt
 NAME_OF_REGISTERED = f"requests for {ACTIVE} adapters of {REGISTERED} registered, beside {ACTIVE} registered"
 QUERY_VALUE = ("q_proj", "v_proj")
@@ -187,6 +190,39 @@ def ratios_of_registered(
     return found, servers[1].start_seconds
 
 
+def seconds_of_loads(model: RandomModel, *, rank: int, max_rank: int) -> dict[str, list[float]]:
+    """Of ACTIVE loads beside BESIDE_LOADS sequences that decode: until requests have the adapter, and of the longest
+    step meanwhile; and of as many steps before.
+    """
+    config = EngineConfig(max_seq_len=1024, max_batch_size=BESIDE_LOADS, max_loras=ACTIVE, max_lora_rank=max_rank)
+    engine, args, adapter_config = model.engine(config), model.model.args, AdapterConfig(r=rank)
+    params = SamplingParams(temperature=0, max_new_tokens=1024 - NEW_TOKENS, ignore_eos=True)
+    for index in range(BESIDE_LOADS):
+        prompt = (1 + index,) * NEW_TOKENS
+        engine.add(Request(request_id=str(index), prompt_ids=prompt, params=params))
+
+    def step() -> tuple[float, list[Output]]:
+        start = time.perf_counter()
+        outputs = engine.step()
+        return time.perf_counter() - start, outputs
+
+    found: dict[str, list[float]] = {"step": [step()[0] for _ in range(2 * ACTIVE)][ACTIVE:], "load": [], "longest": []}
+    with tempfile.TemporaryDirectory() as folder:
+        for index in range(ACTIVE):
+            pairs = random_adapter(args, adapter_config, model.model.dtype).pairs
+            write_adapter(Path(folder, str(index)), pairs, adapter_config, args)
+            errand = Errand(request_id=f"load {index}", kind="load", adapter=AdapterRef.of(Path(folder, str(index))))
+            engine.run_errand(errand)
+            steps, is_there = [], False
+            while not is_there:
+                seconds, outputs = step()
+                steps.append(seconds)
+                is_there = any(output.request_id == errand.request_id for output in outputs)
+            found["load"].append(sum(steps))
+            found["longest"].append(max(steps))
+    return found
+
+
 def random_adapter(args: ModelArgs, config: AdapterConfig, dtype: torch.dtype = torch.float32) -> Adapter:
     shapes = hf_shapes(args)
     pairs = {
@@ -256,7 +292,11 @@ def benchmark(
         model, rank=rank, max_rank=max_rank, rounds=-(-rounds // 10), one_thread=one_thread
     )
     record(NAME_OF_REGISTERED, found, WANTED_OF_REGISTERED, start_seconds=seconds)
+    loads = seconds_of_loads(model, rank=rank, max_rank=max_rank)
+    figures.append({"cell": f"loads beside {BESIDE_LOADS} sequences", "seconds": loads})
     print(table(["step", "with / without", "quartiles", "target"], rows))
+    medians = {name: f"{1000 * statistics.median(seconds):.1f} ms" for name, seconds in loads.items()}
+    print(f"a load {medians['load']}, its longest step {medians['longest']}, a step without {medians['step']}")
     settings = {"shape": shape, "dtype": dtype, "rank": rank, "max_rank": max_rank, "rounds": rounds}
     print(f"written to {save(out, 'adapters', {**settings, 'threads': torch.get_num_threads()}, figures)}")
 
