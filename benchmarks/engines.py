@@ -22,7 +22,7 @@ from benchmarks.limits import Sizes, read_parameters
 from benchmarks.peers.protocol import Done, Work
 from llama2.adapters.slots import AdapterSlots
 from llama2.adapters.store import AdapterStore
-from llama2.config import EngineConfig, ModelArgs
+from llama2.config import LORA_RANK, EngineConfig, ModelArgs
 from llama2.engine.engine import Engine
 from llama2.engine.loading import build_engine
 from llama2.engine.sampling_params import SamplingParams
@@ -185,7 +185,7 @@ class RandomModel:
         with undivided():
             adapters = None
             if config.max_loras:
-                slots = self.slots(config.max_loras, max_rank=config.max_lora_rank)
+                slots = self.slots(config.max_loras, max_rank=config.max_lora_rank or LORA_RANK)
                 adapters = AdapterStore(self.model.args, slots, None, is_sorted=False)
             return build_engine(
                 self.model, self.mesh, self._collectives, tokenizer=self._tokenizer, config=config, adapters=adapters

@@ -5,18 +5,17 @@ Knows no metric.
 
 from __future__ import annotations
 
-import json
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import groupby
-from pathlib import Path
 from typing import Any
 
 from evaluation.config import Run, Settings
 from evaluation.inputs import Inputs
 from evaluation.prompts import Prompter, draw_examples
 from llama2 import LLM
+from llama2.adapters.config import AdapterConfig
 from llama2.errors import InvalidValue
 
 
@@ -42,8 +41,8 @@ def run_all(settings: Settings, runs: Sequence[Run], inputs: Inputs) -> Iterator
     """
     for folder, group in groupby(runs, lambda run: run.checkpoint or settings.checkpoint):
         same = list(group)
-        adapters = [run.adapter for run in same if run.adapter is not None]
-        slots = {"max_loras": 1, "max_lora_rank": max(map(highest_rank, adapters))} if adapters else {}
+        ranks = [AdapterConfig.load(run.adapter).highest_rank for run in same if run.adapter is not None]
+        slots = {"max_loras": 1, "max_lora_rank": max(ranks)} if ranks else {}
         with LLM(folder, **{**slots, **settings.engine}) as llm:
             for run in same:
                 try:
@@ -87,16 +86,3 @@ def _ask(llm: LLM, settings: Settings, run: Run, inputs: Inputs) -> Replies:
         new_tokens=sum(len(completion.token_ids) for completion in completions),
         documents_cut=sum(prompter.cut(sample.text) != sample.text for sample in inputs.test),
     )
-
-
-def highest_rank(adapter: Path) -> int:
-    """The highest rank of a folder in PEFT's format.
-
-    Raises:
-        ValueError: it is none.
-    """
-    try:
-        config = json.loads((adapter / "adapter_config.json").read_text(encoding="utf-8"))
-        return max(map(int, (config["r"], *(config.get("rank_pattern") or {}).values())))
-    except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
-        raise ValueError(f"{adapter} is no adapter in PEFT's format: {error}") from None

@@ -14,10 +14,12 @@ from typing import Any
 from handler.errors import RequestError
 from llama2.adapters.config import CONFIG_FILE, AdapterConfig
 from llama2.adapters.reference import AdapterRef
+from llama2.config import LORA_RANK
 from llama2.errors import InvalidValue, shown
 
 logger = logging.getLogger(__name__)
 
+HIGHEST_RANK = 64  # for which a server makes room unless it is told to
 MAX_NAMES = 32  # that a message lists
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.\-]{0,127}")
 
@@ -37,20 +39,25 @@ class Adapters:
         """Each subfolder of `folder` that has a config is an adapter of that name, but for hidden ones, which may be
         half written; None: there are none.
 
-        `can_change`: clients may load and unload. None may have a higher rank than `max_rank`.
+        `can_change`: clients may load and unload. None may have a higher rank than `max_rank`; None: than the highest
+        in the folder, up to `HIGHEST_RANK`; where clients may load others, at least `LORA_RANK`.
         """
         self._folder = None if folder is None else folder.resolve()
         self._can_change = can_change
-        self._max_rank = max_rank
+        self.max_rank = max_rank or HIGHEST_RANK
+        ranks = []
         self._lock = threading.Lock()
         self._refs: dict[str, AdapterRef] = {}
         self._loaded: set[str] = set()  # those of them that clients have loaded
         for config in sorted(self._folder.glob(f"[!.]*/{CONFIG_FILE}")) if self._folder else ():
             name = config.parent.name
             try:
-                self._refs[name] = self._read(name, config.parent)
+                self._refs[name], rank = self._read(name, config.parent)
+                ranks.append(rank)
             except ValueError as error:
                 logger.warning("the adapter %s is left out: %s", name, error)
+        if max_rank is None:
+            self.max_rank = max((*ranks, LORA_RANK) if can_change or not ranks else ranks)
 
     @property
     def names(self) -> list[str]:
@@ -106,7 +113,7 @@ class Adapters:
         if place == self._folder or not place.is_relative_to(self._folder):
             raise InvalidValue("lora_path", f"must be below the server's adapters_dir, got {shown(path)}")
         try:
-            return self._read(name, place)
+            return self._read(name, place)[0]
         except InvalidValue as error:
             raise InvalidValue("lora_path", error.problem) from None
         except ValueError as error:
@@ -142,12 +149,14 @@ class Adapters:
                 code="not_allowed",
             )
 
-    def _read(self, name: str, folder: Path) -> AdapterRef:
+    def _read(self, name: str, folder: Path) -> tuple[AdapterRef, int]:
+        """An adapter, and its rank."""
         if not _NAME.fullmatch(name):
             raise ValueError(f"an adapter's name must be letters, digits, '-', '_' and '.', got {shown(name)}")
         ref = AdapterRef.of(folder)
-        config = AdapterConfig.load(folder)
-        rank = max(config.r, *config.rank_pattern.values()) if config.rank_pattern else config.r
-        if self._max_rank is not None and rank > self._max_rank:
-            raise ValueError(f"its rank is {rank}, and max_lora_rank is {self._max_rank} in model-config.yaml")
-        return ref
+        rank = AdapterConfig.load(folder).highest_rank
+        if rank > self.max_rank:
+            raise ValueError(
+                f"its rank is {rank}, and there is room for {self.max_rank}: set max_lora_rank in model-config.yaml"
+            )
+        return ref, rank

@@ -11,6 +11,7 @@ import logging
 import threading
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -95,6 +96,12 @@ class Service:
             ValueError: the tokenizer or the model's description is wrong, or a certificate is about other weights.
             EngineFailure: the checkpoint, the degree or a size is; or a rank has died.
         """
+        adapters = Adapters(
+            config.adapters_dir,
+            can_change=config.allow_runtime_lora_updating,
+            max_rank=config.engine.max_lora_rank,
+        )
+        config = config.with_engine(replace(config.engine, max_lora_rank=adapters.max_rank))
         settings = Settings(
             checkpoint_dir=config.converted_ckpt_dir,
             tokenizer_path=config.tokenizer_path,
@@ -107,11 +114,6 @@ class Service:
         served = Served(names=tuple(dict.fromkeys(names)), system_fingerprint=config.fingerprint())
         args = ModelArgs.load(config.model_args_path or config.converted_ckpt_dir)
         tokenizer = load_tokenizer(config.tokenizer_path or config.converted_ckpt_dir)
-        adapters = Adapters(
-            config.adapters_dir,
-            can_change=config.allow_runtime_lora_updating,
-            max_rank=config.engine.max_lora_rank,
-        )
         certificate = read_certificate(certificate_dir or config.converted_ckpt_dir, weights=config.converted_ckpt_dir)
         engine = RemoteEngine(settings, degree=config.degree, threads=config.threads, step_timeout=config.step_timeout)
         try:

@@ -20,6 +20,7 @@ from llama2.rope import PARAMS_KEYS, ScaledRope, trained_length
 MODEL_ARGS_FILE = "model_args.json"
 KV_CACHE_DTYPES = ("auto", "int8", "fp8")
 ACTIVATION_DTYPES = ("auto", "int8")
+LORA_RANK = 16  # for which there is room where nobody says how much
 
 
 def _later() -> Any:
@@ -267,7 +268,11 @@ class EngineConfig:
     max_loras: int = _option(
         0, "adapters (LoRA) that one step can compute with, each in memory of the device; 0: the base model alone"
     )
-    max_lora_rank: int = _option(16, "the highest rank that an adapter may have; each slot has room for it")
+    max_lora_rank: int | None = _option(
+        None,
+        "the highest rank that an adapter may have, for which each of max_loras has room; none: 16, of a server "
+        "that of its adapters_dir, up to 64",
+    )
     max_cpu_loras: int | None = _option(
         None, "adapters that are kept in host memory, the least recently used goes first; none: 64, at least max_loras"
     )
@@ -281,8 +286,8 @@ class EngineConfig:
     )
 
     def __post_init__(self) -> None:
-        later = ("max_seq_len", "max_batch_size", "max_cpu_loras")
-        for name in (*later, "block_size", "max_step_tokens", "max_lora_rank", "max_loras"):
+        later = ("max_seq_len", "max_batch_size", "max_cpu_loras", "max_lora_rank")
+        for name in (*later, "block_size", "max_step_tokens", "max_loras"):
             value, least = getattr(self, name), 0 if name == "max_loras" else 1
             if value is None and name in later:
                 continue

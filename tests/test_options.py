@@ -13,7 +13,7 @@ from handler.config import KEYS, HandlerConfig
 from handler.native import _FIELDS
 from handler.openai.completions import CompletionBody
 from handler.torchserve.model_config import _IMPOSSIBLE, _SECTIONS
-from llama2.config import EngineConfig
+from llama2.config import LORA_RANK, EngineConfig
 from llama2.engine.sampling_params import COMPLETION_TOKENS, SamplingParams
 from llama2.kv_cache import KV_FRACTION, MAX_BATCH_SIZE
 from llama2.names import SECOND_NAME
@@ -40,6 +40,7 @@ WORKED_OUT = {
     "max_seq_len": "what the model was trained for",
     "max_batch_size": f"by memory, at most {MAX_BATCH_SIZE['cuda']}, on a CPU {MAX_BATCH_SIZE['cpu']}",
     "kv_memory_fraction": f"{KV_FRACTION['cuda']}, on a CPU {KV_FRACTION['cpu']}",
+    "max_lora_rank": str(LORA_RANK),
     "max_cpu_loras": "64, at least `max_loras`",
     "seed": "another at every start",
     "max_new_tokens": f"as many as fit in a chat, {COMPLETION_TOKENS} of a completion",

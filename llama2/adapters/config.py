@@ -186,6 +186,11 @@ class AdapterConfig:
             return True
         return _ends_in(module, targets) and (not self.layers_to_transform or self._is_in_a_layer(module))
 
+    @property
+    def highest_rank(self) -> int:
+        """That it may have anywhere."""
+        return max(self.r, *self.rank_pattern.values()) if self.rank_pattern else self.r
+
     def rank(self, module: str) -> int:
         """Of one that it changes."""
         return _first_match(self.rank_pattern, module, self.r)

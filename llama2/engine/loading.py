@@ -12,7 +12,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from llama2.adapters.format import Base
 from llama2.adapters.slots import AdapterSlots
 from llama2.adapters.store import AdapterStore
-from llama2.config import EngineConfig, ModelArgs
+from llama2.config import LORA_RANK, EngineConfig, ModelArgs
 from llama2.dtypes import read_dtype
 from llama2.engine.engine import Engine
 from llama2.engine.lockstep import Lockstep, agree
@@ -97,7 +97,7 @@ def _make_store(
         mesh,
         spec.units(),
         num_slots=config.max_loras,
-        max_rank=config.max_lora_rank,
+        max_rank=config.max_lora_rank or LORA_RANK,
         dtype=dtype,
         device=device,
     )

@@ -11,8 +11,8 @@ import yaml
 from evaluation.ablation import fraction_of, tune_all, tuning_seconds
 from evaluation.config import read_settings
 from evaluation.inputs import Inputs
-from evaluation.runs import highest_rank
 from evaluation.samples import Sample
+from llama2.adapters.config import AdapterConfig
 from tests.evaluation.support import results, run_evaluation, write_config
 from tests.handler.support import byte_tokenizer
 
@@ -34,14 +34,6 @@ def test_the_time_of_tuning_is_that_of_the_log_beside_the_adapter(tmp_path: Path
     assert tuning_seconds(tmp_path / "adapter") == 2.75
 
 
-def test_room_is_made_for_the_highest_rank_of_an_adapter(tmp_path: Path) -> None:
-    (tmp_path / "adapter_config.json").write_text('{"r": 8, "rank_pattern": {"q_proj": 64, "v_proj": 4}}')
-    assert highest_rank(tmp_path) == 64
-    (tmp_path / "adapter_config.json").write_text('{"r": null}')
-    with pytest.raises(ValueError, match="is no adapter in PEFT's format"):
-        highest_rank(tmp_path)
-
-
 @pytest.mark.integration
 def test_each_point_is_tuned_once_and_measured_as_a_run(smollm2_checkpoint: Path, tmp_path: Path) -> None:
     base = {"max_steps": 1, "validation_fraction": 0, "max_length": 32, "batch_size": 1, "gradient_accumulation": 1}
@@ -54,7 +46,7 @@ def test_each_point_is_tuned_once_and_measured_as_a_run(smollm2_checkpoint: Path
     tuned = tune_all(settings, settings.ablation, Inputs.read(settings))
     assert [point for _, point in tuned] == [{"rank": 2, "sample_fraction": 0.5}, {"rank": 3, "sample_fraction": 0.5}]
     weights = [run.adapter / "adapter_model.safetensors" for run, _ in tuned if run.adapter]
-    assert [highest_rank(file.parent) for file in weights] == [2, 3]
+    assert [AdapterConfig.load(file.parent).highest_rank for file in weights] == [2, 3]
     assert len((tmp_path / "out/ablation/rank=2,sample_fraction=0.5/train.jsonl").read_text().splitlines()) == 2
     times = [file.stat().st_mtime_ns for file in weights]
 

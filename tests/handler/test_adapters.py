@@ -209,7 +209,18 @@ def test_an_adapter_of_too_high_a_rank_is_left_out(folder: Path, caplog: pytest.
     write_random_adapter(folder / "wide", tiny_args(), r=8)
     with caplog.at_level(logging.WARNING):
         assert Adapters(folder, max_rank=4).names == ["brief", "polite"]
-    assert "its rank is 8, and max_lora_rank is 4" in caplog.text
+    assert "its rank is 8, and there is room for 4: set max_lora_rank" in caplog.text
+
+
+def test_room_is_made_for_the_highest_rank_in_the_folder(folder: Path, tmp_path: Path) -> None:
+    """For a higher one than most have a server must be told to; clients may load others."""
+    assert Adapters(folder).max_rank == 4
+    assert Adapters(folder, can_change=True).max_rank == Adapters(None).max_rank == 16
+    for rank in (48, 65):
+        write_random_adapter(folder / f"rank-{rank}", tiny_args(), rank_pattern={"q_proj": rank})
+    assert Adapters(folder).max_rank == Adapters(folder, can_change=True).max_rank == 48
+    assert Adapters(folder).names == ["brief", "polite", "rank-48"]
+    assert Adapters(folder, max_rank=65).names == ["brief", "polite", "rank-48", "rank-65"]
 
 
 def test_a_folder_that_is_being_written_is_no_adapter(folder: Path, caplog: pytest.LogCaptureFixture) -> None:

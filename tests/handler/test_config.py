@@ -73,6 +73,7 @@ def test_each_option_of_the_engine_is_a_key(base: Path, option: dataclasses.Fiel
         "seed": 1234,
         "max_seq_len": 77,
         "max_batch_size": 7,
+        "max_lora_rank": 5,
         "max_cpu_loras": 9,
     }
     others |= {"kv_cache_dtype": "int8", "activation_dtype": "int8"}
