@@ -56,21 +56,32 @@ def draw_confusion(path: Path, matrix: Sequence[Sequence[int]], labels: Sequence
 
 def draw_ablation(path: Path, points: Sequence[tuple[Mapping[str, float], Estimate]], metric: str) -> None:
     """A panel for each setting that varies: the metric over its values, a line for points that differ in it alone."""
-    varied = list(dict.fromkeys(name for point, _ in points for name in point))
-    figure = _figure(5 * len(varied), 4.5)
-    for axes, name in zip(figure.subplots(1, len(varied), squeeze=False)[0], varied, strict=True):
-        lines: dict[str, list[tuple[float, Estimate]]] = defaultdict(list)
-        for point, estimate in points:
-            if name in point:
-                others = ", ".join(f"{other}={value}" for other, value in point.items() if other != name)
-                lines[others].append((point[name], estimate))
+    panels: dict[str, dict[str, list[tuple[float, Estimate]]]] = defaultdict(lambda: defaultdict(list))
+    for point, estimate in points:
+        for name, value in point.items():
+            others = ", ".join(f"{other}={point[other]}" for other in point if other != name)
+            panels[name][others].append((value, estimate))
+    # A single point is in the panel of what it differs in. If none varies, all are shown.
+    lined = {
+        name: kept
+        for name, lines in panels.items()
+        if (kept := {others: line for others, line in lines.items() if len(line) > 1})
+    } or panels
+    figure = _figure(4 * len(lined), 4.5)
+    panes = figure.subplots(1, len(lined), squeeze=False, sharey=True)[0]
+    panes[0].set_ylabel(metric.replace("_", " "))
+    for axes, (name, lines) in zip(panes, lined.items(), strict=True):
         for others, line in lines.items():
             line.sort(key=lambda one: one[0])
             each = [estimate for _, estimate in line]
-            axes.errorbar([x for x, _ in line], [one.value for one in each], _bars(each), fmt="o-", capsize=3)
-            axes.lines[-1].set_label(others or "_")
+            values = [one.value for one in each]
+            axes.errorbar([x for x, _ in line], values, _bars(each), fmt="o-", capsize=3, label=others or "_")
+        xs = sorted({x for line in lines.values() for x, _ in line})
+        if xs[0] > 0 and xs[-1] >= 10 * xs[0]:
+            axes.set_xscale("log")
+            axes.minorticks_off()
+        axes.set_xticks(xs, [f"{x:g}" for x in xs])
         axes.set_xlabel(name.replace("_", " "))
-        axes.set_ylabel(metric.replace("_", " "))
         axes.grid(alpha=0.3)
         if any(lines):
             axes.legend(fontsize="small")
