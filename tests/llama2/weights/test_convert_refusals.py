@@ -75,7 +75,7 @@ FAULTS: dict[str, tuple[Callable[[Path], object] | None, list, str]] = {
         ["--onto", "original"],
         "error: --onto says what an adapter is merged into, and there is",
     ),
-    "an adapter that is not there": (None, ["--adapter", "/nowhere"], "--adapter must be a folder with adapter_config.json"),
+    "an adapter that is not there": (None, ["--adapter", "/nowhere"], "--adapter must be a folder with adapter_c"),
     "an adapter without a value": (None, ["--adapter"], "--adapter needs a folder"),
     "a switch with a value": (None, ["--overwrite", "3"], "--overwrite is a switch and takes no value, got 3"),
     "too many shards on the way back": (
