@@ -25,6 +25,9 @@ def exit_with(status: int) -> NoReturn:
     first = os.environ.get("RANK", "0") == "0"
     if first and status:
         _end_torchrun()
+    if not first:
+        # Rank 0 may end this one now: a handler that raises would show its traceback at Python's end.
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
     # Any other code would make torchrun report this rank, and stop rank 0.
     sys.exit(status if first else 0)
 
