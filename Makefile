@@ -132,5 +132,6 @@ bench: $(READY)  ## speed: converter, loading, scheduler, prefix cache, engine (
 	$(BIN)/python -m benchmarks.prefix
 	$(BIN)/python -m benchmarks.offline --checkpoint build/converted_checkpoints --batches 1,8,32 --contexts 128,1024
 
-clean: stop  ## remove what `make serve` and the tests made, except the virtual environments
-	rm -rf build .mypy_cache .pytest_cache .ruff_cache .hypothesis *.egg-info
+clean: stop  ## remove what `make serve` and the tests made, but no virtual environment, no adapter and no report
+	test ! -d build || find build -mindepth 1 -maxdepth 1 ! -name finetune ! -name evaluation -exec rm -rf {} +
+	rm -rf .mypy_cache .pytest_cache .ruff_cache .hypothesis *.egg-info

@@ -96,6 +96,8 @@ def main() -> None:
         if os.environ.get("RANK", "0") == "0":
             print(f"error: {error}", file=sys.stderr)
         exit_with(1)
+    except KeyboardInterrupt:
+        sys.exit("\nstopped: nothing is written before all runs are made")
     if text:
         print(text)
         print(f"wrote {settings.output_dir}")

@@ -24,14 +24,6 @@ MAX_NAMES = 32  # that a message lists
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.\-]{0,127}")
 
 
-def not_found(field: str, problem: str, names: Sequence[str]) -> RequestError:
-    """A 404 with the names that there are, if they are not too many for a message."""
-    known = ", ".join(map(repr, names[:MAX_NAMES])) or "none"
-    more = ", and others" if len(names) > MAX_NAMES else ""
-    message = f"{problem}; this server has {known}{more}"
-    return RequestError(message, param=field, status=404, code="model_not_found")
-
-
 class Adapters:
     """The adapters below one folder. All methods are for any thread."""
 
@@ -49,6 +41,9 @@ class Adapters:
         self._lock = threading.Lock()
         self._refs: dict[str, AdapterRef] = {}
         self._loaded: set[str] = set()  # those of them that clients have loaded
+        self._left_out: dict[str, str] = {}  # with the reasons
+        if self._folder is not None and (self._folder / CONFIG_FILE).is_file():
+            raise InvalidValue("adapters_dir", f"is itself an adapter: give the folder above {self._folder}")
         for config in sorted(self._folder.glob(f"[!.]*/{CONFIG_FILE}")) if self._folder else ():
             name = config.parent.name
             try:
@@ -56,6 +51,7 @@ class Adapters:
                 ranks.append(rank)
             except ValueError as error:
                 logger.warning("the adapter %s is left out: %s", name, error)
+                self._left_out[name] = str(error)
         if max_rank is None:
             self.max_rank = max((*ranks, LORA_RANK) if can_change or not ranks else ranks)
 
@@ -81,8 +77,16 @@ class Adapters:
             raise InvalidValue("adapter", f"must be the name of an adapter, got {shown(name)}")
         ref = self.find(name)
         if ref is None:
-            raise not_found("adapter", f"there is no adapter {shown(name)}", self.names)
+            raise self.not_found("adapter", f"there is no adapter {shown(name)}", name, self.names)
         return ref
+
+    def not_found(self, field: str, problem: str, name: str, names: Sequence[str]) -> RequestError:
+        """A 404 with the names that there are, if they are not too many for a message, or why the adapter is none."""
+        known = ", ".join(map(repr, names[:MAX_NAMES])) or "none"
+        more = ", and others" if len(names) > MAX_NAMES else ""
+        reason = self._left_out.get(name)
+        why = f"this server has {known}{more}" if reason is None else f"it was left out at the start: {reason}"
+        return RequestError(f"{problem}; {why}", param=field, status=404, code="model_not_found")
 
     def place(self, ref: AdapterRef) -> str:
         """Where an adapter is, below the folder."""

@@ -136,10 +136,13 @@ def _engine(given: Mapping[str, Any]) -> EngineConfig:
         options["max_step_tokens"] = max(EngineConfig().max_step_tokens, options["max_batch_size"])
     try:
         SamplingParams(seed=options.get("seed"))  # the same range as a request's own seed
-        return EngineConfig(**options)
+        engine = EngineConfig(**options)
     except InvalidValue as error:
         key = next((key for key, name in _ENGINE_KEYS.items() if name == error.field), error.field)
         raise InvalidValue(key, error.problem) from None
+    if "adapters_dir" in given and not engine.max_loras:
+        raise InvalidValue("max_loras", "must be at least 1 with an adapters_dir, got 0")
+    return engine
 
 
 def _max_input_token_length(given: Mapping[str, Any]) -> int | None:

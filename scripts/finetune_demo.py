@@ -93,6 +93,8 @@ def main() -> None:
         fire.Fire(finetune)
     except (ServerError, ValueError) as error:
         sys.exit(f"\nerror: {error}")
+    except KeyboardInterrupt:
+        sys.exit("\nstopped: the same command goes on with what is there already")
 
 
 if __name__ == "__main__":

@@ -189,6 +189,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         fire.Fire({"serve": serve, "stop": stop}, command=arguments)
     except (ServerError, ValueError) as error:
         sys.exit(f"\nerror: {error}")
+    except KeyboardInterrupt:
+        sys.exit("\nstopped: the same command goes on with what is there already")
 
 
 if __name__ == "__main__":

@@ -12,7 +12,7 @@ from typing import Annotated, Any
 
 from pydantic import Field
 
-from handler.adapters import Adapters, not_found
+from handler.adapters import Adapters
 from handler.config import HandlerConfig
 from handler.openai.constraints import ConstraintFields, Grammars
 from handler.openai.fields import Body, only
@@ -141,10 +141,11 @@ class Model:
         if asked is None or asked in self.served.names:
             return None
         base, colon, rest = asked.partition(":")
-        ref = self.adapters.find(rest if colon and base in self.served.names else asked)
+        name = rest if colon and base in self.served.names else asked
+        ref = self.adapters.find(name)
         if ref is None:
             names = [*self.served.names, *self.adapters.names]
-            raise not_found("model", f"the model {asked!r} does not exist", names)
+            raise self.adapters.not_found("model", f"the model {asked!r} does not exist", name, names)
         return ref
 
     def check_new_name(self, name: str) -> None:

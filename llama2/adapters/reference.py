@@ -31,10 +31,16 @@ class AdapterRef:
         try:
             files = [(path / name).stat() for name in (CONFIG_FILE, WEIGHTS_FILE)]
         except (OSError, ValueError):
-            pickled = f": {_PICKLE_FILE} is a pickle, which is not read" if os.path.isfile(path / _PICKLE_FILE) else ""
+            hint = ""
+            if os.path.isfile(path / _PICKLE_FILE):
+                hint = f": {_PICKLE_FILE} is a pickle, which is not read"
+            elif os.path.isfile(path / "adapter" / CONFIG_FILE):
+                hint = f": there is one in {Path(folder) / 'adapter'}"
+            elif not os.path.exists(path):
+                hint = ", which does not exist"
             raise InvalidValue(
                 "adapter",
                 f"must be a folder with {CONFIG_FILE} and {WEIGHTS_FILE}, as PEFT writes it, "
-                f"got {shown(str(folder))}{pickled}",
+                f"got {shown(str(folder))}{hint}",
             ) from None
         return cls(path=str(path), stamp=tuple(number for one in files for number in (one.st_mtime_ns, one.st_size)))

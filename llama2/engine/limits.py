@@ -35,7 +35,9 @@ class Limits:
         if request.n > self.max_batch_size:
             raise InvalidValue("n", f"must be at most max_batch_size={self.max_batch_size}, got {request.n}")
         if request.adapter is not None and not self.max_loras:
-            raise InvalidValue("adapter", "cannot be had: max_loras is 0, so that the engine has no room for adapters")
+            raise InvalidValue(
+                "adapter", "cannot be had: max_loras is 0, no room for any; LLM(…, max_loras=8) has some"
+            )
         params = request.params
         check_ids("prompt_ids", request.prompt_ids, self.vocab_size)
         check_ids("stop_token_ids", params.stop_token_ids, self.vocab_size)

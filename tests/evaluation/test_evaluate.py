@@ -116,7 +116,7 @@ def test_a_prompt_that_does_not_fit_is_named_with_its_run(smollm2_checkpoint: Pa
             {"runs": [{"name": "tuned", "adapter": "nowhere"}]},
             [],
             "run tuned: adapter must be a folder with adapter_config.json and adapter_model.safetensors, as PEFT "
-            "writes it, got 'nowhere'; other runs: --runs NAME,NAME",
+            "writes it, got 'nowhere', which does not exist; other runs: --runs NAME,NAME",
         ),
     ],
 )

@@ -223,6 +223,22 @@ def test_room_is_made_for_the_highest_rank_in_the_folder(folder: Path, tmp_path:
     assert Adapters(folder, max_rank=65).names == ["brief", "polite", "rank-48", "rank-65"]
 
 
+def test_a_request_for_one_that_was_left_out_is_told_why(folder: Path, tmp_path: Path) -> None:
+    write_random_adapter(folder / "wide", tiny_args(), r=65)
+    reason = "left out at the start: its rank is 65, and there is room for 64"
+    with pytest.raises(RequestError, match=reason) as caught:
+        Adapters(folder).named("wide")
+    assert caught.value.status == 404
+    status, field, message = server_of(folder, tmp_path).refused("completions", model="wide", prompt="Hi")
+    assert (status, field) == (404, "model")
+    assert reason in message
+
+
+def test_an_adapter_is_no_folder_of_adapters(folder: Path) -> None:
+    with pytest.raises(InvalidValue, match="adapters_dir is itself an adapter: give the folder above"):
+        Adapters(folder / "brief")
+
+
 def test_a_folder_that_is_being_written_is_no_adapter(folder: Path, caplog: pytest.LogCaptureFixture) -> None:
     (folder / "polite").rename(folder / ".polite.partial")
     assert Adapters(folder).names == ["brief"]
@@ -260,3 +276,5 @@ def test_a_server_with_a_folder_has_slots(tmp_path: Path) -> None:
         read(allow_runtime_lora_updating=True)
     with pytest.raises(ValueError, match="adapters_dir"):
         read(adapters_dir="nowhere")
+    with pytest.raises(ValueError, match="max_loras must be at least 1 with an adapters_dir, got 0"):
+        read(adapters_dir=".", max_loras=0)

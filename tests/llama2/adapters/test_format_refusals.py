@@ -209,6 +209,15 @@ def test_a_pickle_is_not_opened(folder: Path) -> None:
     assert not (folder / "code ran").exists()
 
 
+def test_a_folder_beside_or_above_an_adapter_is_answered_with_where_it_is(folder: Path, tmp_path: Path) -> None:
+    (tmp_path / "tuned").mkdir()
+    (tmp_path / "tuned" / "adapter").symlink_to(folder)
+    with pytest.raises(InvalidValue, match=r"there is one in .*tuned/adapter"):
+        AdapterRef.of(tmp_path / "tuned")
+    with pytest.raises(InvalidValue, match="got '/nowhere', which does not exist"):
+        AdapterRef.of("/nowhere")
+
+
 def test_any_cut_and_many_flipped_bytes_of_the_head_are_refused_or_harmless(folder: Path) -> None:
     whole = (folder / TENSORS).read_bytes()
     identity = read_adapter(folder, ARGS).identity
