@@ -31,8 +31,11 @@ class Adapters:
         """Each subfolder of `folder` that has a config is an adapter of that name, but for hidden ones, which may be
         half written; None: there are none.
 
-        `can_change`: clients may load and unload. None may have a higher rank than `max_rank`; None: than the highest
-        in the folder, up to `HIGHEST_RANK`; where clients may load others, at least `LORA_RANK`.
+        `can_change`: clients may load and unload. Adapters of a higher rank than `max_rank` are left out; by default
+        that is the highest in the folder, up to `HIGHEST_RANK`, and at least `LORA_RANK` where clients may load others.
+
+        Raises:
+            InvalidValue: the folder is itself an adapter.
         """
         self._folder = None if folder is None else folder.resolve()
         self._can_change = can_change
@@ -128,6 +131,7 @@ class Adapters:
         with self._lock:
             self._refs[name] = ref
             self._loaded.add(name)
+            self._left_out.pop(name, None)
 
     def remove(self, name: str) -> AdapterRef:
         """No more requests may have it.

@@ -232,6 +232,11 @@ def test_a_request_for_one_that_was_left_out_is_told_why(folder: Path, tmp_path:
     status, field, message = server_of(folder, tmp_path).refused("completions", model="wide", prompt="Hi")
     assert (status, field) == (404, "model")
     assert reason in message
+    adapters = Adapters(folder, can_change=True)
+    adapters.add("wide", AdapterRef.of(folder / "brief"))
+    adapters.remove("wide")
+    with pytest.raises(RequestError, match="this server has 'brief', 'polite'"):
+        adapters.named("wide")
 
 
 def test_an_adapter_is_no_folder_of_adapters(folder: Path) -> None:
